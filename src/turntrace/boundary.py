@@ -1,0 +1,88 @@
+"""Where turntrace meets the app: an error of ours is caught, logged once a kind with what to do, and counted.
+
+In our own tests `strict` makes it be raised instead, so that tracking never hides a bug from them.
+"""
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+from turntrace.errors import TurntraceError
+
+logger = logging.getLogger("turntrace")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+failures: Counter[str] = Counter()
+"""How often each kind of error was caught in this process, by what was being done."""
+
+_strict = False
+_lock = threading.Lock()
+
+
+def is_strict() -> bool:
+    """Tell whether errors of ours are raised instead of caught."""
+    return _strict
+
+
+@contextmanager
+def strict() -> Iterator[None]:
+    """Raise errors of ours for the time of a block, as turntrace's own tests do."""
+    global _strict
+    before, _strict = _strict, True
+    try:
+        yield
+    finally:
+        _strict = before
+
+
+def never_breaks(doing: str) -> Callable[[Callable[P, R]], Callable[P, R | None]]:
+    """Make a function that the app's run goes through keep its errors to itself.
+
+    Args:
+        doing: What the function does, for the log: "reading the start of a run".
+
+    Returns:
+        A decorator; the function it makes returns None when it failed.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R | None]:
+        @wraps(function)
+        def guarded(*args: P.args, **kwargs: P.kwargs) -> R | None:
+            try:
+                return function(*args, **kwargs)
+            except Exception as error:
+                caught(doing, error)
+                return None
+
+        return guarded
+
+    return decorate
+
+
+def caught(doing: str, error: Exception) -> None:
+    """Count an error of ours and log it, the first time with what to do; raise it when `strict` says so."""
+    if _strict:
+        raise error
+    kind = f"{doing}: {type(error).__name__}"
+    with _lock:
+        failures[kind] += 1
+        first = failures[kind] == 1
+    if not first:
+        logger.debug("turntrace: %s failed again (%s)", doing, type(error).__name__)
+    elif isinstance(error, TurntraceError):
+        logger.warning("turntrace: %s failed; the app goes on. %s", doing, error)
+    else:
+        # Only the class: the text of an unexpected error may hold what a user wrote.
+        logger.warning(
+            "turntrace: %s failed with %s; the app goes on, this part is not tracked. It is logged once: "
+            "run with logging at DEBUG for its traceback, and please report it.",
+            doing,
+            type(error).__name__,
+        )
+        logger.debug("turntrace: %s failed", doing, exc_info=error)

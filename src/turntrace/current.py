@@ -1,0 +1,159 @@
+"""The turn of this context, and the span that stands for its running step.
+
+A `Scope` stands for a span of ours while a node, a tool or a turn's block runs, and from then on for whatever was
+current before it. It is put into OpenTelemetry's context, so spans that the app's own code starts become its children,
+and under a key of our own, so that they are found to belong to the turn however deep they nest.
+
+Nothing breaks when a scope is never taken out again, as happens where LangChain calls the end of a run in another
+context than its start: every look-up goes through the scope, and an ended one answers with what was before it.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+from opentelemetry.context import Context
+
+_SCOPE_KEY = otel_context.create_key("turntrace.scope")
+
+
+class CurrentTurn(Protocol):
+    """What may be told to the turn of this context by code that does not know the lifecycle above it."""
+
+    @property
+    def id(self) -> str:
+        """Id of the turn."""
+
+    @property
+    def tags(self) -> Mapping[str, Any]:
+        """What every span of the turn carries."""
+
+
+class Scope(trace.Span):
+    """A span of ours while it runs; afterwards whatever was current before.
+
+    Args:
+        turn: The turn that the span belongs to.
+        span: The span to stand for.
+        parent: The context in which the scope is made.
+    """
+
+    def __init__(self, turn: CurrentTurn, span: trace.Span, parent: Context) -> None:
+        self._turn: CurrentTurn | None = turn
+        self._span: trace.Span = span
+        before = otel_context.get_value(_SCOPE_KEY, parent)
+        self._before_scope = before.settled() if isinstance(before, Scope) else None
+        current = trace.get_current_span(parent)
+        while isinstance(current, Scope) and not current.is_live:  # or chains of ended ones would grow
+            current = current._before_span
+        self._before_span: trace.Span = current
+
+    @property
+    def turn(self) -> CurrentTurn | None:
+        """The turn that runs here, or None when this and all before it have ended."""
+        scope = self.settled()
+        return None if scope is None else scope._turn
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the span that this stands for is still running."""
+        return self._turn is not None
+
+    def settled(self) -> "Scope | None":
+        """Return the nearest scope that still runs: this one, or one that was current before it."""
+        scope: Scope | None = self
+        while scope is not None and scope._turn is None:
+            scope = scope._before_scope
+        return scope
+
+    def resolved(self) -> trace.Span:
+        """Return the span that this stands for now."""
+        span: trace.Span = self
+        while isinstance(span, Scope):
+            span = span._span if span._turn is not None else span._before_span
+        return span
+
+    def stands_for(self, span: trace.Span) -> bool:
+        """Tell whether this stands for that span now."""
+        return self._span is span
+
+    def close(self) -> None:
+        """Stop standing for the span."""
+        self._turn = None
+        self._span = trace.INVALID_SPAN
+
+    # --- the interface of a span: all but its end goes to the span that this stands for -------------------------------
+    def end(self, end_time: int | None = None) -> None:
+        """Do nothing: a span of ours is ended by what started it."""
+
+    def get_span_context(self) -> trace.SpanContext:
+        """Return the ids of the span that this stands for now."""
+        return self.resolved().get_span_context()
+
+    def set_attributes(self, attributes: Mapping[str, Any]) -> None:
+        """Set attributes on the span that this stands for now."""
+        self.resolved().set_attributes(attributes)
+
+    def set_attribute(self, key: str, value: Any) -> None:
+        """Set an attribute on the span that this stands for now."""
+        self.resolved().set_attribute(key, value)
+
+    def add_event(self, name: str, attributes: Any = None, timestamp: int | None = None) -> None:
+        """Add an event to the span that this stands for now."""
+        self.resolved().add_event(name, attributes, timestamp)
+
+    def add_link(self, context: trace.SpanContext, attributes: Any = None) -> None:
+        """Add a link to the span that this stands for now."""
+        self.resolved().add_link(context, attributes)
+
+    def update_name(self, name: str) -> None:
+        """Rename the span that this stands for now."""
+        self.resolved().update_name(name)
+
+    def is_recording(self) -> bool:
+        """Tell whether the span that this stands for now records."""
+        return self.resolved().is_recording()
+
+    def set_status(self, status: Any, description: str | None = None) -> None:
+        """Set the status of the span that this stands for now."""
+        self.resolved().set_status(status, description)
+
+    def record_exception(
+        self, exception: BaseException, attributes: Any = None, timestamp: int | None = None, escaped: bool = False
+    ) -> None:
+        """Record an exception on the span that this stands for now."""
+        self.resolved().record_exception(exception, attributes, timestamp, escaped)
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Do nothing: a span of ours is ended by what started it."""
+
+
+def current_scope(context: Context | None = None) -> Scope | None:
+    """Return the running scope of a context, by default of the current one."""
+    scope = otel_context.get_value(_SCOPE_KEY, context)
+    return scope.settled() if isinstance(scope, Scope) else None
+
+
+def enter(turn: CurrentTurn, span: trace.Span) -> tuple[Scope, Context, Context]:
+    """Make a span current.
+
+    Returns:
+        The scope, the context as it now is, and the one before: what `leave` takes.
+    """
+    before = otel_context.get_current()
+    scope = Scope(turn, span, before)
+    after = otel_context.set_value(_SCOPE_KEY, scope, trace.set_span_in_context(scope, before))
+    otel_context.attach(after)
+    return scope, after, before
+
+
+def leave(scope: Scope, after: Context, before: Context) -> None:
+    """Close a scope, and put back what was current before where this is the context that `enter` changed.
+
+    It is put back by value, not by token: a token cannot be used in another `contextvars.Context` than the one it was
+    made in, and LangChain often ends a run in a copy.
+    """
+    scope.close()
+    if otel_context.get_current() is after:
+        otel_context.attach(before)

@@ -1,0 +1,38 @@
+"""Every error that turntrace raises to its caller.
+
+::
+
+    TurntraceError
+    ├── ConfigurationError   a setting or an argument that cannot be used
+    ├── IdentityError        an id that Langfuse would refuse or that means two things
+    ├── StateError           a call that does not fit the state of its object
+    ├── TranscriptError      a recorded conversation that cannot be read
+    └── LedgerError          the ledger cannot be opened, read or written
+
+Each message says what was passed, what is allowed, and what to type instead. Inside the callback and the node wrapper
+none of these reaches the app: there they are caught, logged once a kind, and counted.
+"""
+
+
+class TurntraceError(Exception):
+    """Base of all errors that turntrace raises."""
+
+
+class ConfigurationError(TurntraceError, ValueError):
+    """A setting or an argument that cannot be used."""
+
+
+class IdentityError(TurntraceError, ValueError):
+    """An id that Langfuse would refuse, or that means two things."""
+
+
+class StateError(TurntraceError, RuntimeError):
+    """A call that does not fit the state of its object, as a turn that is ended twice with different results."""
+
+
+class TranscriptError(TurntraceError, ValueError):
+    """A recorded conversation that cannot be read."""
+
+
+class LedgerError(TurntraceError, RuntimeError):
+    """The ledger cannot be opened, read or written."""

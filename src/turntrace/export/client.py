@@ -1,0 +1,187 @@
+"""Where spans go: to Langfuse through its client, to a provider of the app's, or into the outbox."""
+
+import logging
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import Tracer as SdkTracer
+from opentelemetry.sdk.trace.id_generator import IdGenerator, RandomIdGenerator
+from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
+
+from turntrace.attributes import SCOPE_NAME, AttributeValue
+from turntrace.export.processor import TurnSpanProcessor, processor_of
+from turntrace.settings import LangfuseSettings, read_langfuse_settings
+
+logger = logging.getLogger("turntrace")
+
+_own_providers: "weakref.WeakSet[TracerProvider]" = weakref.WeakSet()
+_lock = threading.Lock()
+_EMPTY = Context()
+
+
+class _Ids(RandomIdGenerator):
+    """Gives a span the ids that were asked for, else those of the provider's own generator."""
+
+    def __init__(self, others: IdGenerator) -> None:
+        self._others = others
+        self._wanted = threading.local()
+
+    def next_ids(self, trace_id: int, span_id: int) -> None:
+        self._wanted.ids = (trace_id, span_id)
+
+    def generate_trace_id(self) -> int:
+        ids: tuple[int, int] | None = getattr(self._wanted, "ids", None)
+        return self._others.generate_trace_id() if ids is None else ids[0]
+
+    def generate_span_id(self) -> int:
+        ids: tuple[int, int] | None = getattr(self._wanted, "ids", None)
+        if ids is None:
+            return self._others.generate_span_id()
+        self._wanted.ids = None
+        return ids[1]
+
+
+class SpanTarget:
+    """Starts spans, and says whether those that have ended are to be put into the outbox.
+
+    Args:
+        provider: The provider to start spans on.
+        to_outbox: Whether the outbox is what keeps and sends them.
+    """
+
+    def __init__(self, provider: trace.TracerProvider, *, to_outbox: bool) -> None:
+        self.provider = provider
+        self.to_outbox = to_outbox
+        self._tracer = provider.get_tracer(SCOPE_NAME)
+        self._ids: _Ids | None = None
+        self.processor: TurnSpanProcessor | None = None
+        if isinstance(provider, TracerProvider):
+            self.processor = processor_of(provider)
+        if isinstance(self._tracer, SdkTracer):  # the tracer object is ours alone: get_tracer makes a new one
+            self._ids = self._tracer.id_generator = _Ids(self._tracer.id_generator)
+
+    def start(
+        self, name: str, *, attributes: Mapping[str, AttributeValue], start_ns: int, parent: Context
+    ) -> trace.Span:
+        """Start a span.
+
+        Args:
+            name: Its name.
+            attributes: Its attributes at the start, where filters of processors look.
+            start_ns: When it starts, in nanoseconds since 1970.
+            parent: The context whose current span is its parent.
+        """
+        return self._tracer.start_span(name, context=parent, attributes=attributes, start_time=start_ns)
+
+    def start_root(
+        self,
+        name: str,
+        *,
+        attributes: Mapping[str, AttributeValue],
+        start_ns: int,
+        ids: tuple[int, int],
+        around: trace.Span | None = None,
+    ) -> trace.Span:
+        """Start the root of a trace, or what stands below the span of a request.
+
+        Args:
+            name: Its name.
+            attributes: Its attributes at the start.
+            start_ns: When it starts, in nanoseconds since 1970.
+            ids: The ids of its trace and of the span, where the provider lets us choose them.
+            around: The span of other code that is current. One that serves a request (of kind SERVER) is its parent;
+                any other is only linked, so that a turn stays one trace.
+        """
+        parent, links = _EMPTY, ()
+        if around is not None and around.get_span_context().is_valid:
+            if getattr(around, "kind", None) is trace.SpanKind.SERVER:
+                parent = trace.set_span_in_context(around, _EMPTY)
+            else:
+                links = (trace.Link(around.get_span_context()),)
+        if self._ids is not None:
+            self._ids.next_ids(*ids)
+        return self._tracer.start_span(name, context=parent, attributes=attributes, start_time=start_ns, links=links)
+
+    @contextmanager
+    def capturing(self) -> Iterator[list[ReadableSpan]]:
+        """Capture the spans of ours that this thread ends in a block; none where the provider tells nobody."""
+        if self.processor is None:
+            yield []
+        else:
+            with self.processor.capturing() as spans:
+                yield spans
+
+    def flush(self) -> None:
+        """Have the provider send what it holds."""
+        force_flush = getattr(self.provider, "force_flush", None)
+        if force_flush is not None:
+            force_flush()
+
+
+def open_target(provider: trace.TracerProvider | None = None, *, outbox: bool | None = None) -> SpanTarget:
+    """Find out where spans go.
+
+    A provider that the app gives, or one that is already set for the process, gets our spans beside its own. With
+    ``LANGFUSE_PUBLIC_KEY`` and ``LANGFUSE_SECRET_KEY`` they go to Langfuse through its client. With neither they wait
+    in the outbox.
+
+    Args:
+        provider: The app's own provider.
+        outbox: Whether to put spans into the outbox; by default only when nothing else takes them.
+    """
+    settings = read_langfuse_settings()
+    if not settings.tracing_enabled:
+        return SpanTarget(trace.NoOpTracerProvider(), to_outbox=False)
+    if provider is not None:
+        return SpanTarget(provider, to_outbox=bool(outbox))
+    if settings.has_keys:
+        return SpanTarget(_langfuse_provider(settings), to_outbox=bool(outbox))
+    found = _global_provider(settings)
+    alone = isinstance(found, TracerProvider) and found in _own_providers
+    return SpanTarget(found, to_outbox=alone if outbox is None else outbox)
+
+
+def _global_provider(settings: LangfuseSettings) -> trace.TracerProvider:
+    with _lock:
+        found = trace.get_tracer_provider()
+        if not isinstance(found, trace.ProxyTracerProvider):
+            return found
+        words = {"langfuse.environment": settings.tracing_environment, "langfuse.release": settings.release}
+        own = TracerProvider(
+            resource=Resource.create({name: value for name, value in words.items() if value is not None}),
+            sampler=TraceIdRatioBased(settings.sample_rate) if settings.sample_rate < 1 else None,
+        )
+        # As Langfuse's client does: what the app starts on the global provider is to fall into the turn too.
+        trace.set_tracer_provider(own)
+        _own_providers.add(own)
+        return own
+
+
+def _langfuse_provider(settings: LangfuseSettings) -> trace.TracerProvider:
+    from langfuse import Langfuse  # half a second, which only those with keys are to wait for
+
+    found = _global_provider(settings)
+    if isinstance(found, TracerProvider):
+        with _lock:
+            _own_providers.discard(found)
+        Langfuse(tracer_provider=found)
+    else:
+        logger.warning(
+            "turntrace: the tracer provider of this process (%s) is not one of the OpenTelemetry SDK, so Langfuse's "
+            "client cannot listen to it: spans go where that provider sends them.",
+            type(found).__name__,
+        )
+    return found
+
+
+def ids_of(span: trace.Span) -> tuple[str, str]:
+    """Return the ids of a span's trace and of the span, in hexadecimal."""
+    context: Any = span.get_span_context()
+    return trace.format_trace_id(context.trace_id), trace.format_span_id(context.span_id)

@@ -1,0 +1,106 @@
+"""The span processor that brings spans of others into the turn, and hands over those that have ended."""
+
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from opentelemetry.context import Context
+from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
+
+from turntrace.attributes import LANGFUSE_METADATA_PREFIX, SCOPE_NAME
+from turntrace.boundary import caught
+from turntrace.current import current_scope
+
+_LANGFUSE_SDK = "langfuse-sdk"
+
+
+class CollectingTurn(Protocol):
+    """A turn that takes the spans of others which ended in it."""
+
+    @property
+    def tags(self) -> Mapping[str, Any]:
+        """What every span of the turn carries."""
+
+    def collect(self, span: ReadableSpan) -> None:
+        """Take a span that has ended."""
+
+
+class TurnSpanProcessor(SpanProcessor):
+    """Stamps the spans that other code starts inside a turn, and keeps count of those that ended.
+
+    What a user's code, Langfuse's ``@observe`` or an instrumentation starts inside a node or a tool gets the ids of
+    the turn at its start. On spans of Langfuse's own SDK they are also set as metadata, because its server drops
+    unknown attributes there.
+    """
+
+    def __init__(self) -> None:
+        self._running: dict[int, CollectingTurn] = {}
+        self._captured = threading.local()
+        self._flushers: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def flush_with(self, writer: Any) -> None:
+        """Let a flush of the provider flush this writer too (it is called by its method ``drain``)."""
+        self._flushers.add(writer)
+
+    def on_start(self, span: Span, parent_context: Context | None = None) -> None:
+        """Stamp a span of others that starts inside a turn."""
+        scope = span.instrumentation_scope
+        if scope is not None and scope.name == SCOPE_NAME:
+            return
+        try:
+            running = current_scope(parent_context)
+            turn: Any = None if running is None else running.turn
+            if turn is None:
+                return
+            span.set_attributes(turn.tags)
+            if scope is not None and scope.name == _LANGFUSE_SDK:
+                span.set_attributes({LANGFUSE_METADATA_PREFIX + name: value for name, value in turn.tags.items()})
+            context = span.get_span_context()
+            if context is not None:
+                self._running[context.span_id] = turn
+        except Exception as error:
+            caught("stamping a span of other code", error)
+
+    def on_end(self, span: ReadableSpan) -> None:
+        """Hand a span that has ended to its turn, or to the block that captures."""
+        captured = getattr(self._captured, "spans", None)
+        if captured is not None and span.instrumentation_scope is not None:
+            if span.instrumentation_scope.name == SCOPE_NAME:
+                captured.append(span)
+                return
+        turn = self._running.pop(span.context.span_id, None) if self._running and span.context else None
+        if turn is not None:
+            try:
+                turn.collect(span)
+            except Exception as error:
+                caught("collecting a span of other code", error)
+
+    @contextmanager
+    def capturing(self) -> Iterator[list[ReadableSpan]]:
+        """Capture the spans of ours that this thread ends in a block."""
+        spans: list[ReadableSpan] = []
+        self._captured.spans = spans
+        try:
+            yield spans
+        finally:
+            self._captured.spans = None
+
+    def force_flush(self, timeout_millis: int = 30_000) -> bool:
+        """Write down what has ended."""
+        return all([writer.drain(timeout_millis / 1000) for writer in list(self._flushers)])
+
+
+_processors: "weakref.WeakKeyDictionary[TracerProvider, TurnSpanProcessor]" = weakref.WeakKeyDictionary()
+_processors_lock = threading.Lock()
+
+
+def processor_of(provider: TracerProvider) -> TurnSpanProcessor:
+    """Return the processor of a provider; the first time it is made and added."""
+    with _processors_lock:
+        processor = _processors.get(provider)
+        if processor is None:
+            processor = _processors[provider] = TurnSpanProcessor()
+            provider.add_span_processor(processor)
+        return processor

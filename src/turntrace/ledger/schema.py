@@ -1,0 +1,57 @@
+"""Creating the ledger's tables and bringing those of an older version up."""
+
+from collections.abc import Callable
+from typing import Final
+
+from sqlalchemy import Connection, Table, inspect, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import Dialect
+
+from turntrace.errors import LedgerError
+from turntrace.ledger.tables import SCHEMA_VERSION, meta, metadata
+
+_VERSION_KEY: Final = "schema_version"
+
+MIGRATIONS: Final[dict[int, Callable[[Connection], None]]] = {}
+"""By version: what brings a ledger of that version to the next. Each only adds, and runs in one transaction."""
+
+
+def prepare(connection: Connection) -> None:
+    """Create the tables, or bring them up to this version of turntrace.
+
+    Args:
+        connection: A connection in a transaction that other writers wait for.
+
+    Raises:
+        LedgerError: If the ledger was written by a newer version of turntrace.
+    """
+    if not inspect(connection).has_table(meta.name):
+        metadata.create_all(connection)
+        connection.execute(meta.insert().values(key=_VERSION_KEY, value=str(SCHEMA_VERSION)))
+        return
+    version = int(connection.execute(select(meta.c.value).where(meta.c.key == _VERSION_KEY)).scalar_one())
+    if version > SCHEMA_VERSION:
+        raise LedgerError(
+            f"The ledger has schema version {version}; this turntrace knows versions up to {SCHEMA_VERSION}. "
+            "Upgrade turntrace (pip install -U turntrace), or point TURNTRACE_LEDGER_URL at another ledger."
+        )
+    for older in range(version, SCHEMA_VERSION):
+        MIGRATIONS[older](connection)
+    if version < SCHEMA_VERSION:
+        connection.execute(update(meta).where(meta.c.key == _VERSION_KEY).values(value=str(SCHEMA_VERSION)))
+
+
+def remembered(connection: Connection, key: str, make: Callable[[], str]) -> str:
+    """Return what the ledger keeps under a key; where there is nothing yet, make and keep it, once for all processes."""
+    query = select(meta.c.value).where(meta.c.key == key)
+    value = connection.execute(query).scalar_one_or_none()
+    if value is None:
+        insert = insert_for(connection.dialect, meta)
+        connection.execute(insert.values(key=key, value=make()).on_conflict_do_nothing())
+        value = connection.execute(query).scalar_one()  # another process may have been first: then its value counts
+    return str(value)
+
+
+def insert_for(dialect: Dialect, table: Table) -> sqlite.Insert | postgresql.Insert:
+    """Return an INSERT that knows ON CONFLICT, in the words of the database."""
+    return postgresql.insert(table) if dialect.name == "postgresql" else sqlite.insert(table)

@@ -1,0 +1,481 @@
+"""The ledger: sessions, conversations, turns and the outbox, and who may change them when.
+
+It is the authority for turn numbers, for the life of a session and for totals. What begins (a session, a turn) is
+written in the app's own thread, since the app needs the number; what ends is written by one background thread, in
+transactions that hold the spans and the row together.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from sqlalchemy import (
+    BindParameter,
+    Connection,
+    Engine,
+    RowMapping,
+    bindparam,
+    case,
+    delete,
+    func,
+    insert,
+    select,
+    update,
+)
+from sqlalchemy.engine import URL
+
+from turntrace.identity import new_hash_key
+from turntrace.ledger import schema
+from turntrace.ledger.engine import Database, Prepared
+from turntrace.ledger.tables import conversations, outbox, sessions, turns
+from turntrace.records import SessionFacts, SessionSummary, Step, TurnSummary
+
+OPEN: Final = "open"
+"""Status of a turn that has begun and has not ended."""
+
+_HASH_KEY: Final = "user_hash_key"
+_DAY_NS: Final = 86_400 * 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOpened:
+    """How a session was opened.
+
+    Attributes:
+        session: The session, begun or continued.
+        is_new: Whether it began now.
+        expired_id: The session of the same user and channel that had been silent too long and is to be ended.
+    """
+
+    session: SessionFacts
+    is_new: bool
+    expired_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxItem:
+    """A row of the outbox.
+
+    Attributes:
+        kind: ``spans``: an OTLP ``ExportTraceServiceRequest`` in protobuf.
+        body: What is to be sent.
+        items: How many spans the body holds.
+        created_ns: When it was put there, in nanoseconds since 1970.
+    """
+
+    id: int
+    kind: str
+    body: bytes
+    items: int
+    created_ns: int
+
+
+class Ledger:
+    """Sessions, conversations, turns and the outbox in a database.
+
+    Args:
+        engine_or_url: A SQLAlchemy URL such as ``sqlite:////var/lib/app/turntrace.db`` (``sqlite://`` for one in
+            memory), or an engine of the app's, which then stays the app's to close.
+
+    Raises:
+        ConfigurationError: If the URL cannot be used.
+        LedgerError: If the database cannot be opened, or was written by a newer turntrace.
+    """
+
+    def __init__(self, engine_or_url: Engine | str | URL) -> None:
+        self._database = Database(engine_or_url)
+        with self._database.writing() as connection:
+            schema.prepare(connection)
+        dialect = self._database.dialect
+        upsert = schema.insert_for(dialect, conversations).values(
+            {name: bindparam(name) for name in ("id", "session_id", "user_id", "topic", "started_ns")}
+            | {"last_activity_ns": bindparam("started_ns"), "last_number": 1}
+        )
+        self._next_number = Prepared(
+            upsert.on_conflict_do_update(
+                index_elements=[conversations.c.id],
+                set_={
+                    "last_number": conversations.c.last_number + 1,
+                    "session_id": upsert.excluded.session_id,
+                    "topic": func.coalesce(upsert.excluded.topic, conversations.c.topic),
+                    "last_activity_ns": upsert.excluded.last_activity_ns,
+                },
+            ).returning(conversations.c.last_number),
+            dialect,
+        )
+        self._touch_session = Prepared(
+            update(sessions)
+            .where(
+                sessions.c.id == bindparam("session_id"),
+                sessions.c.ended_ns.is_(None),
+                sessions.c.last_activity_ns >= bindparam("active_since_ns"),
+            )
+            .values(last_activity_ns=_later(sessions.c.last_activity_ns, bindparam("started_ns"))),
+            dialect,
+        )
+        self._insert_turn = Prepared(
+            insert(turns).values(
+                {
+                    name: bindparam(name)
+                    for name in (
+                        *("id", "conversation_id", "session_id", "user_id", "number", "status", "started_ns"),
+                        *("trace_id", "root_span_id", "role", "agent_runs", "tool_calls", "llm_calls"),
+                        *("input_tokens", "output_tokens", "cost_usd", "unpriced_calls"),
+                        *("latency_ms", "wait_ms", "spans"),
+                    )
+                }
+            ),
+            dialect,
+        )
+
+    @property
+    def url(self) -> str:
+        """Where the ledger is, without a password."""
+        return self._database.engine.url.render_as_string(hide_password=True)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._database.close()
+
+    def after_fork(self) -> None:
+        """Forget the parent's connections in a forked process."""
+        self._database.after_fork()
+
+    def hash_key(self) -> bytes:
+        """Return the key for hashing users: random, made once and kept in the ledger."""
+        with self._database.writing() as connection:
+            return bytes.fromhex(schema.remembered(connection, _HASH_KEY, lambda: new_hash_key().hex()))
+
+    # --- what begins --------------------------------------------------------------------------------------------------
+    def open_session(
+        self, wanted: SessionFacts, *, idle_ns: int, given_id: bool, conversation_id: str | None = None
+    ) -> SessionOpened:
+        """Begin a session, or continue the one that is open.
+
+        Args:
+            wanted: The session as it would begin now.
+            idle_ns: Silence after which an open session is continued no more, in nanoseconds.
+            given_id: Whether the app chose the id: then the session of that id is continued, whatever its age, and one
+                that had ended is open again. Otherwise the open session of the user and channel is continued, or
+                without a user that of the conversation.
+            conversation_id: The conversation, for a session without a user.
+        """
+        with self._database.writing() as connection:
+            if given_id:
+                row = _first(connection, sessions.c.id == wanted.id)
+                if row is not None:
+                    if row["ended_ns"] is not None:
+                        connection.execute(
+                            update(sessions)
+                            .where(sessions.c.id == wanted.id)
+                            .values(ended_ns=None, end_reason=None, last_activity_ns=wanted.started_ns)
+                        )
+                    return SessionOpened(_facts(row), is_new=False)
+            else:
+                row = self._open_session_of(connection, wanted, conversation_id)
+                if row is not None and wanted.started_ns - row["last_activity_ns"] <= idle_ns:
+                    return SessionOpened(_facts(row), is_new=False)
+            expired = None if given_id or row is None else str(row["id"])
+            return SessionOpened(self._begin_session(connection, wanted), is_new=True, expired_id=expired)
+
+    def _open_session_of(
+        self, connection: Connection, wanted: SessionFacts, conversation_id: str | None
+    ) -> RowMapping | None:
+        if wanted.user_id is not None:
+            return _first(
+                connection,
+                sessions.c.user_id == wanted.user_id,
+                sessions.c.channel == wanted.channel,
+                sessions.c.ended_ns.is_(None),
+            )
+        if conversation_id is not None:
+            last = select(conversations.c.session_id).where(conversations.c.id == conversation_id)
+            return _first(
+                connection,
+                sessions.c.id == last.scalar_subquery(),
+                sessions.c.user_id.is_(None),
+                sessions.c.ended_ns.is_(None),
+            )
+        return None
+
+    def _begin_session(self, connection: Connection, wanted: SessionFacts) -> SessionFacts:
+        begun = replace(wanted, sessions_total=1)
+        if wanted.user_id is not None and (last := _first(connection, sessions.c.user_id == wanted.user_id)):
+            begun = replace(begun, previous_id=last["id"], sessions_total=last["sessions_total"] + 1)
+        connection.execute(
+            insert(sessions).values(
+                id=begun.id,
+                user_id=begun.user_id,
+                channel=begun.channel,
+                type=begun.type,
+                tier=begun.tier,
+                org_id=begun.org_id,
+                locale=begun.locale,
+                client_version=begun.client_version,
+                previous_id=begun.previous_id,
+                sessions_total=begun.sessions_total,
+                started_ns=begun.started_ns,
+                last_activity_ns=begun.started_ns,
+            )
+        )
+        return begun
+
+    def begin_turn(
+        self,
+        turn_id: str,
+        *,
+        session_id: str,
+        conversation_id: str,
+        user_id: str | None,
+        topic: str | None,
+        role: str,
+        started_ns: int,
+        active_since_ns: int,
+        trace_id: str,
+        root_span_id: str,
+    ) -> int | None:
+        """Give a turn its number and write it down as open.
+
+        Args:
+            turn_id: Id of the turn.
+            started_ns: When it begins, in nanoseconds since 1970.
+            active_since_ns: The session must have been active since then, else it is not continued.
+
+        Returns:
+            Its number in the conversation, from 1, without gaps; None when the session has ended or has been silent
+            for too long, and nothing was written.
+        """
+        values: dict[str, Any] = {
+            "id": turn_id,
+            "session_id": session_id,
+            "conversation_id": conversation_id,
+            "user_id": user_id,
+            "topic": topic,
+            "role": role,
+            "started_ns": started_ns,
+            "active_since_ns": active_since_ns,
+            "trace_id": trace_id,
+            "root_span_id": root_span_id,
+            "status": OPEN,
+        }
+        with self._database.fast_writing() as cursor:
+            if self._touch_session.run(cursor, values).rowcount != 1:
+                return None
+            number = self._next_number.run(cursor, {**values, "id": conversation_id}).fetchone()[0]
+            self._insert_turn.run(cursor, {**_ZEROS, **values, "number": number})
+        return int(number)
+
+    # --- what ends ----------------------------------------------------------------------------------------------------
+    @contextmanager
+    def writing(self) -> Iterator["LedgerWriter"]:
+        """Give a writer whose changes are all made at the end of the block, or none of them."""
+        with self._database.writing() as connection:
+            yield LedgerWriter(connection)
+
+    # --- questions ----------------------------------------------------------------------------------------------------
+    def session(self, session_id: str) -> SessionSummary | None:
+        """Return what is known of a session, or None."""
+        with self._database.reading() as connection:
+            row = _first(connection, sessions.c.id == session_id)
+            return None if row is None else _summary(connection, row)
+
+    def sessions(self, *, limit: int = 50, ids: Sequence[str] | None = None) -> list[SessionSummary]:
+        """Return the latest sessions, the newest first, without the figures of their users."""
+        query = select(sessions).order_by(sessions.c.started_ns.desc(), sessions.c.id).limit(limit)
+        if ids is not None:
+            query = query.where(sessions.c.id.in_(ids))
+        with self._database.reading() as connection:
+            return [_plain_summary(row) for row in connection.execute(query).mappings()]
+
+    def turns(self, session_id: str) -> list[tuple[TurnSummary, list[Step]]]:
+        """Return the turns of a session with their steps, in the order in which they began."""
+        query = (
+            select(turns)
+            .where(turns.c.session_id == session_id)
+            .order_by(turns.c.started_ns, turns.c.conversation_id, turns.c.number)
+        )
+        with self._database.reading() as connection:
+            return [(_turn(row), _steps(row["steps"])) for row in connection.execute(query).mappings()]
+
+    def turn_numbers(self, conversation_id: str) -> list[int]:
+        """Return the numbers of the turns of a conversation that have ended, in order."""
+        query = (
+            select(turns.c.number)
+            .where(turns.c.conversation_id == conversation_id, turns.c.ended_ns.is_not(None))
+            .order_by(turns.c.number)
+        )
+        with self._database.reading() as connection:
+            return list(connection.execute(query).scalars())
+
+    def outbox(self, *, limit: int = 1000, after_id: int = 0) -> list[OutboxItem]:
+        """Return what waits to be sent, the oldest first."""
+        query = select(outbox).where(outbox.c.id > after_id).order_by(outbox.c.id).limit(limit)
+        with self._database.reading() as connection:
+            return [
+                OutboxItem(row["id"], row["kind"], row["body"], row["items"], row["created_ns"])
+                for row in connection.execute(query).mappings()
+            ]
+
+
+class LedgerWriter:
+    """Changes to the ledger within one transaction.
+
+    Args:
+        connection: The connection that the transaction is on.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def put(self, kind: str, body: bytes, *, items: int, created_ns: int) -> None:
+        """Put something into the outbox."""
+        self._connection.execute(insert(outbox).values(kind=kind, body=body, items=items, created_ns=created_ns))
+
+    def remove(self, item_id: int) -> None:
+        """Take something out of the outbox."""
+        self._connection.execute(delete(outbox).where(outbox.c.id == item_id))
+
+    def finish_turn(self, turn: TurnSummary, steps: Sequence[Step], *, spans: int) -> bool:
+        """Write down how a turn ended, and add it to its session.
+
+        Args:
+            turn: The turn, with its end.
+            steps: Its steps, for looking at.
+            spans: How many spans its trace has.
+
+        Returns:
+            Whether this was its end: a turn that had ended before is not changed.
+        """
+        values = {_new(name): getattr(turn, name) for name in _TURN_RESULT}
+        values |= {"turn_id": turn.id, _new("steps"): _steps_text(steps), _new("spans"): spans}
+        if self._connection.execute(_END_TURN, values).rowcount != 1:
+            return False
+        added = {_new(name): getattr(turn, name) for name in (*_SUMMED, "ended_ns")}
+        added |= {"session": turn.session_id, "failed": int(turn.status == "failed")}
+        self._connection.execute(_ADD_TO_SESSION, added)
+        return True
+
+    def add_spans(self, turn_id: str, spans: int) -> None:
+        """Count spans that ended after their turn."""
+        self._connection.execute(update(turns).where(turns.c.id == turn_id).values(spans=turns.c.spans + spans))
+
+    def announced(self, session_id: str) -> bool:
+        """Note that the start of a session has its span; tell whether it had none before."""
+        noted = update(sessions).where(sessions.c.id == session_id, sessions.c.announced.is_(False))
+        return self._connection.execute(noted.values(announced=True)).rowcount == 1
+
+    def end_session(self, session_id: str, reason: str, ended_ns: int) -> SessionSummary | None:
+        """End a session.
+
+        Returns:
+            The session with its totals; None when it had ended before or does not exist.
+        """
+        ended = self._connection.execute(
+            update(sessions)
+            .where(sessions.c.id == session_id, sessions.c.ended_ns.is_(None))
+            .values(ended_ns=ended_ns, end_reason=reason)
+        )
+        if ended.rowcount != 1:
+            return None
+        row = _first(self._connection, sessions.c.id == session_id)
+        return None if row is None else _summary(self._connection, row)
+
+
+# --- rows and what they stand for -------------------------------------------------------------------------------------
+_TURN_RESULT: Final = (
+    *("status", "ended_ns", "role", "input_length", "output_length", "input_type", "output_type", "has_attachments"),
+    *("intent", "agent_runs", "tool_calls", "llm_calls", "input_tokens", "output_tokens", "cost_usd"),
+    *("unpriced_calls", "latency_ms", "wait_ms", "time_to_first_token_ms", "model", "error"),
+    *("trace_id", "root_span_id"),
+)
+_SUMMED: Final = (
+    *("llm_calls", "tool_calls", "input_tokens", "output_tokens", "cost_usd", "unpriced_calls"),
+    *("latency_ms", "wait_ms"),
+)
+_ZEROS: Final = dict.fromkeys((*_SUMMED, "agent_runs", "spans"), 0)
+
+
+def _new(name: str) -> str:
+    return f"new_{name}"  # SQLAlchemy keeps the column's own name for itself in an UPDATE
+
+
+def _later(column: Any, value: BindParameter[int]) -> Any:
+    return case((column > value, column), else_=value)  # a clock that goes back does not take activity away
+
+
+_END_TURN: Final = (
+    update(turns)
+    .where(turns.c.id == bindparam("turn_id"), turns.c.ended_ns.is_(None))
+    .values({name: bindparam(_new(name)) for name in (*_TURN_RESULT, "steps", "spans")})
+)
+_ADD_TO_SESSION: Final = (
+    update(sessions)
+    .where(sessions.c.id == bindparam("session"))
+    .values(
+        last_activity_ns=_later(sessions.c.last_activity_ns, bindparam(_new("ended_ns"))),
+        total_turns=sessions.c.total_turns + 1,
+        failed_turns=sessions.c.failed_turns + bindparam("failed"),
+        llm_calls=sessions.c.llm_calls + bindparam(_new("llm_calls")),
+        tool_calls=sessions.c.tool_calls + bindparam(_new("tool_calls")),
+        input_tokens=sessions.c.input_tokens + bindparam(_new("input_tokens")),
+        output_tokens=sessions.c.output_tokens + bindparam(_new("output_tokens")),
+        total_cost_usd=sessions.c.total_cost_usd + bindparam(_new("cost_usd")),
+        unpriced_calls=sessions.c.unpriced_calls + bindparam(_new("unpriced_calls")),
+        active_ms=sessions.c.active_ms + bindparam(_new("latency_ms")),
+        wait_ms=sessions.c.wait_ms + bindparam(_new("wait_ms")),
+    )
+)
+
+
+def _first(connection: Connection, *conditions: Any) -> RowMapping | None:
+    query = select(sessions).where(*conditions).order_by(sessions.c.started_ns.desc(), sessions.c.id.desc()).limit(1)
+    return connection.execute(query).mappings().first()
+
+
+def _facts(row: RowMapping) -> SessionFacts:
+    return SessionFacts(**{name: row[name] for name in SessionFacts.__slots__})
+
+
+_SUMMARY_COLUMNS: Final = tuple(name for name in SessionSummary.__slots__ if name in sessions.c)
+_TURN_COLUMNS: Final = tuple(name for name in TurnSummary.__slots__ if name in turns.c)
+
+
+def _plain_summary(row: RowMapping) -> SessionSummary:
+    return SessionSummary(**{name: row[name] for name in _SUMMARY_COLUMNS}, user_sessions_total=row["sessions_total"])
+
+
+def _summary(connection: Connection, row: RowMapping) -> SessionSummary:
+    summary = _plain_summary(row)
+    if row["user_id"] is None:
+        return replace(summary, user_sessions_total=None)
+    count, total_turns, first, last = connection.execute(
+        select(
+            func.count(),
+            func.sum(sessions.c.total_turns),
+            func.min(sessions.c.started_ns),
+            func.max(sessions.c.started_ns),
+        ).where(sessions.c.user_id == row["user_id"])
+    ).one()
+    return replace(
+        summary,
+        user_sessions_total=count,
+        user_avg_session_length=float(total_turns) / count,
+        user_retention_days=int(last - first) // _DAY_NS,
+    )
+
+
+def _turn(row: RowMapping) -> TurnSummary:
+    return TurnSummary(**{name: row[name] for name in _TURN_COLUMNS})
+
+
+_STEP_FIELDS: Final = Step.__slots__
+
+
+def _steps_text(steps: Sequence[Step]) -> str:
+    return json.dumps([[getattr(step, name) for name in _STEP_FIELDS] for step in steps], separators=(",", ":"))
+
+
+def _steps(text: str | None) -> list[Step]:
+    return [Step(*values) for values in json.loads(text)] if text else []

@@ -1,0 +1,134 @@
+"""The tables of the ledger and the version of their schema.
+
+Times are nanoseconds since 1970 in UTC (``*_ns``), durations are milliseconds (``*_ms``), money is US dollars. All
+tables are prefixed ``turntrace_``, so the ledger can live in a database beside other tables.
+"""
+
+from typing import Final
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+SCHEMA_VERSION: Final = 1
+"""Version of the tables below; a change of them raises it and adds a migration to `turntrace.ledger.schema`."""
+
+metadata = MetaData()
+
+meta = Table(
+    "turntrace_meta",
+    metadata,
+    Column("key", String(64), primary_key=True),
+    Column("value", Text, nullable=False),
+)
+
+sessions = Table(
+    "turntrace_sessions",
+    metadata,
+    Column("id", String(200), primary_key=True),
+    Column("user_id", String(64)),
+    Column("channel", String(200), nullable=False),
+    Column("type", String(40), nullable=False),
+    Column("tier", String(200)),
+    Column("org_id", String(200)),
+    Column("locale", String(200)),
+    Column("client_version", String(200)),
+    Column("previous_id", String(200)),
+    Column("sessions_total", Integer, nullable=False),
+    Column("started_ns", BigInteger, nullable=False),
+    Column("last_activity_ns", BigInteger, nullable=False),
+    Column("ended_ns", BigInteger),
+    Column("end_reason", String(200)),
+    Column("announced", Boolean, nullable=False, default=False),
+    Column("total_turns", Integer, nullable=False, default=0),
+    Column("failed_turns", Integer, nullable=False, default=0),
+    Column("llm_calls", Integer, nullable=False, default=0),
+    Column("tool_calls", Integer, nullable=False, default=0),
+    Column("input_tokens", BigInteger, nullable=False, default=0),
+    Column("output_tokens", BigInteger, nullable=False, default=0),
+    Column("total_cost_usd", Double, nullable=False, default=0.0),
+    Column("unpriced_calls", Integer, nullable=False, default=0),
+    Column("active_ms", BigInteger, nullable=False, default=0),
+    Column("wait_ms", BigInteger, nullable=False, default=0),
+    Index("turntrace_sessions_user", "user_id", "channel", "started_ns"),
+    Index("turntrace_sessions_started", "started_ns"),
+    Index("turntrace_sessions_open", "ended_ns", "last_activity_ns"),
+)
+
+conversations = Table(
+    "turntrace_conversations",
+    metadata,
+    Column("id", String(200), primary_key=True),
+    Column("session_id", String(200), ForeignKey("turntrace_sessions.id"), nullable=False),
+    Column("user_id", String(64)),
+    Column("topic", String(200)),
+    Column("last_number", Integer, nullable=False),
+    Column("started_ns", BigInteger, nullable=False),
+    Column("last_activity_ns", BigInteger, nullable=False),
+)
+
+turns = Table(
+    "turntrace_turns",
+    metadata,
+    Column("id", String(200), primary_key=True),
+    Column("conversation_id", String(200), ForeignKey("turntrace_conversations.id"), nullable=False),
+    Column("session_id", String(200), ForeignKey("turntrace_sessions.id"), nullable=False),
+    Column("user_id", String(64)),
+    Column("number", Integer, nullable=False),
+    Column("status", String(20), nullable=False),
+    Column("started_ns", BigInteger, nullable=False),
+    Column("ended_ns", BigInteger),
+    Column("trace_id", String(32)),
+    Column("root_span_id", String(16)),
+    Column("role", String(20)),
+    Column("input_length", Integer),
+    Column("output_length", Integer),
+    Column("input_type", String(40)),
+    Column("output_type", String(40)),
+    Column("has_attachments", Boolean),
+    Column("intent", String(200)),
+    Column("agent_runs", Integer, nullable=False, default=0),
+    Column("tool_calls", Integer, nullable=False, default=0),
+    Column("llm_calls", Integer, nullable=False, default=0),
+    Column("input_tokens", BigInteger, nullable=False, default=0),
+    Column("output_tokens", BigInteger, nullable=False, default=0),
+    Column("cost_usd", Double, nullable=False, default=0.0),
+    Column("unpriced_calls", Integer, nullable=False, default=0),
+    Column("latency_ms", BigInteger, nullable=False, default=0),
+    Column("wait_ms", BigInteger, nullable=False, default=0),
+    Column("time_to_first_token_ms", BigInteger),
+    Column("model", String(200)),
+    Column("error", String(200)),
+    Column("spans", Integer, nullable=False, default=0),
+    Column("steps", Text),
+    UniqueConstraint("conversation_id", "number", name="turntrace_turns_number"),
+    Index("turntrace_turns_session", "session_id", "started_ns"),
+    Index("turntrace_turns_status", "status", "started_ns"),
+)
+
+outbox = Table(
+    "turntrace_outbox",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("kind", String(20), nullable=False),
+    Column("body", LargeBinary, nullable=False),
+    Column("items", Integer, nullable=False),
+    Column("created_ns", BigInteger, nullable=False),
+    Column("attempts", Integer, nullable=False, default=0),
+    Column("next_try_ns", BigInteger, nullable=False, default=0),
+    Column("leased_until_ns", BigInteger, nullable=False, default=0),
+    Column("refused", Text),
+    sqlite_autoincrement=True,
+)

@@ -1,0 +1,331 @@
+"""What the writer does when steps, turns and sessions end: it ends their spans and writes their rows together."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.trace import Span, StatusCode
+
+from turntrace import attributes as a
+from turntrace.attributes import AttributeValue
+from turntrace.content import Message, classify_output, read_message, to_json
+from turntrace.export import ids_of, to_otlp
+from turntrace.identity import derived_id
+from turntrace.ledger import LedgerWriter
+from turntrace.lifecycle.pricing import cost_usd
+from turntrace.lifecycle.steps import OpenStep
+from turntrace.records import SessionFacts, SessionSummary, Step, TurnSummary, elapsed_ms, iso_time
+
+if TYPE_CHECKING:
+    from turntrace.lifecycle.tracker import SessionTracker
+    from turntrace.lifecycle.turn import Turn
+
+_MAX_STEPS_KEPT: Final = 1_000
+"""Steps of a turn that the ledger keeps for looking at; the spans have all of them."""
+
+_KIND_SPANS: Final = "spans"
+
+
+class _SpanJob:
+    """A job whose spans go into the outbox in the transaction that writes its rows."""
+
+    def __init__(self, tracker: "SessionTracker") -> None:
+        self._tracker = tracker
+        self._spans: list[ReadableSpan] = []
+        self._body = b""
+
+    def prepare(self) -> None:
+        """Do what needs no transaction."""
+
+    def _keep(self, spans: list[ReadableSpan]) -> None:
+        self._spans.extend(spans)
+        if self._spans and self._tracker.target.to_outbox:
+            self._body = to_otlp(self._spans)
+
+    def _put_spans(self, ledger: LedgerWriter) -> None:
+        if self._body:
+            ledger.put(_KIND_SPANS, self._body, items=len(self._spans), created_ns=self._tracker.clock())
+
+
+class SettleTurn(_SpanJob):
+    """Writes down the steps of a turn that have ended while it goes on, or after it."""
+
+    def __init__(self, turn: "Turn") -> None:
+        super().__init__(turn.tracker)
+        self._turn = turn
+        self._new_spans = 0
+
+    def prepare(self) -> None:
+        """End the spans of the steps."""
+        before = self._turn.account.spans
+        self._keep(self._end_steps())
+        self._new_spans = self._turn.account.spans - before
+
+    def _end_steps(self) -> list[ReadableSpan]:
+        turn = self._turn
+        steps, others = turn.take_ended()
+        with self._tracker.target.capturing() as ended:
+            for step in steps:
+                _end_step(turn, step)
+        turn.account.spans += len(steps) + len(others)
+        return ended + others
+
+    def write(self, ledger: LedgerWriter) -> None:
+        """Put the spans into the outbox."""
+        self._put_spans(ledger)
+        if self._turn.is_finished and self._new_spans:
+            ledger.add_spans(self._turn.id, self._new_spans)
+
+
+class FinishTurn(SettleTurn):
+    """Writes down a turn that has ended, with its last spans."""
+
+    def __init__(self, turn: "Turn", status: str, ended_ns: int) -> None:
+        super().__init__(turn)
+        self._status = status
+        self._ended_ns = ended_ns
+        self._summary: TurnSummary | None = None
+
+    def prepare(self) -> None:
+        """Sum the turn up, and end its spans, the root last."""
+        turn = self._turn
+        spans = self._end_steps()
+        question, answer = read_message(turn.message), read_message(turn.answer)
+        self._summary = _sum_up(turn, self._status, self._ended_ns, question, answer)
+        with self._tracker.target.capturing() as ended:
+            turn.root.set_attributes({**self._summary.attributes(), **_content(turn, self._summary, question, answer)})
+            if self._status in ("failed", "abandoned"):
+                _mark_failed(turn.root, self._summary.error or self._status, None, failed=self._status == "failed")
+            turn.root.end(self._ended_ns)
+        turn.account.spans += 1
+        self._keep(spans + ended)
+
+    def write(self, ledger: LedgerWriter) -> None:
+        """Put the spans into the outbox and end the row of the turn, in one transaction."""
+        if self._summary is not None:
+            self._put_spans(ledger)
+            account = self._turn.account
+            ledger.finish_turn(self._summary, account.steps, spans=account.spans)
+
+
+class AnnounceSession(_SpanJob):
+    """Writes the span ``session.start``."""
+
+    def __init__(self, tracker: "SessionTracker", session: SessionFacts) -> None:
+        super().__init__(tracker)
+        self._session = session
+
+    def prepare(self) -> None:
+        """Make the span."""
+        session = self._session
+        asked = {"channel": session.channel, "type": session.type, "locale": session.locale}
+        known = {"previous_session": session.previous_id, "sessions_total": session.sessions_total}
+        self._keep(_session_span(self._tracker, a.SPAN_SESSION_START, session.attributes(), session.started_ns, asked, known))
+
+    def write(self, ledger: LedgerWriter) -> None:
+        """Put the span into the outbox, once for the session."""
+        if ledger.announced(self._session.id):
+            self._put_spans(ledger)
+
+
+class EndSession(_SpanJob):
+    """Ends a session: its row, and the span ``session.end`` with its totals."""
+
+    def __init__(self, tracker: "SessionTracker", session_id: str, reason: str, ended_ns: int) -> None:
+        super().__init__(tracker)
+        self._session_id = session_id
+        self._reason = reason
+        self._ended_ns = ended_ns
+
+    def write(self, ledger: LedgerWriter) -> None:
+        """End the session and put its span into the outbox, in one transaction, once."""
+        ended = ledger.end_session(self._session_id, self._reason, self._ended_ns)
+        if ended is None:
+            return
+        if not self._spans:
+            self._keep(_session_end(self._tracker, ended))
+        self._put_spans(ledger)
+
+
+def _session_end(tracker: "SessionTracker", ended: SessionSummary) -> list[ReadableSpan]:
+    words = {name: getattr(ended, name) for name in ("id", "user_id", "channel", "tier", "org_id", "started_ns")}
+    tags = SessionFacts(**words)
+    return _session_span(
+        tracker,
+        a.SPAN_SESSION_END,
+        {**tags.attributes(), **ended.attributes()},
+        ended.ended_ns or ended.last_activity_ns,
+        {"reason": ended.end_reason, "duration_ms": ended.duration_ms},
+        {
+            "turns": ended.total_turns,
+            "tokens": ended.total_tokens,
+            "cost_usd": ended.total_cost_usd,
+            "active_ms": ended.active_ms,
+        },
+    )
+
+
+def _session_span(
+    tracker: "SessionTracker",
+    name: str,
+    attributes: Mapping[str, AttributeValue],
+    at_ns: int,
+    asked: dict[str, Any],
+    known: dict[str, Any],
+) -> list[ReadableSpan]:
+    shown = {
+        a.LANGFUSE_OBSERVATION_TYPE: "event",
+        a.LANGFUSE_TRACE_NAME: name,
+        # Langfuse's client exports a span of another scope only when it starts with a name of OTel GenAI.
+        a.GEN_AI_OPERATION_NAME: name,
+        a.LANGFUSE_OBSERVATION_INPUT: to_json(_known(asked)),
+        a.LANGFUSE_OBSERVATION_OUTPUT: to_json(_known(known)),
+    }
+    # Ids that derive from the session: a second sending overwrites, as does the end after the session went on again.
+    trace_id, span_id = derived_id(name, str(attributes[a.SESSION_ID])), derived_id(name, "span", str(attributes[a.SESSION_ID]))
+    with tracker.target.capturing() as ended:
+        span = tracker.target.start_root(
+            name, attributes={**attributes, **shown}, start_ns=at_ns, ids=(int(trace_id, 16), int(span_id[:16], 16))
+        )
+        span.end(at_ns)
+    return ended
+
+
+def _end_step(turn: "Turn", step: OpenStep) -> None:
+    account = turn.account
+    late: dict[str, AttributeValue] = {}
+    cost: float | None = None
+    if step.extra is not None:
+        late.update(step.extra)
+    if step.call is not None:
+        late.update(step.call.attributes())
+        cost = _account_call(turn, step, late)
+    elif step.kind == "generation":
+        account.llm_calls += 1
+    elif step.kind == "tool":
+        account.tool_calls += 1
+    if late:
+        step.span.set_attributes(late)
+    if step.error is not None or step.abandoned:
+        text = None if step.error_text is None else turn.tracker.content.clean(step.error_text)
+        _mark_failed(step.span, step.error or "abandoned", text, failed=not step.abandoned)
+    step.span.end(step.end_ns)
+    if len(account.steps) < _MAX_STEPS_KEPT:
+        account.steps.append(_as_record(turn, step, cost))
+
+
+def _account_call(turn: "Turn", step: OpenStep, late: dict[str, AttributeValue]) -> float | None:
+    account, call = turn.account, step.call
+    account.llm_calls += 1
+    assert call is not None
+    account.model = call.model or account.model
+    if step.first_token_ns is not None:
+        late[a.LANGFUSE_COMPLETION_START_TIME] = iso_time(step.first_token_ns)
+        if account.first_token_ns is None or step.first_token_ns < account.first_token_ns:
+            account.first_token_ns = step.first_token_ns
+    if call.usage is None:
+        account.unpriced_calls += 1
+        return None
+    account.input_tokens += call.usage.input_tokens
+    account.output_tokens += call.usage.output_tokens
+    cost = cost_usd(call.model, call.provider, call.usage)
+    if cost is None:
+        account.unpriced_calls += 1
+    else:
+        account.cost_usd += cost
+        late[a.LANGFUSE_COST_DETAILS] = to_json({"total": cost})
+    return cost
+
+
+def _as_record(turn: "Turn", step: OpenStep, cost: float | None) -> Step:
+    usage = None if step.call is None else step.call.usage
+    above = turn.root if step.parent is None else step.parent.span
+    return Step(
+        span_id=ids_of(step.span)[1],
+        parent_id=ids_of(above)[1],
+        name=step.name,
+        kind=step.kind,
+        start_ms=elapsed_ms(turn.started_ns, step.start_ns),
+        duration_ms=elapsed_ms(step.start_ns, step.end_ns or step.start_ns),
+        input_tokens=None if usage is None else usage.input_tokens,
+        output_tokens=None if usage is None else usage.output_tokens,
+        cost_usd=cost,
+        error=step.error or ("abandoned" if step.abandoned else None),
+    )
+
+
+def _sum_up(
+    turn: "Turn", status: str, ended_ns: int, question: Message | None, answer: Message | None
+) -> TurnSummary:
+    account = turn.account
+    trace_id, root_span_id = ids_of(turn.root)
+    has_answer = turn.answer is not None and status != "failed"
+    output_type = {"failed": "error", "interrupted": "interrupt"}.get(status)
+    if output_type is None and has_answer:
+        output_type = classify_output(turn.answer)
+    return TurnSummary(
+        id=turn.id,
+        session_id=turn.conversation.session.id,
+        conversation_id=turn.conversation.id,
+        user_id=turn.conversation.session.user_id,
+        number=turn.number,
+        started_ns=turn.started_ns,
+        ended_ns=ended_ns,
+        status=status,
+        role=turn.role,
+        input_length=None if question is None else len(question.text),
+        output_length=len(answer.text) if answer is not None and has_answer else None,
+        input_type=None if question is None else turn.tracker.classify(question.text),
+        output_type=output_type,
+        has_attachments=None if question is None else question.attachments > 0,
+        intent=turn.intent,
+        agent_runs=turn.agent_runs,
+        tool_calls=account.tool_calls,
+        llm_calls=account.llm_calls,
+        input_tokens=account.input_tokens,
+        output_tokens=account.output_tokens,
+        cost_usd=account.cost_usd,
+        unpriced_calls=account.unpriced_calls,
+        latency_ms=elapsed_ms(turn.started_ns, ended_ns),
+        time_to_first_token_ms=(
+            None if account.first_token_ns is None else elapsed_ms(turn.started_ns, account.first_token_ns)
+        ),
+        model=account.model,
+        error=turn.error,
+        trace_id=trace_id,
+        root_span_id=root_span_id,
+    )
+
+
+def _content(
+    turn: "Turn", summary: TurnSummary, question: Message | None, answer: Message | None
+) -> dict[str, AttributeValue]:
+    """Return what Langfuse shows as the input and output of the turn: safe facts, or the texts where they may leave."""
+    policy = turn.tracker.content
+    asked: Any = {"turn": summary.number, "type": summary.input_type, "length": summary.input_length}
+    told: Any = {"status": summary.status, "type": summary.output_type, "length": summary.output_length}
+    if policy.records_turn:
+        asked = [{"role": summary.role, "content": policy.clean(question.text)}] if question is not None else asked
+        if answer is not None and summary.output_length is not None:
+            told = {"role": answer.role, "content": policy.clean(answer.text)}
+    return {
+        a.LANGFUSE_OBSERVATION_INPUT: to_json(_known(asked)),
+        a.LANGFUSE_OBSERVATION_OUTPUT: to_json(_known(told)),
+    }
+
+
+def _known(facts: Any) -> Any:
+    return {name: value for name, value in facts.items() if value is not None} if isinstance(facts, dict) else facts
+
+
+def _mark_failed(span: Span, error: str, text: str | None, *, failed: bool) -> None:
+    message = error if text is None else f"{error}: {text}"
+    span.set_attributes(
+        {
+            a.ERROR_TYPE: error,
+            a.LANGFUSE_OBSERVATION_LEVEL: "ERROR" if failed else "WARNING",
+            a.LANGFUSE_STATUS_MESSAGE: message,
+        }
+    )
+    if failed:
+        span.set_status(StatusCode.ERROR, message)

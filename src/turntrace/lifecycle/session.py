@@ -1,0 +1,203 @@
+"""A session, one sitting of a user, and the conversations in it."""
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Self
+
+from turntrace.errors import StateError
+from turntrace.identity import check_id, check_text, new_id
+from turntrace.lifecycle.turn import Turn, is_abandoning
+from turntrace.records import SessionFacts, SessionSummary
+
+if TYPE_CHECKING:
+    from turntrace.lifecycle.tracker import SessionTracker
+
+
+class Session:
+    """One sitting of a user. It is made by `SessionTracker.session` or `SessionTracker.start_session`.
+
+    As a block it ends when the block is left: with the reason ``user_exit``, or ``error`` when an exception leaves it.
+
+    Attributes:
+        tracker: The tracker that it belongs to.
+        facts: What is known of it from its start.
+    """
+
+    def __init__(self, tracker: "SessionTracker", facts: SessionFacts) -> None:
+        self.tracker = tracker
+        self.facts = facts
+
+    def __repr__(self) -> str:
+        return f"<Session {self.id!r}>"
+
+    @property
+    def id(self) -> str:
+        """Id of the session."""
+        return self.facts.id
+
+    @property
+    def user_id(self) -> str | None:
+        """Hash of the user's id, None for an unknown user."""
+        return self.facts.user_id
+
+    def conversation(self, conversation_id: str | None = None, *, topic: str | None = None) -> "Conversation":
+        """Begin or continue a conversation in this session.
+
+        Args:
+            conversation_id: Its id, which is LangGraph's ``thread_id``; a new one by default.
+            topic: What it is about, safe to log.
+
+        Raises:
+            IdentityError: If the id or the topic cannot be used.
+        """
+        chosen = new_id() if conversation_id is None else check_id(conversation_id, "conversation_id")
+        return Conversation(self, chosen, None if topic is None else check_text(topic, "topic"))
+
+    def end(self, reason: str = "user_exit") -> None:
+        """End the session; ending it again does nothing. Nobody waits for it to be written.
+
+        Args:
+            reason: ``user_exit``, ``completed``, ``inactive_timeout``, ``error``, ``handoff``, ``shutdown``, or a word
+                of the app's own.
+
+        Raises:
+            IdentityError: If the reason is not a string of 1 to 200 characters.
+        """
+        self.tracker.end_session(self.id, check_text(reason, "reason"))
+
+    async def aend(self, reason: str = "user_exit") -> None:
+        """End the session, as `end` does, which does not wait either."""
+        self.end(reason)
+
+    def summary(self) -> SessionSummary:
+        """Return what the ledger knows of the session, once all that has ended is written down.
+
+        Raises:
+            StateError: If the ledger does not know the session any more.
+        """
+        found = self.tracker.session_summary(self.id)
+        if found is None:
+            raise StateError(f"The ledger has no session {self.id!r}: it was erased.")
+        return found
+
+    async def asummary(self) -> SessionSummary:
+        """Return what `summary` returns, without blocking the event loop."""
+        return await self.tracker.run_off_loop(self.summary)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        self.end("user_exit" if error is None or is_abandoning(error) else "error")
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self.__exit__(kind, error, traceback)
+
+
+class Conversation:
+    """A topic or thread within a session; it may go on in a later one.
+
+    Attributes:
+        session: The session that it goes on in now.
+        id: Its id, which is LangGraph's ``thread_id``.
+        topic: What it is about, when that is known.
+    """
+
+    def __init__(self, session: Session, conversation_id: str, topic: str | None = None) -> None:
+        self.session = session
+        self.id = conversation_id
+        self.topic = topic
+
+    def __repr__(self) -> str:
+        return f"<Conversation {self.id!r} of {self.session!r}>"
+
+    def start_turn(self, message: Any = None, *, role: str = "user") -> Turn:
+        """Begin a turn, which ends with `Turn.end`.
+
+        Args:
+            message: What the user said: a text, or a message in any form that LangGraph takes; None when the agent
+                begins the exchange. Of it only length and kind are recorded unless the content policy allows more.
+            role: ``user``, or ``assistant`` when the agent began the exchange.
+
+        Raises:
+            StateError: If the role is neither.
+            LedgerError: If the ledger cannot be written.
+        """
+        if role not in ("user", "assistant"):
+            raise StateError(f"The role of a turn cannot be {role!r}. Allowed are user and assistant.")
+        return self.session.tracker.start_turn(self, message, role=role)
+
+    def turn(self, message: Any = None, *, role: str = "user") -> "TurnBlock":
+        """Give the block of a turn: ``with conversation.turn("Hello") as turn:``, or the same with ``async with``.
+
+        Takes what `start_turn` takes. The turn begins and ends with the block. Within it every run of a graph joins
+        the turn, also one that is given neither callback nor config.
+        """
+        return TurnBlock(self, message, role)
+
+    async def astart_turn(self, message: Any = None, *, role: str = "user") -> Turn:
+        """Begin a turn, as `start_turn` does, without blocking the event loop while the ledger is asked."""
+        return await self.session.tracker.run_off_loop(self.start_turn, message, role=role)
+
+
+class TurnBlock:
+    """The block of a turn: it begins when the block is entered and ends when it is left."""
+
+    def __init__(self, conversation: Conversation, message: Any, role: str) -> None:
+        self._conversation = conversation
+        self._message = message
+        self._role = role
+        self._turn: Turn | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"The turn has not begun, so it has no {name!r} yet. Write: with conversation.turn(...) as turn: "
+            "or, without a block, turn = conversation.start_turn(...) and in the end turn.end()."
+        )
+
+    def __enter__(self) -> Turn:
+        self._turn = self._conversation.start_turn(self._message, role=self._role)
+        return self._turn.__enter__()
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if self._turn is not None:
+            self._turn.__exit__(kind, error, traceback)
+
+    async def __aenter__(self) -> Turn:
+        self._turn = await self._conversation.astart_turn(self._message, role=self._role)
+        return self._turn.__enter__()
+
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self.__exit__(kind, error, traceback)
+
+
+class SessionBlock:
+    """The block of a session: it begins when the block is entered and ends when it is left."""
+
+    def __init__(self, start: Callable[[], Session], astart: Callable[[], Awaitable[Session]]) -> None:
+        self._start = start
+        self._astart = astart
+        self._session: Session | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"The session has not begun, so it has no {name!r} yet. Write: with tracker.session(...) as session: "
+            "or, without a block, session = tracker.start_session(...) and in the end session.end()."
+        )
+
+    def __enter__(self) -> Session:
+        self._session = self._start()
+        return self._session
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if self._session is not None:
+            self._session.__exit__(kind, error, traceback)
+
+    async def __aenter__(self) -> Session:
+        self._session = await self._astart()
+        return self._session
+
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self.__exit__(kind, error, traceback)

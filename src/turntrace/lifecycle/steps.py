@@ -1,0 +1,75 @@
+"""The steps of a turn while it runs: open spans, and what the turn's writer is told when they end."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from opentelemetry.trace import Span
+
+from turntrace.attributes import AttributeValue
+from turntrace.records import LLMCall, Step
+
+StepKind = Literal["agent", "chain", "generation", "tool", "retriever"]
+
+OPERATION_OF: Final[Mapping[str, str]] = {"agent": "invoke_agent", "generation": "chat", "tool": "execute_tool"}
+"""The ``gen_ai.operation.name`` of a kind of step, where OpenTelemetry defines one."""
+
+
+@dataclass(slots=True, eq=False)
+class OpenStep:
+    """A step that has begun.
+
+    Attributes:
+        span: Its span.
+        name: Name of the node, the model, the tool or the graph.
+        kind: What it is, as Langfuse's observation type.
+        start_ns: When it began, in nanoseconds since 1970.
+        end_ns: When it ended; None while it runs.
+        parent: The step above it; None right below the root or below a span of other code.
+        call: What is known of the call, for a generation.
+        extra: Attributes that came to be known while it ran.
+        error: Class of the error that ended it.
+        error_text: What may be recorded of that error's text.
+    """
+
+    span: Span
+    name: str
+    kind: StepKind
+    start_ns: int
+    parent: "OpenStep | None" = None
+    end_ns: int | None = None
+    call: LLMCall | None = None
+    first_token_ns: int | None = None
+    extra: dict[str, AttributeValue] | None = None
+    error: str | None = None
+    error_text: str | None = None
+    abandoned: bool = False
+
+    def add(self, name: str, value: AttributeValue) -> None:
+        """Note an attribute, to be set when the step has ended."""
+        if self.extra is None:
+            self.extra = {}
+        self.extra[name] = value
+
+
+@dataclass(slots=True)
+class TurnAccount:
+    """What the steps of a turn add up to. Only the writer's thread touches it.
+
+    Attributes:
+        steps: The steps that have been written, for looking at.
+        spans: Spans of the turn that have ended so far.
+        first_token_ns: When the first token of the turn came, in nanoseconds since 1970.
+        model: The model that was called last.
+    """
+
+    steps: list[Step] = field(default_factory=list)
+    spans: int = 0
+    llm_calls: int = 0
+    tool_calls: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost_usd: float = 0.0
+    unpriced_calls: int = 0
+    first_token_ns: int | None = None
+    model: str | None = None

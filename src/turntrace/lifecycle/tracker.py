@@ -1,0 +1,403 @@
+"""The tracker: begins sessions and turns, and has what ends written down."""
+
+import asyncio
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from datetime import timedelta
+from typing import Any, ClassVar, Final, Self, TypeVar
+
+from opentelemetry import trace
+from sqlalchemy import Engine
+
+from turntrace import attributes as a
+from turntrace.attributes import AttributeValue
+from turntrace.content import ContentLevel, ContentPolicy, classify_input
+from turntrace.errors import ConfigurationError, StateError
+from turntrace.export import SpanTarget, open_target
+from turntrace.identity import check_id, check_text, derived_id, hash_user, is_trace_id, new_id
+from turntrace.ledger import Ledger
+from turntrace.lifecycle.closing import AnnounceSession, EndSession, FinishTurn, SettleTurn
+from turntrace.lifecycle.session import Conversation, Session, SessionBlock
+from turntrace.lifecycle.turn import Turn
+from turntrace.lifecycle.writer import Writer
+from turntrace.records import SessionFacts, SessionSummary, TurnRequest, TurnTags
+from turntrace.settings import read_settings
+
+SESSION_TYPES: Final = ("chat", "api", "batch")
+
+_SESSIONS_REMEMBERED: Final = 10_000
+R = TypeVar("R")
+
+
+class SessionTracker:
+    """Begins sessions and turns, numbers them, and has them written down.
+
+    One tracker serves all requests of a process, from any thread and event loop. It keeps a ledger of what happened
+    (see `turntrace.ledger`) and sends spans to Langfuse when its keys are set; without keys they wait in the ledger.
+
+    Args:
+        ledger: Where the ledger is: a SQLAlchemy URL or engine. Default: ``TURNTRACE_LEDGER_URL``, else a SQLite file
+            in the user's data folder. ``"sqlite://"`` keeps it in memory.
+        content: What of the content is recorded: a `ContentPolicy` or its level. Default: ``TURNTRACE_CONTENT``, else
+            ``metadata``, which records lengths, types and counts only.
+        idle_after: Silence after which the next turn begins a new session: seconds or a `timedelta`. Default:
+            ``TURNTRACE_IDLE_AFTER``, else 30 minutes.
+        user_hash_key: Secret key for hashing user ids. Default: ``TURNTRACE_USER_HASH_KEY``, else a random one that
+            is made once and kept in the ledger.
+        channel: Channel of sessions that are given none. Default: ``TURNTRACE_CHANNEL``, else ``unknown``.
+        tracer_provider: The app's own OpenTelemetry provider. Default: the one that Langfuse's client uses, or the one
+            set for the process.
+        outbox: Whether spans go into the ledger's outbox. Default: only when nothing else takes them.
+        classify: Says what kind of message a user's is (``turn.input_type``). Default: a rule, see
+            `turntrace.content.classify_input`.
+        clock: Tells the time in nanoseconds since 1970.
+        ids: Makes ids of 32 hexadecimal digits.
+
+    Raises:
+        ConfigurationError: If an argument or an environment variable cannot be used.
+        LedgerError: If the ledger cannot be opened.
+    """
+
+    callback_factory: ClassVar[Callable[["SessionTracker"], Any] | None] = None
+    """Makes the callback handler of a tracker; set by `turntrace.graph`, which this floor does not know."""
+
+    def __init__(
+        self,
+        ledger: str | Engine | None = None,
+        *,
+        content: ContentPolicy | ContentLevel | None = None,
+        idle_after: float | timedelta | None = None,
+        user_hash_key: str | bytes | None = None,
+        channel: str | None = None,
+        tracer_provider: trace.TracerProvider | None = None,
+        outbox: bool | None = None,
+        classify: Callable[[str], str] = classify_input,
+        clock: Callable[[], int] = time.time_ns,
+        ids: Callable[[], str] = new_id,
+    ) -> None:
+        settings = read_settings()
+        self.content = content if isinstance(content, ContentPolicy) else ContentPolicy(content or settings.content)
+        self.idle_ns = _idle_ns(settings.idle_after if idle_after is None else idle_after)
+        self.channel = check_text(settings.channel if channel is None else channel, "channel")
+        self.classify = classify
+        self.clock = clock
+        self.new_id = ids
+        self.ledger = Ledger(settings.ledger if ledger is None else ledger)
+        self._hash_key = _hash_key(user_hash_key, settings.user_hash_key, self.ledger)
+        self.target: SpanTarget = open_target(tracer_provider, outbox=outbox)
+        self._writer = Writer(self.ledger)
+        if self.target.processor is not None:
+            self.target.processor.flush_with(self._writer)
+        self._sessions: OrderedDict[Hashable, Session] = OrderedDict()
+        self._turns: dict[str, Turn] = {}
+        self._handler: Any = None
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<SessionTracker on {self.ledger.url}>"
+
+    # --- sessions -----------------------------------------------------------------------------------------------------
+    def start_session(
+        self,
+        *,
+        user_id: str | int | None = None,
+        session_id: str | None = None,
+        channel: str | None = None,
+        session_type: str = "chat",
+        tier: str | None = None,
+        org_id: str | None = None,
+        locale: str | None = None,
+        client_version: str | None = None,
+    ) -> Session:
+        """Begin a session, which ends with `Session.end`.
+
+        Args:
+            user_id: The user's id; only its hash is kept. None for an unknown user.
+            session_id: Its id. The session of that id is continued, also when it had ended. Default: a new one.
+            channel: Where the user is: web, mobile, api, slack, ... Default: the tracker's.
+            session_type: ``chat``, ``api`` or ``batch``.
+            tier: The user's tier, safe to log.
+            org_id: The user's organisation, safe to log.
+            locale: Language and region, as ``de-AT``.
+            client_version: Version of the client.
+
+        Raises:
+            IdentityError: If an id or a text cannot be used.
+            ConfigurationError: If the type is unknown.
+            LedgerError: If the ledger cannot be written.
+        """
+        if session_type not in SESSION_TYPES:
+            raise ConfigurationError(
+                f"session_type {session_type!r} is unknown. Allowed are {', '.join(SESSION_TYPES)}."
+            )
+        wanted = SessionFacts(
+            id=self.new_id() if session_id is None else check_id(session_id, "session_id"),
+            user_id=None if user_id is None else self.hash_user(user_id),
+            channel=self.channel if channel is None else check_text(channel, "channel"),
+            type=session_type,
+            tier=None if tier is None else check_text(tier, "tier"),
+            org_id=None if org_id is None else check_text(org_id, "org_id"),
+            locale=None if locale is None else check_text(locale, "locale"),
+            client_version=None if client_version is None else check_text(client_version, "client_version"),
+            started_ns=self.clock(),
+        )
+        return self._open(wanted, given_id=True)
+
+    def session(self, **facts: Any) -> SessionBlock:
+        """Give the block of a session: ``with tracker.session(user_id=...) as session:``, or with ``async with``.
+
+        Takes what `start_session` takes. The session begins with the block and ends when it is left: with the reason
+        ``user_exit``, or ``error`` when an exception leaves it.
+        """
+        return SessionBlock(lambda: self.start_session(**facts), lambda: self.astart_session(**facts))
+
+    async def astart_session(self, **facts: Any) -> Session:
+        """Begin a session, as `start_session` does, without blocking the event loop while the ledger is asked."""
+        return await self.run_off_loop(self.start_session, **facts)
+
+    def end_session(self, session_id: str, reason: str = "user_exit") -> None:
+        """End a session by its id; ending it again does nothing. Nobody waits for it to be written.
+
+        Args:
+            session_id: Its id.
+            reason: As for `Session.end`.
+        """
+        self._writer.submit(EndSession(self, session_id, reason, self.clock()))
+
+    def session_summary(self, session_id: str) -> SessionSummary | None:
+        """Return what the ledger knows of a session, once all that has ended is written down; None if it has none."""
+        self._writer.drain()
+        return self.ledger.session(session_id)
+
+    async def asession_summary(self, session_id: str) -> SessionSummary | None:
+        """Return what `session_summary` returns, without blocking the event loop."""
+        return await self.run_off_loop(self.session_summary, session_id)
+
+    def hash_user(self, user_id: str | int) -> str:
+        """Return the hash that stands for a user in the ledger and in Langfuse.
+
+        Raises:
+            IdentityError: If the id is empty or not a string or number.
+        """
+        return hash_user(user_id, self._hash_key)
+
+    # --- turns --------------------------------------------------------------------------------------------------------
+    def start_turn(self, conversation: Conversation, message: Any = None, *, role: str = "user") -> Turn:
+        """Begin a turn of a conversation, as `Conversation.start_turn` does."""
+        turn = self._begin(conversation, TurnRequest(), message, role, active_since_ns=0)
+        if turn is None:  # the session had ended: this opens it again
+            self._open(conversation.session.facts, given_id=True)
+            turn = self._begin(conversation, TurnRequest(), message, role, active_since_ns=0)
+        if turn is None:
+            raise StateError(f"The session {conversation.session.id!r} is ended over and over while a turn begins in it.")
+        return turn
+
+    def begin_turn(self, request: TurnRequest, message: Any = None) -> Turn:
+        """Begin the turn of a run that stands alone: in the session that it names, or in the open one of its user.
+
+        Without a session of its own the turn falls into the open session of the user and channel (without a user: of
+        the conversation), when that was active within the idle time; else that one ends and a new one begins.
+
+        Args:
+            request: What the run says about itself; its ids have been checked.
+            message: What the user said.
+        """
+        user_id = None if request.user_id is None else self.hash_user(request.user_id)
+        channel = self.channel if request.channel is None else request.channel
+        key: Hashable = (
+            request.session_id
+            or ((user_id, channel) if user_id is not None else None)
+            or (("conversation", request.conversation_id) if request.conversation_id is not None else None)
+        )
+        now = self.clock()
+        since = 0 if request.session_id is not None else now - self.idle_ns
+        session = self._sessions.get(key) if key is not None else None
+        for _ in range(3):
+            if session is None:
+                wanted = SessionFacts(
+                    id=request.session_id or self.new_id(),
+                    user_id=user_id,
+                    channel=channel,
+                    type="chat",
+                    tier=request.tier,
+                    org_id=request.org_id,
+                    locale=request.locale,
+                    client_version=request.client_version,
+                    started_ns=now,
+                )
+                session = self._open(
+                    wanted, given_id=request.session_id is not None, conversation_id=request.conversation_id
+                )
+                self._remember(key, session)
+            conversation = Conversation(session, request.conversation_id or session.id, request.topic)
+            turn = self._begin(conversation, request, message, "user", active_since_ns=since)
+            if turn is not None:
+                return turn
+            session = None  # it has ended meanwhile, or was silent for too long
+        raise StateError("No session stays open for this turn: another process ends each that is begun.")
+
+    def _begin(
+        self, conversation: Conversation, request: TurnRequest, message: Any, role: str, *, active_since_ns: int
+    ) -> Turn | None:
+        session = conversation.session.facts
+        turn_id = self.new_id()
+        trace_id = turn_id if is_trace_id(turn_id) else derived_id("trace", turn_id)
+        span_id = derived_id("root", turn_id)[:16]
+        started_ns = self.clock()
+        number = self.ledger.begin_turn(
+            turn_id,
+            session_id=session.id,
+            conversation_id=conversation.id,
+            user_id=session.user_id,
+            topic=conversation.topic,
+            role=role,
+            started_ns=started_ns,
+            active_since_ns=active_since_ns,
+            trace_id=trace_id,
+            root_span_id=span_id,
+        )
+        if number is None:
+            return None
+        tags = TurnTags(
+            session_id=session.id,
+            turn_id=turn_id,
+            conversation_id=conversation.id,
+            number=number,
+            user_id=session.user_id,
+            channel=session.channel,
+            tier=request.tier or session.tier,
+            org_id=request.org_id or session.org_id,
+            topic=conversation.topic,
+        )
+        turn = Turn(
+            conversation,
+            tags,
+            root=self.target.start_root(
+                a.SPAN_TURN,
+                attributes=_root_attributes(tags, session, request),
+                start_ns=started_ns,
+                ids=(int(trace_id, 16), int(span_id, 16)),
+                around=trace.get_current_span(),
+            ),
+            started_ns=started_ns,
+            message=message,
+            role=role,
+        )
+        self._turns[turn_id] = turn
+        return turn
+
+    def live_turn(self, turn_id: str) -> Turn | None:
+        """Return a turn of this process that has not ended, or None."""
+        return self._turns.get(turn_id)
+
+    def finish(self, turn: Turn, status: str, ended_ns: int) -> None:
+        """Have a turn that has ended written down. Called by `Turn.end`."""
+        self._turns.pop(turn.id, None)
+        self._writer.submit(FinishTurn(turn, status, ended_ns))
+
+    def settle(self, turn: Turn) -> None:
+        """Have the steps of a turn that have ended written down while it goes on."""
+        self._writer.submit(SettleTurn(turn))
+
+    def callbacks(self) -> list[Any]:
+        """Return what goes into a config's ``callbacks``: one handler, the same each time."""
+        with self._lock:
+            if self._handler is None and SessionTracker.callback_factory is not None:
+                self._handler = SessionTracker.callback_factory(self)
+            return [] if self._handler is None else [self._handler]
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+    def flush(self, timeout: float | None = 30.0) -> bool:
+        """Wait until all that has ended is in the ledger, and have the spans sent.
+
+        Args:
+            timeout: Seconds to wait at most; None waits as long as it takes.
+
+        Returns:
+            Whether all is in the ledger.
+        """
+        written = self._writer.drain(timeout)
+        if not self.target.to_outbox:
+            self.target.flush()
+        return written
+
+    async def aflush(self, timeout: float | None = 30.0) -> bool:
+        """Do what `flush` does, without blocking the event loop."""
+        return await asyncio.to_thread(self.flush, timeout)
+
+    def shutdown(self) -> None:
+        """Write down all that has ended and close the ledger. Sessions stay open: a later process goes on with them."""
+        self.flush()
+        self.ledger.close()
+
+    async def ashutdown(self) -> None:
+        """Do what `shutdown` does, without blocking the event loop."""
+        await asyncio.to_thread(self.shutdown)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.shutdown()
+
+    async def run_off_loop(self, function: Callable[..., R], *args: Any, **kwargs: Any) -> R:
+        """Run a function that asks the ledger in a thread, so that the event loop goes on."""
+        return await asyncio.to_thread(function, *args, **kwargs)
+
+    def _open(self, wanted: SessionFacts, *, given_id: bool, conversation_id: str | None = None) -> Session:
+        opened = self.ledger.open_session(
+            wanted, idle_ns=self.idle_ns, given_id=given_id, conversation_id=conversation_id
+        )
+        if opened.expired_id is not None:
+            self._writer.submit(EndSession(self, opened.expired_id, "inactive_timeout", wanted.started_ns))
+        if opened.is_new:
+            self._writer.submit(AnnounceSession(self, opened.session))
+        return Session(self, opened.session)
+
+    def _remember(self, key: Hashable, session: Session) -> None:
+        if key is None:
+            return
+        with self._lock:
+            self._sessions[key] = session
+            self._sessions.move_to_end(key)
+            if len(self._sessions) > _SESSIONS_REMEMBERED:
+                self._sessions.popitem(last=False)
+
+
+def _root_attributes(tags: TurnTags, session: SessionFacts, request: TurnRequest) -> dict[str, AttributeValue]:
+    begun = tags.attributes()
+    begun[a.LANGFUSE_OBSERVATION_TYPE] = "agent"
+    begun[a.LANGFUSE_TRACE_NAME] = a.TRACE_NAME_TURN
+    if session.type is not None:
+        begun[a.SESSION_TYPE] = session.type
+    if session.locale is not None:
+        begun[a.SESSION_LOCALE] = session.locale
+    if session.client_version is not None:
+        begun[a.SESSION_CLIENT_VERSION] = session.client_version
+    if request.tags:
+        begun[a.LANGFUSE_TRACE_TAGS] = request.tags
+    return begun
+
+
+def _idle_ns(idle_after: float | timedelta) -> int:
+    seconds = idle_after.total_seconds() if isinstance(idle_after, timedelta) else idle_after
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
+        raise ConfigurationError(
+            f"idle_after is {idle_after!r}. Allowed is a positive number of seconds or a timedelta: idle_after=1800."
+        )
+    return int(seconds * 1_000_000_000)
+
+
+def _hash_key(given: str | bytes | None, from_environment: Any, ledger: Ledger) -> bytes:
+    key = given if given is not None else from_environment and from_environment.get_secret_value()
+    if key is None:
+        return ledger.hash_key()
+    encoded = key.encode() if isinstance(key, str) else key
+    if len(encoded) < 16:
+        raise ConfigurationError(
+            f"The key for hashing users has {len(encoded)} bytes; at least 16 are needed, so that hashes cannot be "
+            "tried out. Make one with: python -c 'import secrets; print(secrets.token_hex(32))'"
+        )
+    return encoded

@@ -1,0 +1,324 @@
+"""A turn: one exchange between a user and the app, which is one trace."""
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.sdk.trace import ReadableSpan
+
+from turntrace import attributes as a
+from turntrace.attributes import AttributeValue
+from turntrace.content import last_message
+from turntrace.current import Scope, current_scope, enter, leave
+from turntrace.errors import StateError
+from turntrace.lifecycle.steps import OPERATION_OF, OpenStep, StepKind, TurnAccount
+from turntrace.records import LLMCall, TurnTags
+
+if TYPE_CHECKING:
+    from turntrace.lifecycle.session import Conversation
+    from turntrace.lifecycle.tracker import SessionTracker
+
+_SETTLE_AT: Final = 200
+"""Steps that a long turn may hold in memory before they are written down."""
+
+TURN_ID_KEY: Final = "turntrace_turn_id"
+"""Key of the config's metadata by which a run joins a turn."""
+
+
+class Turn:
+    """One exchange: what the user said, what the agent did, what it answered.
+
+    A turn is made by `Conversation.turn` or `Conversation.start_turn`, or by the callback for a run that stands alone.
+    Within its block, or with its `config`, runs of graphs join it.
+
+    Attributes:
+        id: Id of the turn and, when it began a trace of its own, of its trace: 32 hexadecimal digits.
+        number: Its number in the conversation, from 1.
+        conversation: The conversation that it is a turn of.
+    """
+
+    def __init__(
+        self,
+        conversation: "Conversation",
+        tags: TurnTags,
+        *,
+        root: trace.Span,
+        started_ns: int,
+        message: Any,
+        role: str,
+    ) -> None:
+        self.id = tags.turn_id
+        self.number = tags.number
+        self.conversation = conversation
+        self.started_ns = started_ns
+        self.role = role
+        self.message = message
+        self.root = root
+        self.agent_runs = 0
+        self.intent: str | None = None
+        self.answer: Any = None
+        self.error: str | None = None
+        self.interrupted = False
+        self._tags = tags.attributes()
+        self._tracker: SessionTracker = conversation.session.tracker
+        self._clock = self._tracker.clock
+        self.account = TurnAccount()
+        self._running: dict[int, OpenStep] = {}
+        self._ended: deque[OpenStep] = deque()
+        self._foreign: deque[ReadableSpan] = deque()
+        self._lock = threading.Lock()
+        self._finished = False
+        self._entered: tuple[Scope, Context, Context] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Turn {self.number} of conversation {self.conversation.id!r}, {self.id}>"
+
+    @property
+    def tracker(self) -> "SessionTracker":
+        """The tracker that the turn belongs to."""
+        return self._tracker
+
+    @property
+    def tags(self) -> Mapping[str, AttributeValue]:
+        """What every span of the turn carries, by attribute name."""
+        return self._tags
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the turn has ended."""
+        return self._finished
+
+    @property
+    def input(self) -> dict[str, Any]:
+        """The input for the graph: the user's message under ``messages``; empty when the turn was given none."""
+        if self.message is None:
+            return {}
+        return {"messages": [("user", self.message) if isinstance(self.message, str) else self.message]}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config for the graph: the thread, the callback, and what makes the run join this turn.
+
+        It is needed where the turn's block does not reach: in other threads, or with `Conversation.start_turn`.
+        """
+        return {
+            "configurable": {"thread_id": self.conversation.id},
+            "metadata": {TURN_ID_KEY: self.id},
+            "callbacks": self._tracker.callbacks(),
+        }
+
+    # --- what the app tells -------------------------------------------------------------------------------------------
+    def set_intent(self, intent: str) -> None:
+        """Say what the user wants in this turn, as ``turn.intent``; the last word counts."""
+        self.intent = str(intent)[: a.MAX_VALUE_LENGTH]
+
+    def set_answer(self, message: Any) -> None:
+        """Say what the app answered, where no run of a graph tells it.
+
+        Args:
+            message: A text or a message; of it only its length and kind are recorded unless the content policy allows
+                more.
+        """
+        self.answer = message
+
+    def end(self, status: str = "completed", *, error: BaseException | None = None) -> None:
+        """End the turn; ending it again does nothing.
+
+        Nobody waits: the spans and the ledger's row are written by a thread of turntrace's own.
+
+        Args:
+            status: ``completed``, ``interrupted``, ``failed`` or ``abandoned``.
+            error: The error that ended it; then the status is ``failed``. Only its class is recorded.
+
+        Raises:
+            StateError: If the status is none of these.
+        """
+        if status not in _STATUSES:
+            raise StateError(f"A turn cannot end as {status!r}. Allowed are {', '.join(_STATUSES)}.")
+        if error is not None:
+            self.error = type(error).__name__
+            status = "abandoned" if is_abandoning(error) else "failed"
+        with self._lock:
+            if self._finished:
+                return
+            self._finished = True
+        ended_ns = max(self._clock(), self.started_ns)
+        for step in list(self._running.values()):  # a stream that was left, a task that was cancelled
+            step.abandoned = True
+            self._note_end(step, ended_ns)
+        self._tracker.finish(self, status, ended_ns)
+
+    async def aend(self, status: str = "completed", *, error: BaseException | None = None) -> None:
+        """End the turn, as `end` does, which does not wait either."""
+        self.end(status, error=error)
+
+    # --- for adapters -------------------------------------------------------------------------------------------------
+    def open_step(
+        self,
+        name: str,
+        kind: StepKind,
+        *,
+        parent: OpenStep | None = None,
+        context: Context | None = None,
+        attributes: Mapping[str, AttributeValue] | None = None,
+        start_ns: int | None = None,
+    ) -> OpenStep:
+        """Begin a step of the turn with a span of its own.
+
+        Args:
+            name: Name of the node, the model, the tool or the graph.
+            kind: What it is.
+            parent: The step above it; None for one right below the root.
+            context: The context whose current span is to be its parent instead.
+            attributes: What is known at its start.
+            start_ns: When it began, in nanoseconds since 1970; now by default.
+        """
+        started = self._clock() if start_ns is None else start_ns
+        if context is None:
+            context = trace.set_span_in_context(self.root if parent is None else parent.span, _EMPTY)
+        begun = dict(self._tags)
+        begun[a.LANGFUSE_OBSERVATION_TYPE] = kind
+        operation = OPERATION_OF.get(kind)
+        if operation is not None:
+            begun[a.GEN_AI_OPERATION_NAME] = operation
+        if attributes is not None:
+            begun.update(attributes)
+        span = self._tracker.target.start(name, attributes=begun, start_ns=started, parent=context)
+        step = OpenStep(span, name, kind, started, parent)
+        self._running[id(step)] = step
+        return step
+
+    def close_step(
+        self,
+        step: OpenStep,
+        *,
+        error: BaseException | None = None,
+        call: LLMCall | None = None,
+        end_ns: int | None = None,
+    ) -> None:
+        """End a step; a step that has ended is left alone.
+
+        Args:
+            step: The step.
+            error: The error that ended it; its class is recorded, its text only as far as the content policy allows.
+            call: What is known of the call, for a generation.
+            end_ns: When it ended, in nanoseconds since 1970; now by default.
+        """
+        step.call = call
+        if error is not None:
+            step.error = type(error).__name__
+            step.abandoned = is_abandoning(error)
+            if self._tracker.content.records_turn:
+                step.error_text = str(error)
+        self._note_end(step, self._clock() if end_ns is None else end_ns)
+        if self._finished or len(self._ended) >= _SETTLE_AT:
+            self._tracker.settle(self)
+
+    def _note_end(self, step: OpenStep, end_ns: int) -> None:
+        if self._running.pop(id(step), None) is not None:
+            step.end_ns = max(end_ns, step.start_ns)
+            self._ended.append(step)
+
+    def collect(self, span: ReadableSpan) -> None:
+        """Take a span of other code that ended in this turn, or after it."""
+        self._foreign.append(span)
+        if self._finished or len(self._foreign) >= _SETTLE_AT:
+            self._tracker.settle(self)
+
+    def take_ended(self) -> tuple[list[OpenStep], list[ReadableSpan]]:
+        """Hand over the steps and the spans of others that have ended since the last time."""
+        return list(_drained(self._ended)), list(_drained(self._foreign))
+
+    def note_answer(self, messages: Any) -> None:
+        """Note the last message that a run of a graph gave back."""
+        message = last_message(messages)
+        if message is not None:
+            self.answer = message
+
+    # --- the block ----------------------------------------------------------------------------------------------------
+    def __enter__(self) -> Self:
+        if self._entered is not None:
+            raise StateError(f"{self!r} is entered already. Use one block a turn: with conversation.turn(...) as turn:")
+        self._entered = enter(self, self.root)
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        entered, self._entered = self._entered, None
+        if entered is not None:
+            leave(*entered)
+        self.end("interrupted" if self.interrupted else "completed", error=error)
+
+    async def __aenter__(self) -> Self:
+        return self.__enter__()
+
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self.__exit__(kind, error, traceback)
+
+
+T = TypeVar("T")
+
+
+def _drained(waiting: deque[T]) -> Iterator[T]:
+    while waiting:  # one by one: another thread may add to it meanwhile
+        yield waiting.popleft()
+
+
+_STATUSES: Final = ("completed", "interrupted", "failed", "abandoned")
+_EMPTY: Final = Context()
+
+
+def is_abandoning(error: BaseException) -> bool:
+    """Tell whether an error means that nobody waits any more: a closed generator, a cancelled task, an exit."""
+    return not isinstance(error, Exception)
+
+
+class _NoTurn:
+    """Stands for the turn where none runs, as in an app's own unit tests: takes everything and does nothing."""
+
+    id = ""
+    number = 0
+    intent = None
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        return "<no turn>"
+
+    def set_intent(self, intent: str) -> None:
+        """Do nothing."""
+
+    def set_answer(self, message: Any) -> None:
+        """Do nothing."""
+
+
+_NO_TURN: Final[Any] = _NoTurn()
+
+
+def current_turn() -> Turn:
+    """Return the turn that runs here: inside a node, a tool, or a turn's block.
+
+    Where no turn runs, as in an app's own unit tests, something that is false and takes the same calls without doing
+    anything is returned, so that a node needs no ``if``.
+    """
+    scope = current_scope()
+    turn: Any = None if scope is None else scope.turn
+    return _NO_TURN if turn is None else turn
+
+
+@contextmanager
+def current_step(turn: Turn, step: OpenStep) -> Iterator[None]:
+    """Make a step's span current for the time of a block, unless it is already."""
+    scope = current_scope()
+    if scope is not None and scope.stands_for(step.span):
+        yield
+        return
+    entered = enter(turn, step.span)
+    try:
+        yield
+    finally:
+        leave(*entered)

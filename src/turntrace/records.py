@@ -1,0 +1,315 @@
+"""What turntrace records, as frozen dataclasses that render themselves as attributes.
+
+A field made by `word` stands under the attribute names given there; what is None is left out.
+"""
+
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from functools import cache
+from typing import Any
+
+from turntrace import attributes as a
+from turntrace.attributes import AttributeValue
+
+NS_PER_MS = 1_000_000
+
+
+def word(*names: str, default: Any = None) -> Any:
+    """Declare a field that is rendered under these attribute names."""
+    return field(default=default, metadata={"names": names})
+
+
+@cache
+def _words_of(record: type) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    return tuple((f.name, f.metadata["names"]) for f in fields(record) if "names" in f.metadata)
+
+
+class Record:
+    """Base of the records: gives them `attributes`."""
+
+    __slots__ = ()
+
+    def attributes(self) -> dict[str, AttributeValue]:
+        """Return what is set, by attribute name."""
+        rendered: dict[str, AttributeValue] = {}
+        for name, words in _words_of(type(self)):
+            value = getattr(self, name)
+            if value is not None:
+                for each in words:
+                    rendered[each] = value
+        return rendered
+
+
+def iso_time(ns: int) -> str:
+    """Write a time in nanoseconds since 1970 as ISO 8601 in UTC, with microseconds."""
+    seconds, rest = divmod(ns, 1_000_000_000)
+    return datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest // 1000).isoformat()
+
+
+def elapsed_ms(start_ns: int, end_ns: int) -> int:
+    """Return whole milliseconds from one time to another; 0 when the clock went back in between."""
+    return max(0, end_ns - start_ns) // NS_PER_MS
+
+
+@dataclass(frozen=True, slots=True)
+class SessionFacts(Record):
+    """What is known of a session from its start.
+
+    Attributes:
+        id: Id of the session.
+        user_id: Hash of the user's id; None for an unknown user.
+        started_ns: When it began, in nanoseconds since 1970.
+        previous_id: The user's session before this one.
+        sessions_total: Sessions of the user so far, this one included.
+    """
+
+    id: str = word(a.SESSION_ID)
+    user_id: str | None = word(a.USER_ID)
+    channel: str | None = word(a.SESSION_CHANNEL)
+    type: str | None = word(a.SESSION_TYPE)
+    tier: str | None = word(a.USER_TIER)
+    org_id: str | None = word(a.USER_ORG_ID)
+    locale: str | None = word(a.SESSION_LOCALE)
+    client_version: str | None = word(a.SESSION_CLIENT_VERSION)
+    previous_id: str | None = word(a.SESSION_PREVIOUS_ID)
+    sessions_total: int | None = word(a.USER_SESSIONS_TOTAL)
+    started_ns: int = 0
+
+    def attributes(self) -> dict[str, AttributeValue]:
+        """Return the attributes of the span ``session.start``."""
+        # An explicit super(): a dataclass with slots is another class than the one this method was defined in.
+        return {**Record.attributes(self), a.SESSION_START_TIME: iso_time(self.started_ns)}
+
+
+@dataclass(frozen=True, slots=True)
+class TurnRequest:
+    """What a run that stands alone says about the turn that it is to be; None is what it does not say.
+
+    Attributes:
+        session_id: The session, when the app chose it.
+        user_id: The raw id of the user; it is hashed before anything is kept.
+        conversation_id: The conversation: LangGraph's ``thread_id``, or what the app chose.
+        turn_id: The turn that the run joins.
+        tags: Tags for the trace.
+    """
+
+    session_id: str | None = None
+    user_id: str | None = None
+    conversation_id: str | None = None
+    turn_id: str | None = None
+    channel: str | None = None
+    topic: str | None = None
+    tier: str | None = None
+    org_id: str | None = None
+    locale: str | None = None
+    client_version: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TurnTags(Record):
+    """What every span of a turn carries."""
+
+    session_id: str = word(a.SESSION_ID)
+    turn_id: str = word(a.TURN_ID)
+    conversation_id: str = word(a.CONVERSATION_ID, a.GEN_AI_CONVERSATION_ID)
+    number: int = word(a.TURN_NUMBER, a.CONVERSATION_TURN_NUMBER)
+    user_id: str | None = word(a.USER_ID)
+    channel: str | None = word(a.SESSION_CHANNEL)
+    tier: str | None = word(a.USER_TIER)
+    org_id: str | None = word(a.USER_ORG_ID)
+    topic: str | None = word(a.CONVERSATION_TOPIC)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one call of a model, as its provider counted them.
+
+    Attributes:
+        input_tokens: All input tokens, those from and to a cache included.
+        output_tokens: All output tokens, those for reasoning included.
+        cache_read_tokens: Of the input, those read from a cache.
+        cache_creation_tokens: Of the input, those written to a cache.
+        reasoning_tokens: Of the output, those for reasoning.
+    """
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_read_tokens: int = 0
+    cache_creation_tokens: int = 0
+    reasoning_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LLMCall(Record):
+    """What is known of one call of a model when it has ended.
+
+    Attributes:
+        usage: Its tokens; None when the provider gave none.
+        time_to_first_token_ms: From the start of the call, when it streamed.
+    """
+
+    model: str | None = word(a.GEN_AI_RESPONSE_MODEL)
+    provider: str | None = word(a.GEN_AI_PROVIDER_NAME)
+    usage: Usage | None = None
+    time_to_first_token_ms: int | None = word(a.TURN_TIME_TO_FIRST_TOKEN_MS)
+
+    def attributes(self) -> dict[str, AttributeValue]:
+        """Return the attributes of the generation; kinds of tokens that do not occur are left out."""
+        rendered = Record.attributes(self)
+        if (usage := self.usage) is not None:
+            rendered[a.GEN_AI_INPUT_TOKENS] = usage.input_tokens
+            rendered[a.GEN_AI_OUTPUT_TOKENS] = usage.output_tokens
+            for name, tokens in (
+                (a.GEN_AI_CACHE_READ_TOKENS, usage.cache_read_tokens),
+                (a.GEN_AI_CACHE_CREATION_TOKENS, usage.cache_creation_tokens),
+                (a.GEN_AI_REASONING_TOKENS, usage.reasoning_tokens),
+            ):
+                if tokens:
+                    rendered[name] = tokens
+        return rendered
+
+
+@dataclass(frozen=True, slots=True)
+class TurnSummary(Record):
+    """What is known of a turn when it has ended.
+
+    Attributes:
+        started_ns: When it began, in nanoseconds since 1970.
+        ended_ns: When it ended; None while it is open.
+        unpriced_calls: Calls of models whose price is not known: they are not in ``cost_usd``.
+        error: Class of the error that ended it; never its text.
+    """
+
+    id: str
+    session_id: str = word(a.CONVERSATION_SESSION_ID)
+    conversation_id: str = ""
+    user_id: str | None = None
+    number: int = word(a.CONVERSATION_TOTAL_TURNS, default=0)
+    started_ns: int = 0
+    ended_ns: int | None = None
+    status: str | None = word(a.TURN_STATUS)
+    role: str | None = word(a.TURN_ROLE)
+    input_length: int | None = word(a.TURN_INPUT_LENGTH)
+    output_length: int | None = word(a.TURN_OUTPUT_LENGTH)
+    input_type: str | None = word(a.TURN_INPUT_TYPE)
+    output_type: str | None = word(a.TURN_OUTPUT_TYPE)
+    has_attachments: bool | None = word(a.TURN_HAS_ATTACHMENTS)
+    intent: str | None = word(a.TURN_INTENT)
+    agent_runs: int = word(a.TURN_AGENT_RUNS, default=0)
+    tool_calls: int = word(a.TURN_TOOL_CALLS, default=0)
+    llm_calls: int = word(a.TURN_LLM_CALLS, default=0)
+    input_tokens: int = word(a.TURN_INPUT_TOKENS, default=0)
+    output_tokens: int = word(a.TURN_OUTPUT_TOKENS, default=0)
+    cost_usd: float = word(a.TURN_COST_USD, default=0.0)
+    unpriced_calls: int = 0
+    latency_ms: int = word(a.TURN_LATENCY_MS, default=0)
+    wait_ms: int = word(a.TURN_WAIT_MS, default=0)
+    time_to_first_token_ms: int | None = word(a.TURN_TIME_TO_FIRST_TOKEN_MS)
+    model: str | None = None
+    error: str | None = None
+    trace_id: str | None = None
+    root_span_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of a turn, for looking at it without a server: a run of a graph, a node, a call of a model or a tool.
+
+    Attributes:
+        span_id: Id of its span, 16 hexadecimal digits.
+        parent_id: Id of the span above it.
+        name: Name of the node, the model, the tool or the graph.
+        kind: ``agent``, ``chain``, ``generation``, ``tool`` or ``retriever``.
+        start_ms: From the start of the turn, in milliseconds.
+        duration_ms: How long it ran, in milliseconds.
+        error: Class of the error that ended it.
+    """
+
+    span_id: str
+    parent_id: str
+    name: str
+    kind: str
+    start_ms: int
+    duration_ms: int
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cost_usd: float | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSummary(Record):
+    """What the ledger knows of a session.
+
+    Attributes:
+        started_ns: When it began, in nanoseconds since 1970.
+        last_activity_ns: When its last turn began or ended.
+        ended_ns: When it was ended; None while it is open.
+        active_ms: Time that the agent worked.
+        wait_ms: Time that turns waited for a person.
+        unpriced_calls: Calls of models whose price is not known: they are not in ``total_cost_usd``.
+        failed_turns: Turns that ended with an error.
+    """
+
+    id: str
+    user_id: str | None = None
+    channel: str | None = None
+    type: str | None = None
+    tier: str | None = None
+    org_id: str | None = None
+    locale: str | None = None
+    client_version: str | None = None
+    previous_id: str | None = None
+    started_ns: int = 0
+    last_activity_ns: int = 0
+    ended_ns: int | None = None
+    end_reason: str | None = word(a.SESSION_END_REASON)
+    total_turns: int = word(a.SESSION_TOTAL_TURNS, default=0)
+    failed_turns: int = 0
+    llm_calls: int = 0
+    tool_calls: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    total_cost_usd: float = word(a.SESSION_TOTAL_COST_USD, default=0.0)
+    unpriced_calls: int = 0
+    active_ms: int = word(a.SESSION_ACTIVE_MS, default=0)
+    wait_ms: int = word(a.SESSION_WAIT_MS, default=0)
+    user_sessions_total: int | None = word(a.USER_SESSIONS_TOTAL)
+    user_avg_session_length: float | None = word(a.USER_AVG_SESSION_LENGTH)
+    user_retention_days: int | None = word(a.USER_RETENTION_DAYS)
+
+    @property
+    def total_tokens(self) -> int:
+        """Input and output tokens of all calls."""
+        return self.input_tokens + self.output_tokens
+
+    @property
+    def duration_ms(self) -> int:
+        """From the first to the last activity, in milliseconds."""
+        return elapsed_ms(self.started_ns, self.last_activity_ns)
+
+    @property
+    def avg_turn_latency_ms(self) -> float | None:
+        """Mean working time of a turn, in milliseconds; None without any turn."""
+        return self.active_ms / self.total_turns if self.total_turns else None
+
+    @property
+    def avg_turn_tokens(self) -> float | None:
+        """Mean tokens of a turn; None without any turn."""
+        return self.total_tokens / self.total_turns if self.total_turns else None
+
+    def attributes(self) -> dict[str, AttributeValue]:
+        """Return the attributes that the span ``session.end`` has beyond those of every span of the session."""
+        rendered = Record.attributes(self)
+        rendered[a.SESSION_START_TIME] = iso_time(self.started_ns)
+        rendered[a.SESSION_DURATION_MS] = self.duration_ms
+        rendered[a.SESSION_TOTAL_TOKENS] = self.total_tokens
+        if self.avg_turn_latency_ms is not None and self.avg_turn_tokens is not None:
+            rendered[a.SESSION_AVG_TURN_LATENCY_MS] = self.avg_turn_latency_ms
+            rendered[a.SESSION_AVG_TURN_TOKENS] = self.avg_turn_tokens
+        if self.ended_ns is not None:
+            rendered[a.SESSION_END_TIME] = iso_time(self.ended_ns)
+            rendered[a.SESSION_INACTIVE_TIMEOUT] = self.end_reason == "inactive_timeout"
+            rendered[a.SESSION_IDLE_TIME_MS] = elapsed_ms(self.last_activity_ns, self.ended_ns)
+        return rendered

@@ -1,0 +1,90 @@
+"""Settings from the environment: ``TURNTRACE_*`` for turntrace, ``LANGFUSE_*`` as Langfuse's own SDK reads them."""
+
+from pathlib import Path
+from typing import TypeVar
+
+import platformdirs
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from turntrace.content import ContentLevel
+from turntrace.errors import ConfigurationError
+
+S = TypeVar("S", bound=BaseSettings)
+
+
+class Settings(BaseSettings):
+    """What is read from the environment; an argument of `turntrace.SessionTracker` goes before it.
+
+    Attributes:
+        ledger_url: SQLAlchemy URL of the ledger; by default a SQLite file in the user's data folder.
+        user_hash_key: Secret key for hashing user ids; by default a random one, made once and kept in the ledger.
+        content: What of the content is recorded: ``metadata``, ``turn`` or ``full``.
+        idle_after: Seconds of silence after which the next turn begins a new session.
+        channel: Channel of sessions that are given none.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="TURNTRACE_", extra="ignore")
+
+    ledger_url: str | None = None
+    user_hash_key: SecretStr | None = None
+    content: ContentLevel = "metadata"
+    idle_after: float = Field(default=1800.0, gt=0)
+    channel: str = Field(default="unknown", min_length=1, max_length=200)
+
+    @property
+    def ledger(self) -> str:
+        """URL of the ledger."""
+        return self.ledger_url or f"sqlite:///{default_ledger_path()}"
+
+
+class LangfuseSettings(BaseSettings):
+    """The settings of Langfuse's SDK that turntrace keeps the meaning of."""
+
+    model_config = SettingsConfigDict(env_prefix="LANGFUSE_", extra="ignore")
+
+    public_key: str | None = None
+    secret_key: SecretStr | None = None
+    base_url: str | None = None
+    host: str | None = None
+    tracing_environment: str | None = None
+    release: str | None = None
+    tracing_enabled: bool = True
+    sample_rate: float = Field(default=1.0, ge=0.0, le=1.0)
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether there is a server to send to."""
+        return bool(self.public_key and self.secret_key and self.secret_key.get_secret_value())
+
+
+def default_ledger_path() -> Path:
+    """Return where the ledger is when nothing else is said."""
+    return Path(platformdirs.user_data_dir("turntrace", appauthor=False)) / "ledger.db"
+
+
+def read_settings() -> Settings:
+    """Read ``TURNTRACE_*`` from the environment.
+
+    Raises:
+        ConfigurationError: If a variable cannot be used.
+    """
+    return _read(Settings)
+
+
+def read_langfuse_settings() -> LangfuseSettings:
+    """Read ``LANGFUSE_*`` from the environment.
+
+    Raises:
+        ConfigurationError: If a variable cannot be used.
+    """
+    return _read(LangfuseSettings)
+
+
+def _read(kind: type[S]) -> S:
+    try:
+        return kind()
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        name = f"{kind.model_config.get('env_prefix')}{first['loc'][0]}".upper()
+        raise ConfigurationError(f"The environment variable {name} cannot be used: {first['msg']}.") from None
