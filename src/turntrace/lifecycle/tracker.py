@@ -366,6 +366,18 @@ class SessionTracker:
                 self._sessions.popitem(last=False)
 
 
+_default: list[SessionTracker] = []
+_default_lock = threading.Lock()
+
+
+def default_tracker() -> SessionTracker:
+    """Return the tracker of this process, with settings from the environment; the first time it is made."""
+    with _default_lock:
+        if not _default:
+            _default.append(SessionTracker())
+        return _default[0]
+
+
 def _root_attributes(tags: TurnTags, session: SessionFacts, request: TurnRequest) -> dict[str, AttributeValue]:
     begun = tags.attributes()
     begun[a.LANGFUSE_OBSERVATION_TYPE] = "agent"

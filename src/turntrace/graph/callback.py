@@ -1,0 +1,209 @@
+"""The callback handler: LangChain's events to calls of the run registry."""
+
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID
+
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.messages import BaseMessage
+from langchain_core.outputs import LLMResult
+from langchain_core.tracers.context import register_configure_hook
+
+from turntrace import boundary
+from turntrace.boundary import never_breaks
+from turntrace.current import current_scope
+from turntrace.graph.runs import RunRegistry
+from turntrace.lifecycle import SessionTracker, Turn, default_tracker
+
+try:
+    from langgraph.callbacks import GraphCallbackHandler
+except ImportError:  # langgraph before 1.1.7 tells of an interrupt only by the error of the node
+    GraphCallbackHandler = BaseCallbackHandler  # type: ignore[assignment, misc]
+
+
+class SessionCallbackHandler(GraphCallbackHandler):
+    """Makes each run of a graph a turn, in its session, with every step tagged.
+
+    One handler serves all requests of a process, concurrently::
+
+        graph = builder.compile(checkpointer=saver).with_config(callbacks=[SessionCallbackHandler()])
+
+    It reads from the config's metadata: ``session_id``, ``user_id``, ``conversation_id`` (else ``thread_id``),
+    ``channel``, ``topic``, ``tier``, ``org_id``, ``locale`` and ``client_version``; ``langfuse_session_id``,
+    ``langfuse_user_id`` and ``langfuse_tags`` mean the same as with Langfuse's own handler.
+
+    Args:
+        tracker: The tracker that keeps the turns. Default: one for the process, with settings from the environment.
+        messages_key: Key of the graph's state that holds its messages.
+    """
+
+    # Inline, in the context of the run: a handler that LangChain moves to an executor loses events of cancelled tasks,
+    # and costs a hop for every token.
+    run_inline = True
+
+    def __init__(self, tracker: SessionTracker | None = None, *, messages_key: str = "messages") -> None:
+        super().__init__()
+        self.tracker = tracker if tracker is not None else default_tracker()
+        self._runs = RunRegistry(self.tracker, messages_key)
+
+    def __repr__(self) -> str:
+        return f"<SessionCallbackHandler of {self.tracker!r}>"
+
+    @property
+    def raise_error(self) -> bool:  # type: ignore[override]
+        """Whether an error of ours reaches the app: only in turntrace's own tests."""
+        return boundary.is_strict()
+
+    @property
+    def runs(self) -> RunRegistry:
+        """Which run belongs to which turn and step."""
+        return self._runs
+
+    @property
+    def open_runs(self) -> int:
+        """How many runs have begun and not ended."""
+        return len(self._runs)
+
+    @never_breaks("reading the start of a run")
+    def on_chain_start(
+        self,
+        serialized: dict[str, Any] | None,
+        inputs: Any,
+        *,
+        run_id: UUID,
+        parent_run_id: UUID | None = None,
+        tags: list[str] | None = None,
+        metadata: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Hear that a graph, a node or a chain begins."""
+        self._runs.chain_started(run_id, parent_run_id, kwargs.get("name"), inputs, tags, metadata)
+
+    @never_breaks("reading the end of a run")
+    def on_chain_end(self, outputs: Any, *, run_id: UUID, **_: Any) -> None:
+        """Hear that a graph, a node or a chain ended."""
+        self._runs.chain_ended(run_id, outputs)
+
+    @never_breaks("reading the error of a run")
+    def on_chain_error(self, error: BaseException, *, run_id: UUID, **_: Any) -> None:
+        """Hear that a graph, a node or a chain failed or was left."""
+        self._runs.chain_failed(run_id, error)
+
+    @never_breaks("reading the start of a call of a model")
+    def on_chat_model_start(
+        self,
+        serialized: dict[str, Any],
+        messages: list[list[BaseMessage]],
+        *,
+        run_id: UUID,
+        parent_run_id: UUID | None = None,
+        tags: list[str] | None = None,
+        metadata: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Hear that a chat model is called."""
+        self._runs.llm_started(run_id, parent_run_id, messages[0] if messages else None, metadata, kwargs)
+
+    @never_breaks("reading the start of a call of a model")
+    def on_llm_start(
+        self,
+        serialized: dict[str, Any],
+        prompts: list[str],
+        *,
+        run_id: UUID,
+        parent_run_id: UUID | None = None,
+        tags: list[str] | None = None,
+        metadata: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Hear that a text model is called."""
+        self._runs.llm_started(run_id, parent_run_id, prompts[0] if prompts else None, metadata, kwargs)
+
+    def on_llm_new_token(self, token: str, *, run_id: UUID, **_: Any) -> None:
+        """Hear that a token came."""
+        self._runs.token_came(run_id)
+
+    @never_breaks("reading the end of a call of a model")
+    def on_llm_end(self, response: LLMResult, *, run_id: UUID, **_: Any) -> None:
+        """Hear that a model answered."""
+        self._runs.llm_ended(run_id, response)
+
+    @never_breaks("reading the error of a call of a model")
+    def on_llm_error(self, error: BaseException, *, run_id: UUID, **_: Any) -> None:
+        """Hear that a call of a model failed."""
+        self._runs.chain_failed(run_id, error)
+
+    @never_breaks("reading the start of a call of a tool")
+    def on_tool_start(
+        self,
+        serialized: dict[str, Any] | None,
+        input_str: str,
+        *,
+        run_id: UUID,
+        parent_run_id: UUID | None = None,
+        tags: list[str] | None = None,
+        metadata: dict[str, Any] | None = None,
+        inputs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Hear that a tool is called."""
+        name = kwargs.get("name") or (serialized or {}).get("name")
+        self._runs.tool_started(run_id, parent_run_id, name, input_str, metadata)
+
+    @never_breaks("reading the end of a call of a tool")
+    def on_tool_end(self, output: Any, *, run_id: UUID, **_: Any) -> None:
+        """Hear that a tool returned."""
+        self._runs.call_ended(run_id, output)
+
+    @never_breaks("reading the error of a call of a tool")
+    def on_tool_error(self, error: BaseException, *, run_id: UUID, **_: Any) -> None:
+        """Hear that a call of a tool failed."""
+        self._runs.chain_failed(run_id, error)
+
+    @never_breaks("reading the start of a retrieval")
+    def on_retriever_start(
+        self,
+        serialized: dict[str, Any] | None,
+        query: str,
+        *,
+        run_id: UUID,
+        parent_run_id: UUID | None = None,
+        tags: list[str] | None = None,
+        metadata: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Hear that a retriever is asked."""
+        name = kwargs.get("name") or (serialized or {}).get("name")
+        self._runs.retriever_started(run_id, parent_run_id, name, metadata)
+
+    @never_breaks("reading the end of a retrieval")
+    def on_retriever_end(self, documents: Sequence[Any], *, run_id: UUID, **_: Any) -> None:
+        """Hear that a retriever answered."""
+        self._runs.call_ended(run_id)
+
+    @never_breaks("reading the error of a retrieval")
+    def on_retriever_error(self, error: BaseException, *, run_id: UUID, **_: Any) -> None:
+        """Hear that a retrieval failed."""
+        self._runs.chain_failed(run_id, error)
+
+    @never_breaks("reading an interrupt")
+    def on_interrupt(self, event: Any) -> None:
+        """Hear that a graph stopped to wait for a person."""
+        self._runs.interrupted(event.run_id)
+
+
+class _HandlerOfTurn:
+    """What LangChain asks for a handler whenever it configures a run: inside a turn there is one, with no config."""
+
+    def get(self) -> SessionCallbackHandler | None:
+        """Return the handler of the turn that runs here."""
+        scope = current_scope()
+        turn: Any = None if scope is None else scope.turn
+        if not isinstance(turn, Turn):
+            return None
+        handlers = turn.tracker.callbacks()
+        return handlers[0] if handlers else None
+
+
+SessionTracker.callback_factory = SessionCallbackHandler
+register_configure_hook(_HandlerOfTurn(), inheritable=True, handle_class=SessionCallbackHandler)  # type: ignore[arg-type]

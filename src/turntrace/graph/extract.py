@@ -1,0 +1,180 @@
+"""Pure functions from what LangChain and LangGraph hand over to facts."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.outputs import ChatGeneration, LLMResult
+from langgraph.errors import GraphBubbleUp, GraphInterrupt
+from langgraph.types import Command
+
+from turntrace.attributes import MAX_VALUE_LENGTH
+from turntrace.content import last_message, to_json
+from turntrace.identity import safe_id
+from turntrace.lifecycle.turn import TURN_ID_KEY
+from turntrace.records import LLMCall, TurnRequest, Usage
+
+HIDDEN_TAG: Final = "langsmith:hidden"
+_STEP_TAG: Final = "graph:step:"
+_TEXTS: Final = ("channel", "topic", "tier", "org_id", "locale", "client_version")
+
+
+def request_of(metadata: Mapping[str, Any]) -> TurnRequest:
+    """Read what a config's metadata says about the turn that its run is to be.
+
+    Langfuse's own keys (``langfuse_session_id``, ``langfuse_user_id``, ``langfuse_tags``) mean the same as ours. An id
+    that Langfuse would refuse is replaced by a hash of it, so that its turns stay together.
+
+    Raises:
+        IdentityError: If an id is neither a string nor a number.
+    """
+    session_id = _given(metadata, "session_id", "langfuse_session_id")
+    user_id = _given(metadata, "user_id", "langfuse_user_id")
+    conversation_id = _given(metadata, "conversation_id", "thread_id")
+    tags = metadata.get("langfuse_tags") or ()
+    return TurnRequest(
+        session_id=None if session_id is None else safe_id(session_id, "session_id"),
+        user_id=user_id,
+        conversation_id=None if conversation_id is None else safe_id(conversation_id, "conversation_id"),
+        turn_id=metadata.get(TURN_ID_KEY),
+        tags=tuple(str(tag) for tag in tags) if isinstance(tags, list | tuple) else (str(tags),),
+        **{name: _text(metadata.get(name)) for name in _TEXTS},
+    )
+
+
+def _given(metadata: Mapping[str, Any], *names: str) -> Any:
+    return next((value for name in names if (value := metadata.get(name)) not in (None, "")), None)
+
+
+def _text(value: Any) -> str | None:
+    return None if value in (None, "") else str(value)[:MAX_VALUE_LENGTH]
+
+
+def step_of(tags: Sequence[str] | None) -> int | None:
+    """Return LangGraph's step when a run is that of a node, else None."""
+    for tag in tags or ():
+        if tag.startswith(_STEP_TAG):
+            number = tag[len(_STEP_TAG) :]
+            return int(number) if number.isdecimal() else 0
+    return None
+
+
+def is_hidden(tags: Sequence[str] | None) -> bool:
+    """Tell whether LangGraph marks a run as plumbing of its own."""
+    return tags is not None and HIDDEN_TAG in tags
+
+
+def message_in(inputs: Any, key: str = "messages") -> Any:
+    """Return the message that a root run was given: the last one under the messages key, or None."""
+    if isinstance(inputs, Mapping):
+        return last_message(inputs.get(key))
+    if isinstance(inputs, Command):
+        return message_in(inputs.update, key)
+    if isinstance(inputs, str | BaseMessage | list):
+        return last_message(inputs)
+    return None
+
+
+def answer_in(outputs: Any, key: str = "messages") -> Any:
+    """Return the messages that a root run gave back, or what stands for them; None when there are none."""
+    if isinstance(outputs, Mapping):
+        return outputs.get(key)
+    if isinstance(outputs, str | BaseMessage | list):
+        return outputs
+    return None
+
+
+def is_control_flow(error: BaseException) -> bool:
+    """Tell whether an error is LangGraph's way to interrupt or to hand over to a parent, and so none."""
+    return isinstance(error, GraphBubbleUp)
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Tell whether an error is LangGraph's way to stop and wait for a person."""
+    return isinstance(error, GraphInterrupt)
+
+
+def name_of_model(metadata: Mapping[str, Any] | None, options: Mapping[str, Any]) -> str | None:
+    """Return the name of the model that a call asks for."""
+    asked = (metadata or {}).get("ls_model_name")
+    if isinstance(asked, str) and asked:
+        return asked
+    params = options.get("invocation_params")
+    if isinstance(params, Mapping):
+        for name in ("model", "model_name", "model_id", "deployment_name"):
+            if isinstance(value := params.get(name), str) and value:
+                return value
+    return None
+
+
+def call_of(result: LLMResult, *, model: str | None, provider: str | None) -> LLMCall:
+    """Read what a model's provider said about a call.
+
+    Args:
+        result: What the model returned.
+        model: The model that was asked for, which counts when the provider does not name one.
+        provider: The vendor, as LangChain names it.
+    """
+    message = message_of(result)
+    answered = None if message is None else message.response_metadata.get("model_name")
+    if not isinstance(answered, str) and isinstance(result.llm_output, Mapping):
+        answered = result.llm_output.get("model_name")
+    return LLMCall(
+        model=answered if isinstance(answered, str) and answered else model,
+        provider=provider,
+        usage=_usage_of_message(message) or _usage_of_output(result.llm_output),
+    )
+
+
+def message_of(result: LLMResult) -> AIMessage | None:
+    """Return the message that a chat model answered with, or None."""
+    for batch in result.generations:
+        for generation in batch:
+            if isinstance(generation, ChatGeneration) and isinstance(generation.message, AIMessage):
+                return generation.message
+    return None
+
+
+def _usage_of_message(message: AIMessage | None) -> Usage | None:
+    usage = None if message is None else message.usage_metadata
+    if usage is None:
+        return None
+    of_input: Mapping[str, Any] = usage.get("input_token_details") or {}
+    of_output: Mapping[str, Any] = usage.get("output_token_details") or {}
+    return Usage(
+        input_tokens=_count(usage.get("input_tokens")),
+        output_tokens=_count(usage.get("output_tokens")),
+        cache_read_tokens=_count(of_input.get("cache_read")),
+        cache_creation_tokens=_count(of_input.get("cache_creation")),
+        reasoning_tokens=_count(of_output.get("reasoning")),
+    )
+
+
+def _usage_of_output(output: Mapping[str, Any] | None) -> Usage | None:
+    for key in ("token_usage", "usage"):
+        usage = (output or {}).get(key)
+        if isinstance(usage, Mapping):
+            given = _first_count(usage, "prompt_tokens", "input_tokens")
+            made = _first_count(usage, "completion_tokens", "output_tokens")
+            if given is not None or made is not None:
+                return Usage(input_tokens=given or 0, output_tokens=made or 0)
+    return None
+
+
+def _first_count(usage: Mapping[str, Any], *names: str) -> int | None:
+    return next((_count(usage[name]) for name in names if usage.get(name) is not None), None)
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and value > 0 else 0
+
+
+def answer_text(result: LLMResult) -> str:
+    """Return what a model answered, calls of tools included, as JSON. Only for policies that let it out."""
+    message = message_of(result)
+    if message is None:
+        return to_json([generation.text for batch in result.generations for generation in batch])
+    told: dict[str, Any] = {"role": "assistant", "content": message.content}
+    if message.tool_calls:
+        told["tool_calls"] = [{"name": call["name"], "args": call["args"]} for call in message.tool_calls]
+    return to_json(told)

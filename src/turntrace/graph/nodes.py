@@ -1,0 +1,272 @@
+"""Tracked nodes: a node whose step is current while it runs, and that writes the ids into the state."""
+
+import dataclasses
+import inspect
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, TypeVar, get_type_hints
+
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
+from langgraph.config import get_config
+from langgraph.graph import StateGraph
+from langgraph.types import Command
+
+from turntrace import attributes as a
+from turntrace.boundary import caught
+from turntrace.current import current_scope
+from turntrace.errors import ConfigurationError
+from turntrace.graph.callback import SessionCallbackHandler
+from turntrace.graph.state import STATE_IDS
+from turntrace.lifecycle import Turn
+from turntrace.lifecycle.steps import OpenStep
+from turntrace.lifecycle.turn import current_step
+
+B = TypeVar("B", bound=StateGraph[Any, Any, Any, Any])
+
+_TRACKED = "__turntrace_tracked__"
+
+
+def track_graph(builder: B) -> B:
+    """Track every node of a graph: the last call before ``compile``.
+
+    Each node gets `track_node`; nodes added later do not. What the graph returns is the same as without it, but for the
+    ids in its state::
+
+        graph = track_graph(builder).compile(checkpointer=saver).with_config(callbacks=[SessionCallbackHandler()])
+
+    Args:
+        builder: The `StateGraph` with its nodes, before ``compile``.
+
+    Returns:
+        The same builder.
+
+    Raises:
+        ConfigurationError: If it is not a `StateGraph`, or has no nodes yet.
+    """
+    if not isinstance(builder, StateGraph):
+        hint = "call track_graph(builder) before builder.compile()" if hasattr(builder, "nodes") else "pass the builder"
+        raise ConfigurationError(
+            f"track_graph takes a StateGraph and got a {type(builder).__name__}: {hint}, as in "
+            "track_graph(builder).compile(checkpointer=saver)."
+        )
+    if not builder.nodes:
+        raise ConfigurationError(
+            "track_graph was given a graph without nodes: add them first, and call track_graph(builder).compile() last."
+        )
+    has_ids = all(name in builder.channels for name in STATE_IDS)
+    for name, spec in builder.nodes.items():
+        if not getattr(spec.runnable, _TRACKED, False):
+            tracked = _TrackedRunnable(spec.runnable, writes_ids=has_ids)  # type: ignore[arg-type]
+            builder.nodes[name] = dataclasses.replace(spec, runnable=tracked)
+    return builder
+
+
+def track_node(node: Any = None, *, state_schema: type | None = None) -> Any:
+    """Track one node: its step is current while it runs, and it writes the ids into the state.
+
+    Takes what ``add_node`` takes: functions, coroutine functions, generator functions, callables with an async
+    ``__call__``, runnables and compiled graphs. LangGraph finds ``config``, ``runtime``, ``store`` and ``writer`` in
+    its signature as before. Also as a decorator::
+
+        @track_node
+        def agent(state: State, config: RunnableConfig): ...
+
+    Args:
+        node: The node.
+        state_schema: The state's schema, where the type hint of the node's first parameter does not say it. The ids
+            are written only when the schema has their fields, as every subclass of `ConversationState` does.
+
+    Raises:
+        ConfigurationError: If it cannot be a node.
+    """
+    if node is None:
+        return lambda given: track_node(given, state_schema=state_schema)
+    if getattr(node, _TRACKED, False):
+        return node
+    if isinstance(node, Runnable):
+        return _TrackedRunnable(node, writes_ids=_has_ids(state_schema))
+    if not callable(node):
+        raise ConfigurationError(
+            f"track_node takes a function, a coroutine function, a callable object or a Runnable, and got a "
+            f"{type(node).__name__}: track_node(agent)."
+        )
+    return _tracked_function(node, writes_ids=_has_ids(state_schema or _hinted_schema(node)))
+
+
+def _tracked_function(node: Callable[..., Any], *, writes_ids: bool) -> Callable[..., Any]:
+    called = node if inspect.isroutine(node) else type(node).__call__
+    shell: Callable[..., Any]
+    if inspect.isasyncgenfunction(called):
+
+        @wraps(node)
+        async def shell(state: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+            with _tracked(state, writes_ids) as track:
+                async for update in node(state, *args, **kwargs):
+                    yield track.finished(update)
+
+    elif inspect.isgeneratorfunction(called):
+
+        @wraps(node)
+        def shell(state: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+            with _tracked(state, writes_ids) as track:
+                for update in node(state, *args, **kwargs):
+                    yield track.finished(update)
+
+    elif inspect.iscoroutinefunction(called):
+
+        @wraps(node)
+        async def shell(state: Any, *args: Any, **kwargs: Any) -> Any:
+            with _tracked(state, writes_ids) as track:
+                return track.finished(await node(state, *args, **kwargs))
+
+    else:
+
+        @wraps(node)
+        def shell(state: Any, *args: Any, **kwargs: Any) -> Any:
+            with _tracked(state, writes_ids) as track:
+                return track.finished(node(state, *args, **kwargs))
+
+    setattr(shell, _TRACKED, True)
+    return shell
+
+
+class _TrackedRunnable(RunnableLambda[Any, Any]):
+    """A runnable as a tracked node.
+
+    It is a `RunnableLambda` by class only, because LangGraph looks through its ``deps`` for subgraphs; it makes no run
+    of its own.
+    """
+
+    def __init__(self, inner: Runnable[Any, Any], *, writes_ids: bool) -> None:
+        self.inner = inner
+        self.writes_ids = writes_ids
+        self.name = getattr(inner, "name", None)
+        self.func = inner.invoke
+        self.afunc = inner.ainvoke
+        setattr(self, _TRACKED, True)
+
+    def __repr__(self) -> str:
+        return f"track_node({self.inner!r})"
+
+    @property
+    def deps(self) -> list[Runnable[Any, Any]]:  # type: ignore[override]
+        return [self.inner]
+
+    def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        with _tracked(input, self.writes_ids) as track:
+            return track.finished(self.inner.invoke(input, config, **kwargs))
+
+    async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        with _tracked(input, self.writes_ids) as track:
+            return track.finished(await self.inner.ainvoke(input, config, **kwargs))
+
+    stream = Runnable.stream
+    astream = Runnable.astream
+    transform = Runnable.transform
+    atransform = Runnable.atransform
+    batch = Runnable.batch
+    abatch = Runnable.abatch
+
+
+class _Track:
+    """One run of a tracked node."""
+
+    __slots__ = ("_state", "_writes_ids", "step", "turn")
+
+    def __init__(self, turn: Turn | None, step: OpenStep | None, state: Any, writes_ids: bool) -> None:
+        self.turn = turn
+        self.step = step
+        self._state = state
+        self._writes_ids = writes_ids
+
+    def finished(self, update: Any) -> Any:
+        """Return what the node returned, with the ids where the state does not have them yet."""
+        if self.turn is None:
+            return update
+        try:
+            if self.step is not None and isinstance(update, Mapping):
+                tokens = update.get("context_tokens")
+                if isinstance(tokens, int):
+                    self.step.add(a.CONTEXT_TOKENS, tokens)
+            if self._writes_ids and _read(self._state, "turn_id") != self.turn.id:
+                return _with_ids(update, self.turn)
+        except Exception as error:
+            caught("writing the ids into the state", error)
+        return update
+
+
+@contextmanager
+def _tracked(state: Any, writes_ids: bool) -> Iterator[_Track]:
+    """What happens around the run of a node, sync or async: its step is current in the node's own frame."""
+    turn, step = _place()
+    track = _Track(turn, step, state, writes_ids)
+    if turn is None or step is None:
+        yield track
+    else:
+        with current_step(turn, step):
+            yield track
+
+
+def _place() -> tuple[Turn | None, OpenStep | None]:
+    """Find the turn and the step of the node that runs here, by its run's id."""
+    try:
+        callbacks = get_config().get("callbacks")
+        parent_id = getattr(callbacks, "parent_run_id", None)
+        for handler in getattr(callbacks, "handlers", None) or ():
+            if isinstance(handler, SessionCallbackHandler):
+                place = handler.runs.step_of(parent_id)
+                if place is not None:
+                    return place
+    except RuntimeError:  # called outside of a graph, as in a unit test of the node
+        return None, None
+    except Exception as error:
+        caught("finding the turn of a node", error)
+    scope = current_scope()
+    turn = None if scope is None else scope.turn
+    return (turn, None) if isinstance(turn, Turn) else (None, None)
+
+
+def _with_ids(update: Any, turn: Turn) -> Any:
+    ids = {
+        "session_id": turn.conversation.session.id,
+        "conversation_id": turn.conversation.id,
+        "turn_id": turn.id,
+        "turn_number": turn.number,
+    }
+    if update is None:
+        return ids
+    if isinstance(update, Command):
+        if update.graph is not None or not (update.update is None or isinstance(update.update, Mapping)):
+            return update  # it is for the parent's state, or of a form that ids cannot be put into
+        return dataclasses.replace(update, update={**ids, **(update.update or {})})
+    if isinstance(update, Mapping):
+        return {**ids, **update}
+    if isinstance(update, list) and all(isinstance(part, Command | Mapping) for part in update):
+        return [*update, ids]
+    return update
+
+
+def _read(state: Any, name: str) -> Any:
+    return state.get(name) if isinstance(state, Mapping) else getattr(state, name, None)
+
+
+def _has_ids(schema: type | None) -> bool:
+    return schema is not None and all(name in _fields(schema) for name in STATE_IDS)
+
+
+def _fields(schema: type) -> set[str]:
+    return {name for kind in getattr(schema, "__mro__", ()) for name in getattr(kind, "__annotations__", {})} | set(
+        getattr(schema, "__annotations__", {})
+    )
+
+
+def _hinted_schema(node: Callable[..., Any]) -> type | None:
+    """Return the type hint of a node's first parameter, as LangGraph reads it for the node's input."""
+    called = node if inspect.isroutine(node) else type(node).__call__
+    try:
+        first = next(p for p in inspect.signature(node).parameters.values())
+        hint = get_type_hints(called).get(first.name)
+    except (StopIteration, NameError, TypeError, ValueError):  # none, or names that are known to type checkers only
+        return None
+    return hint if isinstance(hint, type) else None

@@ -1,0 +1,39 @@
+"""The state schema."""
+
+from typing import Annotated, TypeVar
+
+from langgraph.graph import MessagesState
+from typing_extensions import NotRequired
+
+T = TypeVar("T")
+
+
+def latest(_before: T, now: T) -> T:
+    """Keep the new value: nodes that run side by side may write the same ids in one step."""
+    return now
+
+
+class ConversationState(MessagesState):
+    """State of a graph whose turns are tracked; subclass it and add fields of your own.
+
+    The first tracked node of a run writes the ids (see `turntrace.track_graph`), so nodes, edges and checkpoints of the
+    graph have them without any code.
+
+    Attributes:
+        messages: The messages of the conversation.
+        session_id: The sitting that the turn is in.
+        conversation_id: The conversation: LangGraph's ``thread_id``.
+        turn_id: The turn that runs, or ran last.
+        turn_number: Its number in the conversation, from 1.
+        context_tokens: Tokens that the model was given last, when the app counts them.
+    """
+
+    session_id: NotRequired[Annotated[str, latest]]
+    conversation_id: NotRequired[Annotated[str, latest]]
+    turn_id: NotRequired[Annotated[str, latest]]
+    turn_number: NotRequired[Annotated[int, latest]]
+    context_tokens: NotRequired[Annotated[int, latest]]
+
+
+STATE_IDS = ("session_id", "conversation_id", "turn_id", "turn_number")
+"""The fields of `ConversationState` that tracked nodes write."""
