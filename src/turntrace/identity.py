@@ -2,6 +2,8 @@
 
 import hashlib
 import hmac
+import os
+import random
 import re
 import secrets
 from typing import Final
@@ -16,13 +18,20 @@ _HASH_PREFIX: Final = "sha256-"
 _ALLOWED = re.compile(r"[\x20-\x7e]{1,200}")
 
 
+# Random enough for ids, and without the system call of `secrets`, at which another thread may take the interpreter.
+# A generator of our own: an app that seeds Python's shared one would otherwise make the same ids in each of its runs.
+_random = random.Random(secrets.token_bytes(32))
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _random.seed(secrets.token_bytes(32)))
+
+
 def new_id() -> str:
     """Return a random id of 32 hexadecimal digits.
 
     The id of a turn is at the same time the id of its trace, so it has the form of one (W3C Trace Context: 16 bytes,
     not all zero).
     """
-    return secrets.token_hex(16)
+    return f"{_random.getrandbits(128) or 1:032x}"
 
 
 def derived_id(*parts: str) -> str:

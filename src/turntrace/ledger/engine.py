@@ -159,9 +159,8 @@ class Database:
                 with self.engine.connect().execution_options(**{_READ: True}) as connection:
                     yield connection
 
-    @contextmanager
-    def fast_writing(self) -> Iterator[Any]:
-        """Give a cursor of the driver, in a transaction that is committed at the end of the block.
+    def run_fast(self, statement: Prepared, values: Mapping[str, Any]) -> Any:
+        """Run one statement on the driver's own cursor, by itself, and return its first row or None.
 
         Raises:
             LedgerError: If the database cannot be written.
@@ -170,14 +169,7 @@ class Database:
             try:
                 if self._fast is None:
                     self._fast = self.engine.raw_connection()
-                cursor = self._fast.cursor()
-                cursor.execute("BEGIN IMMEDIATE")
-                try:
-                    yield cursor
-                except BaseException:
-                    cursor.execute("ROLLBACK")
-                    raise
-                cursor.execute("COMMIT")
+                return statement.run(self._fast.cursor(), values).fetchone()
             except sqlite3.Error as error:
                 raise _named(error, self.engine) from error
 

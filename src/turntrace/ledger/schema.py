@@ -5,7 +5,6 @@ from typing import Final
 
 from sqlalchemy import Connection, Table, inspect, select, update
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.engine import Dialect
 
 from turntrace.errors import LedgerError
 from turntrace.ledger.tables import SCHEMA_VERSION, meta, metadata
@@ -46,12 +45,12 @@ def remembered(connection: Connection, key: str, make: Callable[[], str]) -> str
     query = select(meta.c.value).where(meta.c.key == key)
     value = connection.execute(query).scalar_one_or_none()
     if value is None:
-        insert = insert_for(connection.dialect, meta)
+        insert = insert_for(connection.dialect.name, meta)
         connection.execute(insert.values(key=key, value=make()).on_conflict_do_nothing())
         value = connection.execute(query).scalar_one()  # another process may have been first: then its value counts
     return str(value)
 
 
-def insert_for(dialect: Dialect, table: Table) -> sqlite.Insert | postgresql.Insert:
+def insert_for(dialect: str, table: Table) -> sqlite.Insert | postgresql.Insert:
     """Return an INSERT that knows ON CONFLICT, in the words of the database."""
-    return postgresql.insert(table) if dialect.name == "postgresql" else sqlite.insert(table)
+    return postgresql.insert(table) if dialect == "postgresql" else sqlite.insert(table)

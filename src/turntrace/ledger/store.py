@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -19,8 +20,11 @@ from sqlalchemy import (
     bindparam,
     case,
     delete,
+    exists,
     func,
     insert,
+    literal,
+    or_,
     select,
     update,
 )
@@ -88,47 +92,7 @@ class Ledger:
         self._database = Database(engine_or_url)
         with self._database.writing() as connection:
             schema.prepare(connection)
-        dialect = self._database.dialect
-        upsert = schema.insert_for(dialect, conversations).values(
-            {name: bindparam(name) for name in ("id", "session_id", "user_id", "topic", "started_ns")}
-            | {"last_activity_ns": bindparam("started_ns"), "last_number": 1}
-        )
-        self._next_number = Prepared(
-            upsert.on_conflict_do_update(
-                index_elements=[conversations.c.id],
-                set_={
-                    "last_number": conversations.c.last_number + 1,
-                    "session_id": upsert.excluded.session_id,
-                    "topic": func.coalesce(upsert.excluded.topic, conversations.c.topic),
-                    "last_activity_ns": upsert.excluded.last_activity_ns,
-                },
-            ).returning(conversations.c.last_number),
-            dialect,
-        )
-        self._touch_session = Prepared(
-            update(sessions)
-            .where(
-                sessions.c.id == bindparam("session_id"),
-                sessions.c.ended_ns.is_(None),
-                sessions.c.last_activity_ns >= bindparam("active_since_ns"),
-            )
-            .values(last_activity_ns=_later(sessions.c.last_activity_ns, bindparam("started_ns"))),
-            dialect,
-        )
-        self._insert_turn = Prepared(
-            insert(turns).values(
-                {
-                    name: bindparam(name)
-                    for name in (
-                        *("id", "conversation_id", "session_id", "user_id", "number", "status", "started_ns"),
-                        *("trace_id", "root_span_id", "role", "agent_runs", "tool_calls", "llm_calls"),
-                        *("input_tokens", "output_tokens", "cost_usd", "unpriced_calls"),
-                        *("latency_ms", "wait_ms", "spans"),
-                    )
-                }
-            ),
-            dialect,
-        )
+        self._insert_turn = Prepared(_begin_turn(), self._database.dialect)
 
     @property
     def url(self) -> str:
@@ -191,10 +155,10 @@ class Ledger:
                 sessions.c.ended_ns.is_(None),
             )
         if conversation_id is not None:
-            last = select(conversations.c.session_id).where(conversations.c.id == conversation_id)
+            last = select(turns.c.session_id).where(turns.c.conversation_id == conversation_id)
             return _first(
                 connection,
-                sessions.c.id == last.scalar_subquery(),
+                sessions.c.id == last.order_by(turns.c.number.desc()).limit(1).scalar_subquery(),
                 sessions.c.user_id.is_(None),
                 sessions.c.ended_ns.is_(None),
             )
@@ -229,7 +193,6 @@ class Ledger:
         session_id: str,
         conversation_id: str,
         user_id: str | None,
-        topic: str | None,
         role: str,
         started_ns: int,
         active_since_ns: int,
@@ -248,24 +211,18 @@ class Ledger:
             for too long, and nothing was written.
         """
         values: dict[str, Any] = {
-            "id": turn_id,
-            "session_id": session_id,
-            "conversation_id": conversation_id,
-            "user_id": user_id,
-            "topic": topic,
+            "turn_id": turn_id,
+            "session": session_id,
+            "conversation": conversation_id,
+            "user": user_id,
             "role": role,
-            "started_ns": started_ns,
-            "active_since_ns": active_since_ns,
-            "trace_id": trace_id,
-            "root_span_id": root_span_id,
-            "status": OPEN,
+            "now": started_ns,
+            "active_since": active_since_ns,
+            "trace": trace_id,
+            "root_span": root_span_id,
         }
-        with self._database.fast_writing() as cursor:
-            if self._touch_session.run(cursor, values).rowcount != 1:
-                return None
-            number = self._next_number.run(cursor, {**values, "id": conversation_id}).fetchone()[0]
-            self._insert_turn.run(cursor, {**_ZEROS, **values, "number": number})
-        return int(number)
+        row = self._database.run_fast(self._insert_turn, values)
+        return None if row is None else int(row[0])
 
     # --- what ends ----------------------------------------------------------------------------------------------------
     @contextmanager
@@ -337,13 +294,16 @@ class LedgerWriter:
         """Take something out of the outbox."""
         self._connection.execute(delete(outbox).where(outbox.c.id == item_id))
 
-    def finish_turn(self, turn: TurnSummary, steps: Sequence[Step], *, spans: int) -> bool:
+    def finish_turn(
+        self, turn: TurnSummary, steps: Sequence[Step], *, spans: int, topic: str | None = None
+    ) -> bool:
         """Write down how a turn ended, and add it to its session.
 
         Args:
             turn: The turn, with its end.
             steps: Its steps, for looking at.
             spans: How many spans its trace has.
+            topic: What the conversation is about.
 
         Returns:
             Whether this was its end: a turn that had ended before is not changed.
@@ -355,6 +315,17 @@ class LedgerWriter:
         added = {_new(name): getattr(turn, name) for name in (*_SUMMED, "ended_ns")}
         added |= {"session": turn.session_id, "failed": int(turn.status == "failed")}
         self._connection.execute(_ADD_TO_SESSION, added)
+        self._connection.execute(
+            _upsert_conversation(self._connection.dialect.name),
+            {
+                "conversation": turn.conversation_id,
+                "session": turn.session_id,
+                "user": turn.user_id,
+                "topic": topic,
+                "started": turn.started_ns,
+                "ended": turn.ended_ns,
+            },
+        )
         return True
 
     def add_spans(self, turn_id: str, spans: int) -> None:
@@ -394,11 +365,45 @@ _SUMMED: Final = (
     *("llm_calls", "tool_calls", "input_tokens", "output_tokens", "cost_usd", "unpriced_calls"),
     *("latency_ms", "wait_ms"),
 )
-_ZEROS: Final = dict.fromkeys((*_SUMMED, "agent_runs", "spans"), 0)
+_ZEROS: Final = (*_SUMMED, "agent_runs", "spans")
 
 
 def _new(name: str) -> str:
     return f"new_{name}"  # SQLAlchemy keeps the column's own name for itself in an UPDATE
+
+
+def _begin_turn() -> Any:
+    """One statement, so that it is whole without a transaction around it: the number, the row, and whether it may be."""
+    value = _parameter
+    number = (
+        select(func.coalesce(func.max(turns.c.number), 0) + 1)
+        .where(turns.c.conversation_id == bindparam("conversation"))
+        .scalar_subquery()
+    )
+    still_runs = exists().where(turns.c.session_id == bindparam("session"), turns.c.status == OPEN)
+    row = {
+        "id": value("turn_id", turns.c.id),
+        "conversation_id": value("conversation", turns.c.conversation_id),
+        "session_id": sessions.c.id,
+        "user_id": value("user", turns.c.user_id),
+        "number": number,
+        "status": literal(OPEN),
+        "started_ns": value("now", turns.c.started_ns),
+        "trace_id": value("trace", turns.c.trace_id),
+        "root_span_id": value("root_span", turns.c.root_span_id),
+        "role": value("role", turns.c.role),
+    }
+    row |= {name: literal(0) for name in _ZEROS}
+    may_begin = select(*row.values()).where(
+        sessions.c.id == bindparam("session"),
+        sessions.c.ended_ns.is_(None),
+        or_(sessions.c.last_activity_ns >= bindparam("active_since"), still_runs),
+    )
+    return insert(turns).from_select(list(row), may_begin, include_defaults=False).returning(turns.c.number)
+
+
+def _parameter(name: str, column: Any) -> Any:
+    return bindparam(name, type_=column.type)
 
 
 def _later(column: Any, value: BindParameter[int]) -> Any:
@@ -427,6 +432,28 @@ _ADD_TO_SESSION: Final = (
         wait_ms=sessions.c.wait_ms + bindparam(_new("wait_ms")),
     )
 )
+
+
+@cache
+def _upsert_conversation(dialect: str) -> Any:
+    upsert = schema.insert_for(dialect, conversations).values(
+        id=bindparam("conversation"),
+        session_id=bindparam("session"),
+        user_id=bindparam("user"),
+        topic=bindparam("topic"),
+        total_turns=1,
+        started_ns=bindparam("started"),
+        last_activity_ns=bindparam("ended"),
+    )
+    return upsert.on_conflict_do_update(
+        index_elements=[conversations.c.id],
+        set_={
+            "session_id": upsert.excluded.session_id,
+            "topic": func.coalesce(upsert.excluded.topic, conversations.c.topic),
+            "total_turns": conversations.c.total_turns + 1,
+            "last_activity_ns": upsert.excluded.last_activity_ns,
+        },
+    )
 
 
 def _first(connection: Connection, *conditions: Any) -> RowMapping | None:

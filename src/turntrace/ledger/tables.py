@@ -74,7 +74,7 @@ conversations = Table(
     Column("session_id", String(200), ForeignKey("turntrace_sessions.id"), nullable=False),
     Column("user_id", String(64)),
     Column("topic", String(200)),
-    Column("last_number", Integer, nullable=False),
+    Column("total_turns", Integer, nullable=False),
     Column("started_ns", BigInteger, nullable=False),
     Column("last_activity_ns", BigInteger, nullable=False),
 )
@@ -83,7 +83,7 @@ turns = Table(
     "turntrace_turns",
     metadata,
     Column("id", String(200), primary_key=True),
-    Column("conversation_id", String(200), ForeignKey("turntrace_conversations.id"), nullable=False),
+    Column("conversation_id", String(200), nullable=False),
     Column("session_id", String(200), ForeignKey("turntrace_sessions.id"), nullable=False),
     Column("user_id", String(64)),
     Column("number", Integer, nullable=False),

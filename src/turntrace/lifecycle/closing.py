@@ -105,7 +105,8 @@ class FinishTurn(SettleTurn):
         if self._summary is not None:
             self._put_spans(ledger)
             account = self._turn.account
-            ledger.finish_turn(self._summary, account.steps, spans=account.spans)
+            topic = self._turn.conversation.topic
+            ledger.finish_turn(self._summary, account.steps, spans=account.spans, topic=topic)
 
 
 class AnnounceSession(_SpanJob):

@@ -251,7 +251,6 @@ class SessionTracker:
             session_id=session.id,
             conversation_id=conversation.id,
             user_id=session.user_id,
-            topic=conversation.topic,
             role=role,
             started_ns=started_ns,
             active_since_ns=active_since_ns,
