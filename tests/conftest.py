@@ -1,0 +1,97 @@
+"""What all tests share: errors of ours are raised, nothing leaks in from the machine, and nothing is left behind."""
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from langfuse import Langfuse
+from langfuse._client.resource_manager import LangfuseResourceManager
+from opentelemetry import trace
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from turntrace import boundary
+from turntrace.testing import Capture, Clock, Ids
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in list(os.environ):
+        if name.startswith(("TURNTRACE_", "LANGFUSE_", "OTEL_", "LANGSMITH_", "LANGCHAIN_")):
+            monkeypatch.delenv(name)
+    # No test reads or writes the ledger of whoever runs them.
+    monkeypatch.setenv("TURNTRACE_LEDGER_URL", f"sqlite:///{tmp_path / 'default-ledger.db'}")
+
+
+class _Errors(logging.Handler):
+    """Keeps what turntrace logs as an error: its threads cannot raise into a test."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(logging.Formatter().format(record))
+
+
+@pytest.fixture(autouse=True)
+def _strict(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Raise errors of ours, unless the test asks for the fixture `lenient`."""
+    if "lenient" in request.fixturenames:
+        yield
+        return
+    errors, logger = _Errors(), logging.getLogger("turntrace")
+    logger.addHandler(errors)
+    try:
+        with boundary.strict():
+            yield
+    finally:
+        logger.removeHandler(errors)
+    assert not errors.lines, "turntrace logged an error in a thread of its own:\n" + "\n".join(errors.lines)
+
+
+@pytest.fixture
+def lenient(_clean_environment: None) -> Iterator[None]:
+    """Catch and log errors of ours, as in production; what was counted before is forgotten."""
+    boundary.failures.clear()
+    yield
+    boundary.failures.clear()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_current() -> Iterator[None]:
+    yield
+    assert not trace.get_current_span().get_span_context().is_valid, "the test left a span current"
+
+
+@pytest.fixture
+def capture() -> Iterator[Capture]:
+    """Catch the spans of trackers made with ``capture.tracker()``."""
+    with Capture() as catching:
+        yield catching
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def ids() -> Ids:
+    return Ids()
+
+
+@pytest.fixture
+def langfuse_client(capture: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Langfuse]:
+    """Give the one Langfuse client of the process, on the capture's provider: ``@observe`` finds it by itself."""
+    # Its two HTTP clients, which send nothing here, would read the certificates of the machine for 50 ms.
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
+    client = Langfuse(
+        public_key="pk-lf-test",
+        secret_key="sk-lf-test",
+        tracer_provider=capture.provider,
+        span_exporter=InMemorySpanExporter(),
+    )
+    yield client
+    LangfuseResourceManager.reset()
