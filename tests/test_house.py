@@ -1,0 +1,186 @@
+"""The house: who may import whom, and what the package shows at its top."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import turntrace
+
+SOURCE = Path(turntrace.__file__).parent
+FILES = sorted(SOURCE.rglob("*.py"))
+
+GROUND = ("attributes", "records", "identity", "content", "current", "errors", "settings", "boundary")
+FLOORS = {
+    **dict.fromkeys(GROUND, 1),
+    **dict.fromkeys(("context", "export", "ledger"), 2),
+    "lifecycle": 3,
+    **dict.fromkeys(("graph", "analytics"), 4),
+    "report": 5,
+    **dict.fromkeys(("cli", "demo"), 6),
+}
+ABOVE_ALL = ("testing", "__init__", "__main__", "middleware")  # may import anything of ours
+READS_MESSAGES = ("content", "context", "graph", "demo", "cli", "testing", "middleware")
+
+PUBLIC_NAMES = {
+    "SessionTracker",
+    "Session",
+    "Conversation",
+    "Turn",
+    "SessionCallbackHandler",
+    "ConversationState",
+    "track_node",
+    "track_graph",
+    "current_turn",
+    "ContextTracker",
+    "PruningDecision",
+    "ContentPolicy",
+    "Journey",
+    "SessionSummary",
+    "UserSummary",
+    "TurntraceError",
+}
+OTHERS = ("langgraph", "langchain", "langchain_core", "langfuse", "opentelemetry")
+LATE = ("langfuse", "genai_prices", "tiktoken", "plotly", "typer", "rich")
+
+
+def room_of(module: str) -> str:
+    """Return the part of the house that a module of ours is in: ``turntrace.ledger.store`` is in ``ledger``."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def module_of(path: Path) -> str:
+    parts = [part for part in path.relative_to(SOURCE.parent).with_suffix("").parts if part != "__init__"]
+    return ".".join(parts)
+
+
+def imports_of(path: Path) -> Iterator[tuple[str, str, int]]:
+    """Give module, imported name (or "") and line of every import, also those within functions and type checks."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, "", node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: write the whole name of the module"
+            for alias in node.names:
+                yield str(node.module), alias.name, node.lineno
+
+
+def rooms_imported_by(path: Path) -> Iterator[tuple[str, int]]:
+    for module, name, line in imports_of(path):
+        if module == "turntrace":  # from turntrace import attributes as a
+            yield name or "__init__", line
+        elif module.startswith("turntrace."):
+            yield room_of(module), line
+
+
+IDS = [str(path.relative_to(SOURCE)) for path in FILES]
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_a_file_imports_only_from_the_floors_below(path: Path) -> None:
+    room = room_of(module_of(path))
+    if room in ABOVE_ALL:
+        return
+    assert room in FLOORS, f"{room} stands on no floor: add it to the house"
+    for imported, line in rooms_imported_by(path):
+        if imported == room or (room in GROUND and imported in GROUND):
+            continue
+        assert imported in FLOORS, f"{path.name}:{line}: {imported} stands above {room}"
+        assert FLOORS[imported] < FLOORS[room], f"{path.name}:{line}: {imported} does not stand below {room}"
+
+
+def test_the_files_of_the_ground_floor_do_not_import_in_a_circle() -> None:
+    needs = {name: {room for room, _ in rooms_imported_by(SOURCE / f"{name}.py")} for name in GROUND}
+    assert set(TopologicalSorter(needs).static_order()) == set(GROUND)
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_only_public_names_of_others_are_imported(path: Path) -> None:
+    for module, name, line in imports_of(path):
+        if module.split(".")[0] in OTHERS:
+            private = [part for part in (*module.split("."), name) if part.startswith("_") and part != "__version__"]
+            assert private == [], f"{path.name}:{line}: {module} {name} is not public"
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_only_what_reads_messages_knows_langchain(path: Path) -> None:
+    if room_of(module_of(path)) in (*READS_MESSAGES, "__init__"):
+        return
+    known = [module for module, _, _ in imports_of(path) if module.split(".")[0] in OTHERS[:3]]
+    assert known == []
+
+
+def test_the_names_at_the_top_are_a_sorted_literal_of_the_designs_names() -> None:
+    tree = ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8"))
+    [value] = [
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["__all__"]
+    ]
+    names = ast.literal_eval(value)
+    assert names == sorted(names)
+    assert len(set(names)) == len(names)
+    assert set(names) <= PUBLIC_NAMES
+    assert names == turntrace.__all__
+
+
+def test_everything_at_the_top_is_documented_and_there() -> None:
+    for name in turntrace.__all__:
+        assert getattr(turntrace, name).__doc__
+
+
+def test_nothing_else_is_public_at_the_top() -> None:
+    rooms = set(FLOORS) | set(ABOVE_ALL)
+    public = {name for name in vars(turntrace) if not name.startswith("_")}
+    assert public - rooms == set(turntrace.__all__)
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    from importlib.metadata import version
+
+    assert turntrace.__version__ == version("turntrace")
+    with pytest.raises(AttributeError, match="no attribute 'missing'"):
+        turntrace.missing  # noqa: B018
+
+
+def run(code: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("LANGFUSE_", "COV"))}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    assert run(f"import sys, turntrace; print([name for name in {LATE!r} if name in sys.modules])") == "[]"
+
+
+def test_tracking_without_keys_loads_no_client_of_langfuse() -> None:
+    code = f"""
+import sys
+from turntrace import SessionTracker
+with SessionTracker("sqlite://") as tracker, tracker.session(user_id="u") as session:
+    with session.conversation("c").turn("Hello"):
+        pass
+    assert session.summary().total_turns == 1
+print([name for name in {LATE!r} if name in sys.modules])
+"""
+    assert run(code) == "[]"
+
+
+def test_everything_can_be_imported_by_star() -> None:
+    assert run("from turntrace import *; print(SessionTracker.__name__, track_graph.__name__)") == (
+        "SessionTracker track_graph"
+    )
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert (SOURCE / "py.typed").exists()
