@@ -99,7 +99,8 @@ class SpanTarget:
             around: The span of other code that is current. One that serves a request (of kind SERVER) is its parent;
                 any other is only linked, so that a turn stays one trace.
         """
-        parent, links = _EMPTY, ()
+        parent = _EMPTY
+        links: tuple[trace.Link, ...] = ()
         if around is not None and around.get_span_context().is_valid:
             if getattr(around, "kind", None) is trace.SpanKind.SERVER:
                 parent = trace.set_span_in_context(around, _EMPTY)

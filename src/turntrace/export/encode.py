@@ -9,9 +9,12 @@ from opentelemetry.sdk.trace import ReadableSpan
 
 def to_otlp(spans: Sequence[ReadableSpan]) -> bytes:
     """Return spans as an OTLP ``ExportTraceServiceRequest`` in protobuf."""
-    return encode_spans(spans).SerializeToString()
+    body: bytes = encode_spans(spans).SerializeToString()
+    return body
 
 
 def from_otlp(body: bytes) -> ExportTraceServiceRequest:
     """Read back what `to_otlp` wrote."""
-    return ExportTraceServiceRequest.FromString(body)
+    request = ExportTraceServiceRequest()
+    request.ParseFromString(body)
+    return request

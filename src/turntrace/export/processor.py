@@ -65,11 +65,12 @@ class TurnSpanProcessor(SpanProcessor):
 
     def on_end(self, span: ReadableSpan) -> None:
         """Hand a span that has ended to its turn, or to the block that captures."""
-        captured = getattr(self._captured, "spans", None)
-        if captured is not None and span.instrumentation_scope is not None:
-            if span.instrumentation_scope.name == SCOPE_NAME:
+        scope = span.instrumentation_scope
+        if scope is not None and scope.name == SCOPE_NAME:
+            captured = getattr(self._captured, "spans", None)
+            if captured is not None:
                 captured.append(span)
-                return
+            return
         turn = self._running.pop(span.context.span_id, None) if self._running and span.context else None
         if turn is not None:
             try:
@@ -89,7 +90,8 @@ class TurnSpanProcessor(SpanProcessor):
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
         """Write down what has ended."""
-        return all([writer.drain(timeout_millis / 1000) for writer in list(self._flushers)])
+        written = [writer.drain(timeout_millis / 1000) for writer in list(self._flushers)]
+        return all(written)
 
 
 _processors: "weakref.WeakKeyDictionary[TracerProvider, TurnSpanProcessor]" = weakref.WeakKeyDictionary()

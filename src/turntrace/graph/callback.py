@@ -119,7 +119,7 @@ class SessionCallbackHandler(GraphCallbackHandler):
         """Hear that a text model is called."""
         self._runs.llm_started(run_id, parent_run_id, prompts[0] if prompts else None, metadata, kwargs)
 
-    def on_llm_new_token(self, token: str, *, run_id: UUID, **_: Any) -> None:
+    def on_llm_new_token(self, token: Any, *, run_id: UUID, **_: Any) -> None:
         """Hear that a token came."""
         self._runs.token_came(run_id)
 

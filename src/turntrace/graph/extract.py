@@ -107,6 +107,12 @@ def name_of_model(metadata: Mapping[str, Any] | None, options: Mapping[str, Any]
     return None
 
 
+def name_of_provider(metadata: Mapping[str, Any] | None) -> str | None:
+    """Return the vendor of the model that a call asks for, as LangChain names it."""
+    provider = (metadata or {}).get("ls_provider")
+    return provider if isinstance(provider, str) and provider else None
+
+
 def call_of(result: LLMResult, *, model: str | None, provider: str | None) -> LLMCall:
     """Read what a model's provider said about a call.
 

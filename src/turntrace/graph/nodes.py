@@ -44,7 +44,7 @@ def track_graph(builder: B) -> B:
     Raises:
         ConfigurationError: If it is not a `StateGraph`, or has no nodes yet.
     """
-    if not isinstance(builder, StateGraph):
+    if not isinstance(builder, StateGraph):  # type: ignore[unreachable]  # by types; a caller may not check them
         hint = "call track_graph(builder) before builder.compile()" if hasattr(builder, "nodes") else "pass the builder"
         raise ConfigurationError(
             f"track_graph takes a StateGraph and got a {type(builder).__name__}: {hint}, as in "
@@ -150,7 +150,7 @@ class _TrackedRunnable(RunnableLambda[Any, Any]):
         return f"track_node({self.inner!r})"
 
     @property
-    def deps(self) -> list[Runnable[Any, Any]]:  # type: ignore[override]
+    def deps(self) -> list[Runnable[Any, Any]]:
         return [self.inner]
 
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:

@@ -92,9 +92,7 @@ class RunRegistry:
             run = Run(parent.turn, parent.step, name=name, started_ns=self._tracker.clock())
         else:
             self._make_graph(parent)
-            step = parent.turn.open_step(
-                name or "node", "chain", parent=parent.step, attributes={a.TURN_STEP: number}
-            )
+            step = parent.turn.open_step(name or "node", "chain", parent=parent.step, attributes={a.TURN_STEP: number})
             run = Run(parent.turn, step, is_step=True)
         self._runs[run_id] = run
         self._enter(run)
@@ -192,16 +190,21 @@ class RunRegistry:
             return
         turn, above, context, owns = self._place_of(parent_id, messages, metadata)
         model = extract.name_of_model(metadata, options)
-        provider = (metadata or {}).get("ls_provider")
+        provider = extract.name_of_provider(metadata)
         known: dict[str, Any] = {}
         if model is not None:
             known[a.GEN_AI_REQUEST_MODEL] = model
-        if isinstance(provider, str):
+        if provider is not None:
             known[a.GEN_AI_PROVIDER_NAME] = provider
         name = model or options.get("name") or "model"
         step = turn.open_step(name, "generation", parent=above, context=context, attributes=known)
         self._runs[run_id] = Run(
-            turn, step, is_step=True, owns_turn=owns, model=model, provider=provider if isinstance(provider, str) else None
+            turn,
+            step,
+            is_step=True,
+            owns_turn=owns,
+            model=model,
+            provider=provider if isinstance(provider, str) else None,
         )
 
     def _place_of(

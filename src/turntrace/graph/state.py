@@ -1,9 +1,8 @@
 """The state schema."""
 
-from typing import Annotated, TypeVar
+from typing import Annotated, NotRequired, TypeVar
 
 from langgraph.graph import MessagesState
-from typing_extensions import NotRequired
 
 T = TypeVar("T")
 

@@ -41,7 +41,7 @@ def prepare(connection: Connection) -> None:
 
 
 def remembered(connection: Connection, key: str, make: Callable[[], str]) -> str:
-    """Return what the ledger keeps under a key; where there is nothing yet, make and keep it, once for all processes."""
+    """Return what the ledger keeps under a key; where there is nothing yet, it is made, once for all processes."""
     query = select(meta.c.value).where(meta.c.key == key)
     value = connection.execute(query).scalar_one_or_none()
     if value is None:

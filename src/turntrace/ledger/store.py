@@ -9,22 +9,15 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, Final
 
 from sqlalchemy import (
-    BindParameter,
     Connection,
     Engine,
     RowMapping,
-    bindparam,
-    case,
     delete,
-    exists,
     func,
     insert,
-    literal,
-    or_,
     select,
     update,
 )
@@ -32,12 +25,10 @@ from sqlalchemy.engine import URL
 
 from turntrace.identity import new_hash_key
 from turntrace.ledger import schema
-from turntrace.ledger.engine import Database, Prepared
-from turntrace.ledger.tables import conversations, outbox, sessions, turns
+from turntrace.ledger.engine import Database
+from turntrace.ledger.statements import TURN_RESULT, Statements
+from turntrace.ledger.tables import outbox, sessions, turns
 from turntrace.records import SessionFacts, SessionSummary, Step, TurnSummary
-
-OPEN: Final = "open"
-"""Status of a turn that has begun and has not ended."""
 
 _HASH_KEY: Final = "user_hash_key"
 _DAY_NS: Final = 86_400 * 1_000_000_000
@@ -92,7 +83,7 @@ class Ledger:
         self._database = Database(engine_or_url)
         with self._database.writing() as connection:
             schema.prepare(connection)
-        self._insert_turn = Prepared(_begin_turn(), self._database.dialect)
+        self._statements = Statements(self._database.dialect)
 
     @property
     def url(self) -> str:
@@ -203,8 +194,15 @@ class Ledger:
 
         Args:
             turn_id: Id of the turn.
+            session_id: The session that it falls into.
+            conversation_id: The conversation whose number it gets.
+            user_id: Hash of the user's id.
+            role: ``user``, or ``assistant`` when the agent began the exchange.
             started_ns: When it begins, in nanoseconds since 1970.
-            active_since_ns: The session must have been active since then, else it is not continued.
+            active_since_ns: The session must have been active since then or have a turn that still runs, else it is
+                not continued.
+            trace_id: Id of its trace, 32 hexadecimal digits.
+            root_span_id: Id of its root span, 16 hexadecimal digits.
 
         Returns:
             Its number in the conversation, from 1, without gaps; None when the session has ended or has been silent
@@ -221,7 +219,7 @@ class Ledger:
             "trace": trace_id,
             "root_span": root_span_id,
         }
-        row = self._database.run_fast(self._insert_turn, values)
+        row = self._database.run_fast(self._statements.begin_turn, values)
         return None if row is None else int(row[0])
 
     # --- what ends ----------------------------------------------------------------------------------------------------
@@ -229,7 +227,7 @@ class Ledger:
     def writing(self) -> Iterator["LedgerWriter"]:
         """Give a writer whose changes are all made at the end of the block, or none of them."""
         with self._database.writing() as connection:
-            yield LedgerWriter(connection)
+            yield LedgerWriter(connection, self._statements)
 
     # --- questions ----------------------------------------------------------------------------------------------------
     def session(self, session_id: str) -> SessionSummary | None:
@@ -277,26 +275,23 @@ class Ledger:
 
 
 class LedgerWriter:
-    """Changes to the ledger within one transaction.
+    """Changes to the ledger within one transaction. Made by `Ledger.writing`."""
 
-    Args:
-        connection: The connection that the transaction is on.
-    """
-
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, statements: Statements) -> None:
         self._connection = connection
+        self._statements = statements
+        self._cursor = connection.connection.cursor()
 
     def put(self, kind: str, body: bytes, *, items: int, created_ns: int) -> None:
         """Put something into the outbox."""
-        self._connection.execute(insert(outbox).values(kind=kind, body=body, items=items, created_ns=created_ns))
+        values = {"kind": kind, "body": body, "items": items, "created": created_ns}
+        self._statements.put.run(self._cursor, values)
 
     def remove(self, item_id: int) -> None:
         """Take something out of the outbox."""
         self._connection.execute(delete(outbox).where(outbox.c.id == item_id))
 
-    def finish_turn(
-        self, turn: TurnSummary, steps: Sequence[Step], *, spans: int, topic: str | None = None
-    ) -> bool:
+    def finish_turn(self, turn: TurnSummary, steps: Sequence[Step], *, spans: int, topic: str | None = None) -> bool:
         """Write down how a turn ended, and add it to its session.
 
         Args:
@@ -308,24 +303,22 @@ class LedgerWriter:
         Returns:
             Whether this was its end: a turn that had ended before is not changed.
         """
-        values = {_new(name): getattr(turn, name) for name in _TURN_RESULT}
-        values |= {"turn_id": turn.id, _new("steps"): _steps_text(steps), _new("spans"): spans}
-        if self._connection.execute(_END_TURN, values).rowcount != 1:
+        values = {f"new_{name}": getattr(turn, name) for name in TURN_RESULT}
+        values |= {
+            "turn_id": turn.id,
+            "new_steps": _steps_text(steps),
+            "new_spans": spans,
+            "new_failed": int(turn.status == "failed"),
+            "session": turn.session_id,
+            "conversation": turn.conversation_id,
+            "user": turn.user_id,
+            "topic": topic,
+            "started": turn.started_ns,
+        }
+        if self._statements.end_turn.run(self._cursor, values).rowcount != 1:
             return False
-        added = {_new(name): getattr(turn, name) for name in (*_SUMMED, "ended_ns")}
-        added |= {"session": turn.session_id, "failed": int(turn.status == "failed")}
-        self._connection.execute(_ADD_TO_SESSION, added)
-        self._connection.execute(
-            _upsert_conversation(self._connection.dialect.name),
-            {
-                "conversation": turn.conversation_id,
-                "session": turn.session_id,
-                "user": turn.user_id,
-                "topic": topic,
-                "started": turn.started_ns,
-                "ended": turn.ended_ns,
-            },
-        )
+        self._statements.add_to_session.run(self._cursor, values)
+        self._statements.upsert_conversation.run(self._cursor, values)
         return True
 
     def add_spans(self, turn_id: str, spans: int) -> None:
@@ -355,107 +348,6 @@ class LedgerWriter:
 
 
 # --- rows and what they stand for -------------------------------------------------------------------------------------
-_TURN_RESULT: Final = (
-    *("status", "ended_ns", "role", "input_length", "output_length", "input_type", "output_type", "has_attachments"),
-    *("intent", "agent_runs", "tool_calls", "llm_calls", "input_tokens", "output_tokens", "cost_usd"),
-    *("unpriced_calls", "latency_ms", "wait_ms", "time_to_first_token_ms", "model", "error"),
-    *("trace_id", "root_span_id"),
-)
-_SUMMED: Final = (
-    *("llm_calls", "tool_calls", "input_tokens", "output_tokens", "cost_usd", "unpriced_calls"),
-    *("latency_ms", "wait_ms"),
-)
-_ZEROS: Final = (*_SUMMED, "agent_runs", "spans")
-
-
-def _new(name: str) -> str:
-    return f"new_{name}"  # SQLAlchemy keeps the column's own name for itself in an UPDATE
-
-
-def _begin_turn() -> Any:
-    """One statement, so that it is whole without a transaction around it: the number, the row, and whether it may be."""
-    value = _parameter
-    number = (
-        select(func.coalesce(func.max(turns.c.number), 0) + 1)
-        .where(turns.c.conversation_id == bindparam("conversation"))
-        .scalar_subquery()
-    )
-    still_runs = exists().where(turns.c.session_id == bindparam("session"), turns.c.status == OPEN)
-    row = {
-        "id": value("turn_id", turns.c.id),
-        "conversation_id": value("conversation", turns.c.conversation_id),
-        "session_id": sessions.c.id,
-        "user_id": value("user", turns.c.user_id),
-        "number": number,
-        "status": literal(OPEN),
-        "started_ns": value("now", turns.c.started_ns),
-        "trace_id": value("trace", turns.c.trace_id),
-        "root_span_id": value("root_span", turns.c.root_span_id),
-        "role": value("role", turns.c.role),
-    }
-    row |= {name: literal(0) for name in _ZEROS}
-    may_begin = select(*row.values()).where(
-        sessions.c.id == bindparam("session"),
-        sessions.c.ended_ns.is_(None),
-        or_(sessions.c.last_activity_ns >= bindparam("active_since"), still_runs),
-    )
-    return insert(turns).from_select(list(row), may_begin, include_defaults=False).returning(turns.c.number)
-
-
-def _parameter(name: str, column: Any) -> Any:
-    return bindparam(name, type_=column.type)
-
-
-def _later(column: Any, value: BindParameter[int]) -> Any:
-    return case((column > value, column), else_=value)  # a clock that goes back does not take activity away
-
-
-_END_TURN: Final = (
-    update(turns)
-    .where(turns.c.id == bindparam("turn_id"), turns.c.ended_ns.is_(None))
-    .values({name: bindparam(_new(name)) for name in (*_TURN_RESULT, "steps", "spans")})
-)
-_ADD_TO_SESSION: Final = (
-    update(sessions)
-    .where(sessions.c.id == bindparam("session"))
-    .values(
-        last_activity_ns=_later(sessions.c.last_activity_ns, bindparam(_new("ended_ns"))),
-        total_turns=sessions.c.total_turns + 1,
-        failed_turns=sessions.c.failed_turns + bindparam("failed"),
-        llm_calls=sessions.c.llm_calls + bindparam(_new("llm_calls")),
-        tool_calls=sessions.c.tool_calls + bindparam(_new("tool_calls")),
-        input_tokens=sessions.c.input_tokens + bindparam(_new("input_tokens")),
-        output_tokens=sessions.c.output_tokens + bindparam(_new("output_tokens")),
-        total_cost_usd=sessions.c.total_cost_usd + bindparam(_new("cost_usd")),
-        unpriced_calls=sessions.c.unpriced_calls + bindparam(_new("unpriced_calls")),
-        active_ms=sessions.c.active_ms + bindparam(_new("latency_ms")),
-        wait_ms=sessions.c.wait_ms + bindparam(_new("wait_ms")),
-    )
-)
-
-
-@cache
-def _upsert_conversation(dialect: str) -> Any:
-    upsert = schema.insert_for(dialect, conversations).values(
-        id=bindparam("conversation"),
-        session_id=bindparam("session"),
-        user_id=bindparam("user"),
-        topic=bindparam("topic"),
-        total_turns=1,
-        started_ns=bindparam("started"),
-        last_activity_ns=bindparam("ended"),
-    )
-    return upsert.on_conflict_do_update(
-        index_elements=[conversations.c.id],
-        set_={
-            "session_id": upsert.excluded.session_id,
-            "topic": func.coalesce(upsert.excluded.topic, conversations.c.topic),
-            "total_turns": conversations.c.total_turns + 1,
-            "last_activity_ns": upsert.excluded.last_activity_ns,
-        },
-    )
-
-
 def _first(connection: Connection, *conditions: Any) -> RowMapping | None:
     query = select(sessions).where(*conditions).order_by(sessions.c.started_ns.desc(), sessions.c.id.desc()).limit(1)
     return connection.execute(query).mappings().first()

@@ -121,7 +121,8 @@ class AnnounceSession(_SpanJob):
         session = self._session
         asked = {"channel": session.channel, "type": session.type, "locale": session.locale}
         known = {"previous_session": session.previous_id, "sessions_total": session.sessions_total}
-        self._keep(_session_span(self._tracker, a.SPAN_SESSION_START, session.attributes(), session.started_ns, asked, known))
+        words = session.attributes()
+        self._keep(_session_span(self._tracker, a.SPAN_SESSION_START, words, session.started_ns, asked, known))
 
     def write(self, ledger: LedgerWriter) -> None:
         """Put the span into the outbox, once for the session."""
@@ -183,7 +184,8 @@ def _session_span(
         a.LANGFUSE_OBSERVATION_OUTPUT: to_json(_known(known)),
     }
     # Ids that derive from the session: a second sending overwrites, as does the end after the session went on again.
-    trace_id, span_id = derived_id(name, str(attributes[a.SESSION_ID])), derived_id(name, "span", str(attributes[a.SESSION_ID]))
+    session_id = str(attributes[a.SESSION_ID])
+    trace_id, span_id = derived_id(name, session_id), derived_id(name, session_id, "span")
     with tracker.target.capturing() as ended:
         span = tracker.target.start_root(
             name, attributes={**attributes, **shown}, start_ns=at_ns, ids=(int(trace_id, 16), int(span_id[:16], 16))
@@ -255,9 +257,7 @@ def _as_record(turn: "Turn", step: OpenStep, cost: float | None) -> Step:
     )
 
 
-def _sum_up(
-    turn: "Turn", status: str, ended_ns: int, question: Message | None, answer: Message | None
-) -> TurnSummary:
+def _sum_up(turn: "Turn", status: str, ended_ns: int, question: Message | None, answer: Message | None) -> TurnSummary:
     account = turn.account
     trace_id, root_span_id = ids_of(turn.root)
     has_answer = turn.answer is not None and status != "failed"

@@ -191,7 +191,9 @@ class SessionTracker:
             self._open(conversation.session.facts, given_id=True)
             turn = self._begin(conversation, TurnRequest(), message, role, active_since_ns=0)
         if turn is None:
-            raise StateError(f"The session {conversation.session.id!r} is ended over and over while a turn begins in it.")
+            raise StateError(
+                f"The session {conversation.session.id!r} is ended again and again while a turn begins."
+            )
         return turn
 
     def begin_turn(self, request: TurnRequest, message: Any = None) -> Turn:

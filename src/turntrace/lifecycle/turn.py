@@ -4,7 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
 
 from opentelemetry import trace
 from opentelemetry.context import Context
@@ -296,7 +296,7 @@ class _NoTurn:
         """Do nothing."""
 
 
-_NO_TURN: Final[Any] = _NoTurn()
+_NO_TURN: Final = cast(Turn, _NoTurn())
 
 
 def current_turn() -> Turn:
@@ -306,8 +306,8 @@ def current_turn() -> Turn:
     anything is returned, so that a node needs no ``if``.
     """
     scope = current_scope()
-    turn: Any = None if scope is None else scope.turn
-    return _NO_TURN if turn is None else turn
+    turn = None if scope is None else scope.turn
+    return turn if isinstance(turn, Turn) else _NO_TURN
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from turntrace.boundary import caught
@@ -31,19 +32,6 @@ class Job(Protocol):
         """Write, within a transaction; called again when that failed."""
 
 
-class _Mark:
-    """A job that says when all before it is done."""
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-
-    def prepare(self) -> None:
-        pass
-
-    def write(self, ledger: LedgerWriter) -> None:
-        pass
-
-
 class Writer:
     """Does jobs one after the other, several in one transaction.
 
@@ -56,21 +44,19 @@ class Writer:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job | threading.Event] = queue.SimpleQueue()  # an event marks a place
         self._hurry = threading.Event()
         self._thread: threading.Thread | None = None
         self._start_lock = threading.Lock()
         self._failing = False
         weak_self = weakref.ref(self)
         if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=lambda: (writer := weak_self()) and writer._after_fork())
-        atexit.register(lambda: (writer := weak_self()) and writer._at_exit())
+            os.register_at_fork(after_in_child=lambda: _call(weak_self(), Writer._after_fork))
+        atexit.register(lambda: _call(weak_self(), Writer._at_exit))
 
     def submit(self, job: Job) -> None:
         """Have a job done soon; returns at once."""
-        self._jobs.put(job)
-        if self._thread is None:
-            self._start()
+        self._put(job)
 
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until all that was submitted is written.
@@ -85,10 +71,15 @@ class Writer:
             return False  # a flush from within a job must not wait for itself
         if self._thread is None and self._jobs.empty():
             return True
-        mark = _Mark()
+        reached = threading.Event()
         self._hurry.set()
-        self.submit(mark)
-        return mark.done.wait(timeout)
+        self._put(reached)
+        return reached.wait(timeout)
+
+    def _put(self, job: Job | threading.Event) -> None:
+        self._jobs.put(job)
+        if self._thread is None:
+            self._start()
 
     def _start(self) -> None:
         with self._start_lock:
@@ -105,12 +96,14 @@ class Writer:
                     batch.append(self._jobs.get_nowait())
                 except queue.Empty:
                     break
-            if any(isinstance(job, _Mark) for job in batch):
+            marks = [job for job in batch if isinstance(job, threading.Event)]
+            if marks:
                 self._hurry.clear()
-            self._write(self._prepared(batch))
-            for job in batch:
-                if isinstance(job, _Mark):
-                    job.done.set()
+            jobs = self._prepared([job for job in batch if not isinstance(job, threading.Event)])
+            if jobs:
+                self._write(jobs)
+            for mark in marks:
+                mark.set()
 
     def _prepared(self, batch: list[Job]) -> list[Job]:
         ready = []
@@ -139,7 +132,9 @@ class Writer:
             except LedgerError as error:
                 if not self._failing:
                     self._failing = True
-                    logger.warning("turntrace: %s Tracking goes on in memory and is written as soon as it can be.", error)
+                    logger.warning(
+                        "turntrace: %s What is tracked stays in memory until it can be written.", error
+                    )
                 time.sleep(_RETRY_S[min(attempt, len(_RETRY_S) - 1)])
             except Exception as error:
                 if len(batch) > 1:
@@ -164,6 +159,11 @@ class Writer:
         self._start_lock = threading.Lock()
         self._thread = None
         self._ledger.after_fork()
+
+
+def _call(writer: Writer | None, method: Callable[[Writer], None]) -> None:
+    if writer is not None:
+        method(writer)
 
 
 def _caught(job: Job, error: Exception) -> None:

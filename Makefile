@@ -1,0 +1,46 @@
+# Everything a newcomer needs: `make demo` and `make test` set up what they use by themselves.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: help demo test lint types bench clean
+
+help:
+	@echo "make demo   run the demo: a support desk, three users, five sessions, seen in the terminal"
+	@echo "make test   run the tests"
+	@echo "make lint   ruff"
+	@echo "make types  mypy, strict"
+	@echo "make bench  what tracking costs a turn, next to others (takes minutes)"
+	@echo "make clean  remove the virtual environment and what tools left"
+
+$(VENV)/.made:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	touch $@
+
+$(VENV)/.app: $(VENV)/.made pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.app
+	$(BIN)/python -m pip install --quiet --group dev
+	touch $@
+
+demo: $(VENV)/.app
+	$(BIN)/turntrace demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/turn_overhead.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
