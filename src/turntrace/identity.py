@@ -34,6 +34,11 @@ def new_id() -> str:
     return f"{_random.getrandbits(128) or 1:032x}"
 
 
+def new_span_id() -> str:
+    """Return a random id of 16 hexadecimal digits, for a span."""
+    return f"{_random.getrandbits(64) or 1:016x}"
+
+
 def derived_id(*parts: str) -> str:
     """Return the id of 32 hexadecimal digits that always stands for these parts.
 
@@ -129,7 +134,7 @@ def hash_user(user_id: object, key: bytes) -> str:
     text = _as_text(user_id, "user_id")
     if not text:
         raise IdentityError("user_id is empty. Pass the id of the user, or None for an unknown one.")
-    return hmac.new(key, text.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
+    return hmac.digest(key, text.encode("utf-8", "surrogatepass"), "sha256").hex()
 
 
 def new_hash_key() -> bytes:

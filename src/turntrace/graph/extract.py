@@ -16,7 +16,11 @@ from turntrace.records import LLMCall, TurnRequest, Usage
 
 HIDDEN_TAG: Final = "langsmith:hidden"
 _STEP_TAG: Final = "graph:step:"
-_TEXTS: Final = ("channel", "topic", "tier", "org_id", "locale", "client_version")
+_TEXTS: Final = frozenset({"channel", "topic", "tier", "org_id", "locale", "client_version"})
+_REQUEST_KEYS: Final = _TEXTS | {
+    *("session_id", "user_id", "conversation_id", "thread_id", TURN_ID_KEY),
+    *("langfuse_session_id", "langfuse_user_id", "langfuse_tags"),
+}
 
 
 def request_of(metadata: Mapping[str, Any]) -> TurnRequest:
@@ -28,26 +32,22 @@ def request_of(metadata: Mapping[str, Any]) -> TurnRequest:
     Raises:
         IdentityError: If an id is neither a string nor a number.
     """
-    session_id = _given(metadata, "session_id", "langfuse_session_id")
-    user_id = _given(metadata, "user_id", "langfuse_user_id")
-    conversation_id = _given(metadata, "conversation_id", "thread_id")
-    tags = metadata.get("langfuse_tags") or ()
+    given = {name: value for name, value in metadata.items() if name in _REQUEST_KEYS and value not in (None, "")}
+    session_id = given.pop("session_id", given.pop("langfuse_session_id", None))
+    user_id = given.pop("user_id", given.pop("langfuse_user_id", None))
+    conversation_id = given.pop("conversation_id", given.pop("thread_id", None))
+    turn_id = given.pop(TURN_ID_KEY, None)
+    tags = given.pop("langfuse_tags", ())
+    for name in given.keys() - _TEXTS:  # Langfuse's names where ours are given too
+        del given[name]
     return TurnRequest(
         session_id=None if session_id is None else safe_id(session_id, "session_id"),
         user_id=user_id,
         conversation_id=None if conversation_id is None else safe_id(conversation_id, "conversation_id"),
-        turn_id=metadata.get(TURN_ID_KEY),
+        turn_id=turn_id,
         tags=tuple(str(tag) for tag in tags) if isinstance(tags, list | tuple) else (str(tags),),
-        **{name: _text(metadata.get(name)) for name in _TEXTS},
+        **{name: str(value)[:MAX_VALUE_LENGTH] for name, value in given.items()},
     )
-
-
-def _given(metadata: Mapping[str, Any], *names: str) -> Any:
-    return next((value for name in names if (value := metadata.get(name)) not in (None, "")), None)
-
-
-def _text(value: Any) -> str | None:
-    return None if value in (None, "") else str(value)[:MAX_VALUE_LENGTH]
 
 
 def step_of(tags: Sequence[str] | None) -> int | None:

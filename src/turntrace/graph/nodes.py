@@ -44,10 +44,11 @@ def track_graph(builder: B) -> B:
     Raises:
         ConfigurationError: If it is not a `StateGraph`, or has no nodes yet.
     """
-    if not isinstance(builder, StateGraph):  # type: ignore[unreachable]  # by types; a caller may not check them
-        hint = "call track_graph(builder) before builder.compile()" if hasattr(builder, "nodes") else "pass the builder"
+    given: object = builder  # whatever its type says: many callers are not type-checked
+    if not isinstance(given, StateGraph):
+        hint = "call track_graph(builder) before builder.compile()" if hasattr(given, "nodes") else "pass the builder"
         raise ConfigurationError(
-            f"track_graph takes a StateGraph and got a {type(builder).__name__}: {hint}, as in "
+            f"track_graph takes a StateGraph and got a {type(given).__name__}: {hint}, as in "
             "track_graph(builder).compile(checkpointer=saver)."
         )
     if not builder.nodes:

@@ -114,9 +114,10 @@ class Prepared:
 
 
 class Database:
-    """The ledger's connections: one for what begins in the app's threads, those of the pool for all else.
+    """The ledger's connections: one that writes, those of the pool for reading.
 
-    Within a process, writers to SQLite take turns by a lock, since SQLite's own waiting sleeps for milliseconds.
+    Within a process, writers take turns by a lock, since SQLite's own waiting sleeps for milliseconds. They share one
+    connection, since SQLite forgets what it has read when another one has written.
 
     Args:
         engine_or_url: A URL (then the engine is ours and closed with us) or an engine of the app's (which is not).
@@ -127,7 +128,7 @@ class Database:
         self.engine = engine_or_url if isinstance(engine_or_url, Engine) else open_engine(engine_or_url)
         self._in_memory = is_memory(self.engine.url)
         self._lock = threading.RLock()
-        self._fast: Any = None
+        self._writer: Connection | None = None
 
     @property
     def dialect(self) -> Dialect:
@@ -141,8 +142,15 @@ class Database:
         Raises:
             LedgerError: If the database cannot be written.
         """
-        with self._lock, _named_errors(self.engine), self.engine.begin() as connection:
-            yield connection
+        with self._lock, _named_errors(self.engine):
+            connection = self._write_connection()
+            with connection.begin():
+                yield connection
+
+    def _write_connection(self) -> Connection:
+        if self._writer is None:
+            self._writer = self.engine.connect()
+        return self._writer
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -166,23 +174,21 @@ class Database:
             LedgerError: If the database cannot be written.
         """
         with self._lock, _named_errors(self.engine):
-            if self._fast is None:
-                self._fast = self.engine.raw_connection()
-            return statement.run(self._fast.cursor(), values).fetchone()
+            return statement.run(self._write_connection().connection.cursor(), values).fetchone()
 
     def close(self) -> None:
         """Close the connections; those of an engine of the app's stay open."""
         with self._lock:
-            if self._fast is not None:
-                self._fast.close()
-                self._fast = None
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
             if self._owns_engine:
                 self.engine.dispose()
 
     def after_fork(self) -> None:
         """Forget connections that belong to the parent process."""
         self._lock = threading.RLock()
-        self._fast = None
+        self._writer = None
         self.engine.dispose(close=False)
 
 

@@ -5,28 +5,18 @@ They are built by SQLAlchemy Core, so that they fit the database, and run on the
 
 from typing import Any, Final
 
-from sqlalchemy import BindParameter, bindparam, case, exists, func, insert, literal, or_, select, update
+from sqlalchemy import BindParameter, bindparam, case, delete, exists, func, insert, or_, select, union_all, update
 from sqlalchemy.engine import Dialect
 
 from turntrace.ledger.engine import Prepared
 from turntrace.ledger.schema import insert_for
-from turntrace.ledger.tables import conversations, outbox, sessions, turns
+from turntrace.ledger.tables import conversations, open_turns, outbox, sessions, turns
 
 OPEN: Final = "open"
 """Status of a turn that has begun and has not ended."""
 
-TURN_RESULT: Final = (
-    *("status", "ended_ns", "role", "input_length", "output_length", "input_type", "output_type", "has_attachments"),
-    *("intent", "agent_runs", "tool_calls", "llm_calls", "input_tokens", "output_tokens", "cost_usd"),
-    *("unpriced_calls", "latency_ms", "wait_ms", "time_to_first_token_ms", "model", "error"),
-    *("trace_id", "root_span_id"),
-)
-"""Columns of a turn that are known at its end, named as the fields of `turntrace.records.TurnSummary`."""
-
-_COUNTED: Final = (
-    *("agent_runs", "tool_calls", "llm_calls", "input_tokens", "output_tokens", "cost_usd", "unpriced_calls"),
-    *("latency_ms", "wait_ms", "spans"),
-)
+TURN_COLUMNS: Final = tuple(column.name for column in turns.c if column.name not in ("spans", "steps"))
+"""Columns of a turn that are named as the fields of `turntrace.records.TurnSummary`."""
 
 
 class Statements:
@@ -39,38 +29,38 @@ class Statements:
     def __init__(self, dialect: Dialect) -> None:
         self.begin_turn = Prepared(_begin_turn(), dialect)
         self.put = Prepared(_put(), dialect)
-        self.end_turn = Prepared(_end_turn(), dialect)
+        self.close_turn = Prepared(_close_turn(), dialect)
+        self.insert_turn = Prepared(_insert_turn(), dialect)
         self.add_to_session = Prepared(_add_to_session(), dialect)
         self.upsert_conversation = Prepared(_upsert_conversation(dialect.name), dialect)
 
 
 def _begin_turn() -> Any:
     """One statement, so that it is whole by itself: the number, the row, and whether it may be."""
-    number = (
-        select(func.coalesce(func.max(turns.c.number), 0) + 1)
-        .where(turns.c.conversation_id == bindparam("conversation"))
-        .scalar_subquery()
-    )
-    still_runs = exists().where(turns.c.session_id == bindparam("session"), turns.c.status == OPEN)
+    latest = [
+        select(func.max(table.c.number).label("number")).where(table.c.conversation_id == bindparam("conversation"))
+        for table in (turns, open_turns)
+    ]
+    numbers = union_all(*latest).subquery()
+    number = select(func.coalesce(func.max(numbers.c.number), 0) + 1).scalar_subquery()
     row = {
-        "id": _parameter("turn_id", turns.c.id),
-        "conversation_id": _parameter("conversation", turns.c.conversation_id),
-        "session_id": sessions.c.id,
-        "user_id": _parameter("user", turns.c.user_id),
+        "conversation_id": _parameter("conversation", open_turns.c.conversation_id),
         "number": number,
-        "status": literal(OPEN),
-        "started_ns": _parameter("now", turns.c.started_ns),
-        "trace_id": _parameter("trace", turns.c.trace_id),
-        "root_span_id": _parameter("root_span", turns.c.root_span_id),
-        "role": _parameter("role", turns.c.role),
+        "id": _parameter("turn_id", open_turns.c.id),
+        "session_id": sessions.c.id,
+        "user_id": _parameter("user", open_turns.c.user_id),
+        "role": _parameter("role", open_turns.c.role),
+        "started_ns": _parameter("now", open_turns.c.started_ns),
+        "trace_id": _parameter("trace", open_turns.c.trace_id),
+        "root_span_id": _parameter("root_span", open_turns.c.root_span_id),
     }
-    row |= {name: literal(0) for name in _COUNTED}
+    still_runs = exists().where(open_turns.c.session_id == bindparam("session"))
     may_begin = select(*row.values()).where(
         sessions.c.id == bindparam("session"),
         sessions.c.ended_ns.is_(None),
         or_(sessions.c.last_activity_ns >= bindparam("active_since"), still_runs),
     )
-    return insert(turns).from_select(list(row), may_begin, include_defaults=False).returning(turns.c.number)
+    return insert(open_turns).from_select(list(row), may_begin).returning(open_turns.c.number)
 
 
 def _put() -> Any:
@@ -79,13 +69,14 @@ def _put() -> Any:
     return insert(outbox).values(row | {"attempts": 0, "next_try_ns": 0, "leased_until_ns": 0})
 
 
-def _end_turn() -> Any:
-    columns = (*TURN_RESULT, "steps", "spans")
-    return (
-        update(turns)
-        .where(turns.c.id == bindparam("turn_id"), turns.c.ended_ns.is_(None))
-        .values({name: _parameter(f"new_{name}", turns.c[name]) for name in columns})
+def _close_turn() -> Any:
+    return delete(open_turns).where(
+        open_turns.c.conversation_id == bindparam("new_conversation_id"), open_turns.c.number == bindparam("new_number")
     )
+
+
+def _insert_turn() -> Any:
+    return insert(turns).values({column.name: _parameter(f"new_{column.name}", column) for column in turns.c})
 
 
 def _add_to_session() -> Any:
@@ -94,7 +85,7 @@ def _add_to_session() -> Any:
     added = {column: sessions.c[column] + bindparam(f"new_{name}") for column, name in sums.items()}
     return (
         update(sessions)
-        .where(sessions.c.id == bindparam("session"))
+        .where(sessions.c.id == bindparam("new_session_id"))
         .values(
             last_activity_ns=_later(sessions.c.last_activity_ns, bindparam("new_ended_ns")),
             total_turns=sessions.c.total_turns + 1,
@@ -105,12 +96,12 @@ def _add_to_session() -> Any:
 
 def _upsert_conversation(dialect: str) -> Any:
     upsert = insert_for(dialect, conversations).values(
-        id=bindparam("conversation"),
-        session_id=bindparam("session"),
-        user_id=bindparam("user"),
+        id=bindparam("new_conversation_id"),
+        session_id=bindparam("new_session_id"),
+        user_id=bindparam("new_user_id"),
         topic=bindparam("topic"),
         total_turns=1,
-        started_ns=bindparam("started"),
+        started_ns=bindparam("new_started_ns"),
         last_activity_ns=bindparam("new_ended_ns"),
     )
     return upsert.on_conflict_do_update(

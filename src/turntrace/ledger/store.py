@@ -19,6 +19,7 @@ from sqlalchemy import (
     func,
     insert,
     select,
+    union_all,
     update,
 )
 from sqlalchemy.engine import URL
@@ -26,8 +27,8 @@ from sqlalchemy.engine import URL
 from turntrace.identity import new_hash_key
 from turntrace.ledger import schema
 from turntrace.ledger.engine import Database
-from turntrace.ledger.statements import TURN_RESULT, Statements
-from turntrace.ledger.tables import outbox, sessions, turns
+from turntrace.ledger.statements import OPEN, TURN_COLUMNS, Statements
+from turntrace.ledger.tables import open_turns, outbox, sessions, turns
 from turntrace.records import SessionFacts, SessionSummary, Step, TurnSummary
 
 _HASH_KEY: Final = "user_hash_key"
@@ -146,10 +147,16 @@ class Ledger:
                 sessions.c.ended_ns.is_(None),
             )
         if conversation_id is not None:
-            last = select(turns.c.session_id).where(turns.c.conversation_id == conversation_id)
+            latest = union_all(
+                *(
+                    select(table.c.session_id, table.c.number).where(table.c.conversation_id == conversation_id)
+                    for table in (turns, open_turns)
+                )
+            ).subquery()
+            last = select(latest.c.session_id).order_by(latest.c.number.desc()).limit(1)
             return _first(
                 connection,
-                sessions.c.id == last.order_by(turns.c.number.desc()).limit(1).scalar_subquery(),
+                sessions.c.id == last.scalar_subquery(),
                 sessions.c.user_id.is_(None),
                 sessions.c.ended_ns.is_(None),
             )
@@ -245,22 +252,20 @@ class Ledger:
             return [_plain_summary(row) for row in connection.execute(query).mappings()]
 
     def turns(self, session_id: str) -> list[tuple[TurnSummary, list[Step]]]:
-        """Return the turns of a session with their steps, in the order in which they began."""
-        query = (
-            select(turns)
-            .where(turns.c.session_id == session_id)
-            .order_by(turns.c.started_ns, turns.c.conversation_id, turns.c.number)
-        )
+        """Return the turns of a session with their steps, in the order in which they began.
+
+        Those that still run have the status ``open`` and no steps yet.
+        """
+        ended = select(turns).where(turns.c.session_id == session_id)
+        running = select(open_turns).where(open_turns.c.session_id == session_id)
         with self._database.reading() as connection:
-            return [(_turn(row), _steps(row["steps"])) for row in connection.execute(query).mappings()]
+            found = [(_turn(row), _steps(row["steps"])) for row in connection.execute(ended).mappings()]
+            found += [(TurnSummary(**row, status=OPEN), []) for row in connection.execute(running).mappings()]
+        return sorted(found, key=lambda turn: (turn[0].started_ns, turn[0].conversation_id, turn[0].number))
 
     def turn_numbers(self, conversation_id: str) -> list[int]:
         """Return the numbers of the turns of a conversation that have ended, in order."""
-        query = (
-            select(turns.c.number)
-            .where(turns.c.conversation_id == conversation_id, turns.c.ended_ns.is_not(None))
-            .order_by(turns.c.number)
-        )
+        query = select(turns.c.number).where(turns.c.conversation_id == conversation_id).order_by(turns.c.number)
         with self._database.reading() as connection:
             return list(connection.execute(query).scalars())
 
@@ -303,22 +308,14 @@ class LedgerWriter:
         Returns:
             Whether this was its end: a turn that had ended before is not changed.
         """
-        values = {f"new_{name}": getattr(turn, name) for name in TURN_RESULT}
-        values |= {
-            "turn_id": turn.id,
-            "new_steps": _steps_text(steps),
-            "new_spans": spans,
-            "new_failed": int(turn.status == "failed"),
-            "session": turn.session_id,
-            "conversation": turn.conversation_id,
-            "user": turn.user_id,
-            "topic": topic,
-            "started": turn.started_ns,
-        }
-        if self._statements.end_turn.run(self._cursor, values).rowcount != 1:
+        values = {f"new_{name}": getattr(turn, name) for name in TURN_COLUMNS}
+        values |= {"new_steps": _steps_text(steps), "new_spans": spans, "topic": topic}
+        values["new_failed"] = int(turn.status == "failed")
+        statements, cursor = self._statements, self._cursor
+        if statements.close_turn.run(cursor, values).rowcount != 1:
             return False
-        self._statements.add_to_session.run(self._cursor, values)
-        self._statements.upsert_conversation.run(self._cursor, values)
+        for statement in (statements.insert_turn, statements.add_to_session, statements.upsert_conversation):
+            statement.run(cursor, values)
         return True
 
     def add_spans(self, turn_id: str, spans: int) -> None:

@@ -79,20 +79,37 @@ conversations = Table(
     Column("last_activity_ns", BigInteger, nullable=False),
 )
 
+# The turns that run now. A turn begins in the app's own thread, so its beginning writes one small row into a small
+# table without further indexes, which is one page; its end moves it to the turns.
+open_turns = Table(
+    "turntrace_open_turns",
+    metadata,
+    Column("conversation_id", String(200), primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("id", String(200), nullable=False),
+    Column("session_id", String(200), nullable=False),
+    Column("user_id", String(64)),
+    Column("role", String(20), nullable=False),
+    Column("started_ns", BigInteger, nullable=False),
+    Column("trace_id", String(32), nullable=False),
+    Column("root_span_id", String(16), nullable=False),
+    sqlite_with_rowid=False,
+)
+
 turns = Table(
     "turntrace_turns",
     metadata,
     Column("id", String(200), primary_key=True),
     Column("conversation_id", String(200), nullable=False),
-    Column("session_id", String(200), ForeignKey("turntrace_sessions.id"), nullable=False),
-    Column("user_id", String(64)),
     Column("number", Integer, nullable=False),
+    Column("session_id", String(200), nullable=False),
+    Column("user_id", String(64)),
     Column("status", String(20), nullable=False),
     Column("started_ns", BigInteger, nullable=False),
-    Column("ended_ns", BigInteger),
-    Column("trace_id", String(32)),
-    Column("root_span_id", String(16)),
-    Column("role", String(20)),
+    Column("ended_ns", BigInteger, nullable=False),
+    Column("trace_id", String(32), nullable=False),
+    Column("root_span_id", String(16), nullable=False),
+    Column("role", String(20), nullable=False),
     Column("input_length", Integer),
     Column("output_length", Integer),
     Column("input_type", String(40)),
@@ -115,7 +132,6 @@ turns = Table(
     Column("steps", Text),
     UniqueConstraint("conversation_id", "number", name="turntrace_turns_number"),
     Index("turntrace_turns_session", "session_id", "started_ns"),
-    Index("turntrace_turns_status", "status", "started_ns"),
 )
 
 outbox = Table(

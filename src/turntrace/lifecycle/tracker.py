@@ -16,7 +16,7 @@ from turntrace.attributes import AttributeValue
 from turntrace.content import ContentLevel, ContentPolicy, classify_input
 from turntrace.errors import ConfigurationError, StateError
 from turntrace.export import SpanTarget, open_target
-from turntrace.identity import check_id, check_text, derived_id, hash_user, is_trace_id, new_id
+from turntrace.identity import check_id, check_text, derived_id, hash_user, is_trace_id, new_id, new_span_id
 from turntrace.ledger import Ledger
 from turntrace.lifecycle.closing import AnnounceSession, EndSession, FinishTurn, SettleTurn
 from turntrace.lifecycle.session import Conversation, Session, SessionBlock
@@ -92,6 +92,7 @@ class SessionTracker:
             self.target.processor.flush_with(self._writer)
         self._sessions: OrderedDict[Hashable, Session] = OrderedDict()
         self._turns: dict[str, Turn] = {}
+        self._hashes: dict[str, str] = {}
         self._handler: Any = None
         self._lock = threading.Lock()
 
@@ -181,7 +182,14 @@ class SessionTracker:
         Raises:
             IdentityError: If the id is empty or not a string or number.
         """
-        return hash_user(user_id, self._hash_key)
+        known = self._hashes.get(user_id) if isinstance(user_id, str) else None
+        if known is None:
+            known = hash_user(user_id, self._hash_key)
+            if isinstance(user_id, str):
+                if len(self._hashes) >= _SESSIONS_REMEMBERED:
+                    self._hashes.clear()
+                self._hashes[user_id] = known
+        return known
 
     # --- turns --------------------------------------------------------------------------------------------------------
     def start_turn(self, conversation: Conversation, message: Any = None, *, role: str = "user") -> Turn:
@@ -191,9 +199,7 @@ class SessionTracker:
             self._open(conversation.session.facts, given_id=True)
             turn = self._begin(conversation, TurnRequest(), message, role, active_since_ns=0)
         if turn is None:
-            raise StateError(
-                f"The session {conversation.session.id!r} is ended again and again while a turn begins."
-            )
+            raise StateError(f"The session {conversation.session.id!r} is ended again and again while a turn begins.")
         return turn
 
     def begin_turn(self, request: TurnRequest, message: Any = None) -> Turn:
@@ -246,7 +252,7 @@ class SessionTracker:
         session = conversation.session.facts
         turn_id = self.new_id()
         trace_id = turn_id if is_trace_id(turn_id) else derived_id("trace", turn_id)
-        span_id = derived_id("root", turn_id)[:16]
+        span_id = new_span_id()
         started_ns = self.clock()
         number = self.ledger.begin_turn(
             turn_id,

@@ -132,9 +132,7 @@ class Writer:
             except LedgerError as error:
                 if not self._failing:
                     self._failing = True
-                    logger.warning(
-                        "turntrace: %s What is tracked stays in memory until it can be written.", error
-                    )
+                    logger.warning("turntrace: %s What is tracked stays in memory until it can be written.", error)
                 time.sleep(_RETRY_S[min(attempt, len(_RETRY_S) - 1)])
             except Exception as error:
                 if len(batch) > 1:
