@@ -172,9 +172,6 @@ LANGFUSE_STATUS_MESSAGE: Final = _name(
 LANGFUSE_COST_DETAILS: Final = _name(
     "langfuse.observation.cost_details", str, "generation", "JSON of US dollars", unit="USD", source="Langfuse"
 )
-LANGFUSE_USAGE_DETAILS: Final = _name(
-    "langfuse.observation.usage_details", str, "generation", "JSON of tokens by kind", source="Langfuse"
-)
 LANGFUSE_COMPLETION_START_TIME: Final = _name(
     "langfuse.observation.completion_start_time", str, "generation", "first token", unit="ISO 8601", source="Langfuse"
 )

@@ -146,13 +146,11 @@ class LLMCall(Record):
 
     Attributes:
         usage: Its tokens; None when the provider gave none.
-        time_to_first_token_ms: From the start of the call, when it streamed.
     """
 
     model: str | None = word(a.GEN_AI_RESPONSE_MODEL)
     provider: str | None = word(a.GEN_AI_PROVIDER_NAME)
     usage: Usage | None = None
-    time_to_first_token_ms: int | None = word(a.TURN_TIME_TO_FIRST_TOKEN_MS)
 
     def attributes(self) -> dict[str, AttributeValue]:
         """Return the attributes of the generation; kinds of tokens that do not occur are left out."""

@@ -87,7 +87,7 @@ class SessionCallbackHandler(GraphCallbackHandler):
     @never_breaks("reading the error of a run")
     def on_chain_error(self, error: BaseException, *, run_id: UUID, **_: Any) -> None:
         """Hear that a graph, a node or a chain failed or was left."""
-        self._runs.chain_failed(run_id, error)
+        self._runs.failed(run_id, error)
 
     @never_breaks("reading the start of a call of a model")
     def on_chat_model_start(
@@ -131,7 +131,7 @@ class SessionCallbackHandler(GraphCallbackHandler):
     @never_breaks("reading the error of a call of a model")
     def on_llm_error(self, error: BaseException, *, run_id: UUID, **_: Any) -> None:
         """Hear that a call of a model failed."""
-        self._runs.chain_failed(run_id, error)
+        self._runs.failed(run_id, error)
 
     @never_breaks("reading the start of a call of a tool")
     def on_tool_start(
@@ -158,7 +158,7 @@ class SessionCallbackHandler(GraphCallbackHandler):
     @never_breaks("reading the error of a call of a tool")
     def on_tool_error(self, error: BaseException, *, run_id: UUID, **_: Any) -> None:
         """Hear that a call of a tool failed."""
-        self._runs.chain_failed(run_id, error)
+        self._runs.failed(run_id, error)
 
     @never_breaks("reading the start of a retrieval")
     def on_retriever_start(
@@ -184,7 +184,7 @@ class SessionCallbackHandler(GraphCallbackHandler):
     @never_breaks("reading the error of a retrieval")
     def on_retriever_error(self, error: BaseException, *, run_id: UUID, **_: Any) -> None:
         """Hear that a retrieval failed."""
-        self._runs.chain_failed(run_id, error)
+        self._runs.failed(run_id, error)
 
     @never_breaks("reading an interrupt")
     def on_interrupt(self, event: Any) -> None:

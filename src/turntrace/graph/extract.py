@@ -64,6 +64,11 @@ def is_hidden(tags: Sequence[str] | None) -> bool:
     return tags is not None and HIDDEN_TAG in tags
 
 
+def is_inside_graph(metadata: Mapping[str, Any] | None) -> bool:
+    """Tell whether a run is below a node of a graph."""
+    return metadata is not None and "langgraph_node" in metadata
+
+
 def message_in(inputs: Any, key: str = "messages") -> Any:
     """Return the message that a root run was given: the last one under the messages key, or None."""
     if isinstance(inputs, Mapping):

@@ -5,7 +5,7 @@ in which context LangChain calls the handler.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 from uuid import UUID
 from weakref import WeakKeyDictionary
@@ -15,15 +15,34 @@ from opentelemetry import context as otel_context
 from opentelemetry.context import Context
 
 from turntrace import attributes as a
+from turntrace.attributes import AttributeValue
 from turntrace.content import to_json
 from turntrace.current import Scope, current_scope, enter, leave
 from turntrace.graph import extract
 from turntrace.lifecycle import SessionTracker, Turn
-from turntrace.lifecycle.steps import OpenStep
-from turntrace.lifecycle.turn import is_abandoning
+from turntrace.lifecycle.steps import OpenStep, StepKind
 
 Metadata: TypeAlias = Mapping[str, Any] | None
 Tags: TypeAlias = Sequence[str] | None
+
+
+@dataclass(slots=True, eq=False)
+class Root:
+    """A run without a parent: that of a graph, or of a call that stands alone.
+
+    Attributes:
+        turn: The turn that it opened or joined.
+        context: Where it began inside a span of a turn that runs: the context whose span is above it.
+        owns_turn: Whether the turn ends with it.
+        below: The runs below it that have not ended.
+        interrupted: Whether it stopped to wait for a person.
+    """
+
+    turn: Turn
+    context: Context | None
+    owns_turn: bool
+    below: set[UUID] = field(default_factory=set)
+    interrupted: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -31,19 +50,21 @@ class Run:
     """A run of LangChain's.
 
     Attributes:
-        turn: The turn that it belongs to.
+        root: The run without a parent that it is, or is below.
         step: The step that it is, or the nearest one above it.
         is_step: Whether it is a step itself.
-        owns_turn: Whether the turn ends with it.
+        is_root: Whether it is its root.
         name: Its name, for a run that may turn out to be that of a graph.
         started_ns: When it began, in nanoseconds since 1970.
         entered: What `turntrace.current.enter` returned, to be given to `leave`.
+        model: The model that a call asks for.
+        provider: The vendor of that model.
     """
 
-    turn: Turn
+    root: Root
     step: OpenStep | None
     is_step: bool = False
-    owns_turn: bool = False
+    is_root: bool = False
     name: str | None = None
     started_ns: int = 0
     entered: tuple[Scope, Context, Context] | None = None
@@ -74,36 +95,106 @@ class RunRegistry:
     def step_of(self, run_id: UUID | None) -> tuple[Turn, OpenStep | None] | None:
         """Return the turn and the step that a run belongs to, or None."""
         run = None if run_id is None else self._runs.get(run_id)
-        return None if run is None else (run.turn, run.step)
+        return None if run is None else (run.root.turn, run.step)
 
-    # --- chains: graphs, nodes, and what is between them --------------------------------------------------------------
+    # --- what begins --------------------------------------------------------------------------------------------------
     def chain_started(
         self, run_id: UUID, parent_id: UUID | None, name: str | None, inputs: Any, tags: Tags, metadata: Metadata
     ) -> None:
-        """Note a run of a graph, a node, or of plumbing, which makes no step of its own."""
-        if run_id in self._runs:  # a handler that is attached twice
+        """Note a run of a graph, a node, or of what is between them, which makes no step of its own."""
+        if run_id in self._runs:  # heard by another handler of this tracker
             return
-        parent = self._parent(parent_id)
+        parent = None if parent_id is None else self._runs.get(parent_id)
         if parent is None:
-            self._root_started(run_id, name or "graph", inputs, metadata or {})
+            root = self._root_of(parent_id, inputs, metadata)
+            if root is not None:
+                root.turn.agent_runs += 1
+                name = name or "graph"
+                self._step_began(run_id, root, None, name, "agent", {a.GEN_AI_AGENT_NAME: name})
             return
         number = extract.step_of(tags)
         if number is None or extract.is_hidden(tags):
-            run = Run(parent.turn, parent.step, name=name, started_ns=self._tracker.clock())
+            run = Run(parent.root, parent.step, name=name, started_ns=self._tracker.clock())
+            self._note(run_id, run)
         else:
             self._make_graph(parent)
-            step = parent.turn.open_step(name or "node", "chain", parent=parent.step, attributes={a.TURN_STEP: number})
-            run = Run(parent.turn, step, is_step=True)
-        self._runs[run_id] = run
+            run = self._step_began(run_id, parent.root, parent, name or "node", "chain", {a.TURN_STEP: number})
         self._enter(run)
 
-    def _parent(self, parent_id: UUID | None) -> Run | None:
-        return None if parent_id is None else self._runs.get(parent_id)
+    def llm_started(
+        self, run_id: UUID, parent_id: UUID | None, messages: Any, metadata: Metadata, options: Mapping[str, Any]
+    ) -> None:
+        """Note a call of a model."""
+        model, provider = extract.name_of_model(metadata, options), extract.name_of_provider(metadata)
+        known: dict[str, AttributeValue] = {}
+        if model is not None:
+            known[a.GEN_AI_REQUEST_MODEL] = model
+        if provider is not None:
+            known[a.GEN_AI_PROVIDER_NAME] = provider
+        name = model or options.get("name") or "model"
+        run = self._call_began(run_id, parent_id, name, "generation", known, messages, metadata)
+        if run is not None:
+            run.model, run.provider = model, provider
+
+    def tool_started(
+        self, run_id: UUID, parent_id: UUID | None, name: str | None, arguments: Any, metadata: Metadata
+    ) -> None:
+        """Note a call of a tool."""
+        name = name or "tool"
+        run = self._call_began(run_id, parent_id, name, "tool", {a.GEN_AI_TOOL_NAME: name}, None, metadata)
+        if run is not None and run.step is not None:
+            if arguments is not None and self._tracker.content.records_steps:
+                run.step.add(a.LANGFUSE_OBSERVATION_INPUT, self._tracker.content.clean(str(arguments)))
+            self._enter(run)
+
+    def retriever_started(self, run_id: UUID, parent_id: UUID | None, name: str | None, metadata: Metadata) -> None:
+        """Note a call of a retriever."""
+        run = self._call_began(run_id, parent_id, name or "retriever", "retriever", {}, None, metadata)
+        if run is not None:
+            self._enter(run)
+
+    def _call_began(
+        self,
+        run_id: UUID,
+        parent_id: UUID | None,
+        name: str,
+        kind: StepKind,
+        known: Mapping[str, AttributeValue],
+        inputs: Any,
+        metadata: Metadata,
+    ) -> Run | None:
+        if run_id in self._runs:
+            return None
+        parent = None if parent_id is None else self._runs.get(parent_id)
+        root = self._root_of(parent_id, inputs, metadata) if parent is None else parent.root
+        return None if root is None else self._step_began(run_id, root, parent, name, kind, known)
+
+    def _step_began(
+        self,
+        run_id: UUID,
+        root: Root,
+        parent: Run | None,
+        name: str,
+        kind: StepKind,
+        known: Mapping[str, AttributeValue],
+    ) -> Run:
+        if parent is None:
+            step = root.turn.open_step(name, kind, context=root.context, attributes=known)
+        else:
+            step = root.turn.open_step(name, kind, parent=parent.step, attributes=known)
+        run = Run(root, step, is_step=True, is_root=parent is None)
+        self._note(run_id, run)
+        return run
+
+    def _note(self, run_id: UUID, run: Run) -> None:
+        self._runs[run_id] = run
+        if not run.is_root:
+            run.root.below.add(run_id)
 
     def _make_graph(self, run: Run) -> None:
         """Make a run a step after all: a node began below it, so it is that of a subgraph."""
         if not run.is_step and run.name is not None:
-            run.step = run.turn.open_step(
+            run.step = run.root.turn.open_step(
                 run.name,
                 "agent",
                 parent=run.step,
@@ -112,109 +203,76 @@ class RunRegistry:
             )
             run.is_step = True
 
-    def _root_started(self, run_id: UUID, name: str, inputs: Any, metadata: Mapping[str, Any]) -> None:
-        turn, context, owns = self._turn_for(inputs, metadata)
-        turn.agent_runs += 1
-        step = turn.open_step(name, "agent", context=context, attributes={a.GEN_AI_AGENT_NAME: name})
-        self._runs[run_id] = Run(turn, step, is_step=True, owns_turn=owns)
-
-    def _turn_for(self, inputs: Any, metadata: Mapping[str, Any]) -> tuple[Turn, Context | None, bool]:
-        """Find the turn of a run without a parent: the one that runs here, the one it names, or a new one."""
+    def _root_of(self, parent_id: UUID | None, inputs: Any, metadata: Metadata) -> Root | None:
+        """Find the turn of a run whose parent is not known: the one that runs here, the one it names, or a new one."""
         scope = current_scope()
         running: Any = None if scope is None else scope.turn
         if isinstance(running, Turn) and running.tracker is self._tracker:
-            return running, otel_context.get_current(), False
-        request = extract.request_of(metadata)
-        if request.turn_id is not None:
-            named = self._tracker.live_turn(request.turn_id)
-            if named is not None:
-                return named, None, False
-        return self._tracker.begin_turn(request, extract.message_in(inputs, self._messages_key)), None, True
+            return Root(running, otel_context.get_current(), owns_turn=False)
+        if parent_id is not None and extract.is_inside_graph(metadata):
+            return None  # what is left of a run that has ended: its turn is over
+        request = extract.request_of(metadata or {})
+        named = None if request.turn_id is None else self._tracker.live_turn(request.turn_id)
+        if named is not None:
+            return Root(named, None, owns_turn=False)
+        message = extract.message_in(inputs, self._messages_key)
+        return Root(self._tracker.begin_turn(request, message), None, owns_turn=True)
 
+    # --- what ends ----------------------------------------------------------------------------------------------------
     def chain_ended(self, run_id: UUID, outputs: Any) -> None:
         """Note that a chain ended."""
-        run = self._runs.pop(run_id, None)
+        run = self._forget(run_id)
         if run is None:
             return
-        self._leave(run)
         if run.is_step and run.step is not None:
-            run.turn.close_step(run.step)
-            if run.step.parent is None and run.step.kind == "agent":
-                run.turn.note_answer(extract.answer_in(outputs, self._messages_key))
-        if run.owns_turn:
-            self._turn_ended(run.turn)
+            run.root.turn.close_step(run.step)
+        if run.is_root:
+            self._root_ended(run.root, extract.answer_in(outputs, self._messages_key))
 
-    def chain_failed(self, run_id: UUID, error: BaseException) -> None:
-        """Note that a chain ended with an error, or was left."""
-        run = self._runs.pop(run_id, None)
+    def llm_ended(self, run_id: UUID, result: LLMResult) -> None:
+        """Note what a call of a model used."""
+        run = self._forget(run_id)
+        if run is None or run.step is None:
+            return
+        if self._tracker.content.records_steps:
+            answer = self._tracker.content.clean(extract.answer_text(result))
+            run.step.add(a.LANGFUSE_OBSERVATION_OUTPUT, answer)
+        call = extract.call_of(result, model=run.model, provider=run.provider)
+        run.root.turn.close_step(run.step, call=call)
+        if run.is_root:
+            self._root_ended(run.root, extract.message_of(result))
+
+    def call_ended(self, run_id: UUID, output: Any = None) -> None:
+        """Note that a call of a tool or a retriever ended."""
+        run = self._forget(run_id)
+        if run is None or run.step is None:
+            return
+        if output is not None and self._tracker.content.records_steps:
+            told = getattr(output, "content", output)
+            text = told if isinstance(told, str) else to_json(told)
+            run.step.add(a.LANGFUSE_OBSERVATION_OUTPUT, self._tracker.content.clean(text))
+        run.root.turn.close_step(run.step)
+        if run.is_root:
+            self._root_ended(run.root, None)
+
+    def failed(self, run_id: UUID, error: BaseException) -> None:
+        """Note that a run ended with an error, or was left."""
+        run = self._forget(run_id)
         if run is None:
             return
-        self._leave(run)
-        if extract.is_control_flow(error):
-            run.turn.interrupted = run.turn.interrupted or extract.is_interrupt(error)
-            if run.is_step and run.step is not None:
-                run.turn.close_step(run.step)
-            if run.owns_turn:
-                self._turn_ended(run.turn)
-            return
+        control_flow = extract.is_control_flow(error)
+        if extract.is_interrupt(error):
+            run.root.interrupted = True
         if run.is_step and run.step is not None:
-            run.turn.close_step(run.step, error=error)
-        if run.owns_turn:
-            self._forget_runs_of(run.turn, needed=is_abandoning(error))
-            run.turn.end(error=error)
+            run.root.turn.close_step(run.step, error=None if control_flow else error)
+        if run.is_root:
+            self._root_ended(run.root, None, error=None if control_flow else error)
 
     def interrupted(self, run_id: UUID | None) -> None:
         """Note that a graph stopped to wait for a person."""
         run = None if run_id is None else self._runs.get(run_id)
         if run is not None:
-            run.turn.interrupted = True
-
-    def _turn_ended(self, turn: Turn) -> None:
-        turn.end("interrupted" if turn.interrupted else "completed")
-
-    def _forget_runs_of(self, turn: Turn, *, needed: bool) -> None:
-        """Forget runs whose end will not be heard: their tasks were cancelled with the root."""
-        if not needed:
-            return
-        for run_id, run in list(self._runs.items()):
-            if run.turn is turn:
-                self._leave(run)
-                self._runs.pop(run_id, None)
-
-    # --- calls of models ----------------------------------------------------------------------------------------------
-    def llm_started(
-        self, run_id: UUID, parent_id: UUID | None, messages: Any, metadata: Metadata, options: Mapping[str, Any]
-    ) -> None:
-        """Note a call of a model."""
-        if run_id in self._runs:
-            return
-        turn, above, context, owns = self._place_of(parent_id, messages, metadata)
-        model = extract.name_of_model(metadata, options)
-        provider = extract.name_of_provider(metadata)
-        known: dict[str, Any] = {}
-        if model is not None:
-            known[a.GEN_AI_REQUEST_MODEL] = model
-        if provider is not None:
-            known[a.GEN_AI_PROVIDER_NAME] = provider
-        name = model or options.get("name") or "model"
-        step = turn.open_step(name, "generation", parent=above, context=context, attributes=known)
-        self._runs[run_id] = Run(
-            turn,
-            step,
-            is_step=True,
-            owns_turn=owns,
-            model=model,
-            provider=provider if isinstance(provider, str) else None,
-        )
-
-    def _place_of(
-        self, parent_id: UUID | None, inputs: Any, metadata: Metadata
-    ) -> tuple[Turn, OpenStep | None, Context | None, bool]:
-        parent = self._parent(parent_id)
-        if parent is not None:
-            return parent.turn, parent.step, None, False
-        turn, context, owns = self._turn_for(inputs, metadata or {})
-        return turn, None, context, owns
+            run.root.interrupted = True
 
     def token_came(self, run_id: UUID) -> None:
         """Note the first token of a call; later ones cost a look-up."""
@@ -222,54 +280,24 @@ class RunRegistry:
         if run is not None and run.step is not None and run.step.first_token_ns is None:
             run.step.first_token_ns = self._tracker.clock()
 
-    def llm_ended(self, run_id: UUID, result: LLMResult) -> None:
-        """Note what a call of a model used."""
+    def _forget(self, run_id: UUID) -> Run | None:
         run = self._runs.pop(run_id, None)
-        if run is None or run.step is None:
-            return
-        if self._tracker.content.records_steps:
-            answer = self._tracker.content.clean(extract.answer_text(result))
-            run.step.add(a.LANGFUSE_OBSERVATION_OUTPUT, answer)
-        run.turn.close_step(run.step, call=extract.call_of(result, model=run.model, provider=run.provider))
-        if run.owns_turn:
-            run.turn.note_answer(extract.message_of(result))
-            self._turn_ended(run.turn)
+        if run is not None:
+            run.root.below.discard(run_id)
+            self._leave(run)
+        return run
 
-    # --- calls of tools and retrievers --------------------------------------------------------------------------------
-    def tool_started(
-        self, run_id: UUID, parent_id: UUID | None, name: str | None, arguments: Any, metadata: Metadata
-    ) -> None:
-        """Note a call of a tool."""
-        if run_id in self._runs:
-            return
-        turn, above, context, owns = self._place_of(parent_id, None, metadata)
-        step = turn.open_step(
-            name or "tool", "tool", parent=above, context=context, attributes={a.GEN_AI_TOOL_NAME: name or "tool"}
-        )
-        if self._tracker.content.records_steps and arguments is not None:
-            step.add(a.LANGFUSE_OBSERVATION_INPUT, self._tracker.content.clean(str(arguments)))
-        run = Run(turn, step, is_step=True, owns_turn=owns)
-        self._runs[run_id] = run
-        self._enter(run)
-
-    def retriever_started(self, run_id: UUID, parent_id: UUID | None, name: str | None, metadata: Metadata) -> None:
-        """Note a call of a retriever."""
-        if run_id in self._runs:
-            return
-        turn, above, context, owns = self._place_of(parent_id, None, metadata)
-        step = turn.open_step(name or "retriever", "retriever", parent=above, context=context)
-        run = Run(turn, step, is_step=True, owns_turn=owns)
-        self._runs[run_id] = run
-        self._enter(run)
-
-    def call_ended(self, run_id: UUID, output: Any = None) -> None:
-        """Note that a call of a tool or a retriever ended."""
-        run = self._runs.get(run_id)
-        if run is not None and run.step is not None and output is not None and self._tracker.content.records_steps:
-            told = getattr(output, "content", output)
-            text = told if isinstance(told, str) else to_json(told)
-            run.step.add(a.LANGFUSE_OBSERVATION_OUTPUT, self._tracker.content.clean(text))
-        self.chain_ended(run_id, None)
+    def _root_ended(self, root: Root, answer: Any, *, error: BaseException | None = None) -> None:
+        for run_id in list(root.below):  # of a stream that was left, or a task that was cancelled: nobody tells
+            run = self._forget(run_id)
+            if run is not None and run.is_step and run.step is not None:
+                run.step.abandoned = True
+                root.turn.close_step(run.step)
+        turn = root.turn
+        turn.interrupted = root.interrupted
+        turn.note_answer(answer)
+        if root.owns_turn:
+            turn.end("interrupted" if root.interrupted else "completed", error=error)
 
     # --- the context of user code -------------------------------------------------------------------------------------
     def _enter(self, run: Run) -> None:
@@ -278,7 +306,7 @@ class RunRegistry:
             return
         scope = current_scope()
         if scope is None or not scope.stands_for(run.step.span):
-            run.entered = enter(run.turn, run.step.span)
+            run.entered = enter(run.root.turn, run.step.span)
 
     def _leave(self, run: Run) -> None:
         entered, run.entered = run.entered, None

@@ -6,7 +6,7 @@ transactions that hold the spans and the row together.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -32,6 +32,7 @@ from turntrace.ledger.tables import open_turns, outbox, sessions, turns
 from turntrace.records import SessionFacts, SessionSummary, Step, TurnSummary
 
 _HASH_KEY: Final = "user_hash_key"
+_SETTLE_S: Final = 30.0
 _DAY_NS: Final = 86_400 * 1_000_000_000
 
 
@@ -75,12 +76,16 @@ class Ledger:
         engine_or_url: A SQLAlchemy URL such as ``sqlite:////var/lib/app/turntrace.db`` (``sqlite://`` for one in
             memory), or an engine of the app's, which then stays the app's to close.
 
+    Attributes:
+        settle: Called before a question is asked, with the seconds that it may take: writes down what still waits.
+
     Raises:
         ConfigurationError: If the URL cannot be used.
         LedgerError: If the database cannot be opened, or was written by a newer turntrace.
     """
 
     def __init__(self, engine_or_url: Engine | str | URL) -> None:
+        self.settle: Callable[[float], object] | None = None
         self._database = Database(engine_or_url)
         with self._database.writing() as connection:
             schema.prepare(connection)
@@ -98,6 +103,13 @@ class Ledger:
     def after_fork(self) -> None:
         """Forget the parent's connections in a forked process."""
         self._database.after_fork()
+
+    @contextmanager
+    def _asking(self) -> Iterator[Connection]:
+        if self.settle is not None:
+            self.settle(_SETTLE_S)
+        with self._database.reading() as connection:
+            yield connection
 
     def hash_key(self) -> bytes:
         """Return the key for hashing users: random, made once and kept in the ledger."""
@@ -239,7 +251,7 @@ class Ledger:
     # --- questions ----------------------------------------------------------------------------------------------------
     def session(self, session_id: str) -> SessionSummary | None:
         """Return what is known of a session, or None."""
-        with self._database.reading() as connection:
+        with self._asking() as connection:
             row = _first(connection, sessions.c.id == session_id)
             return None if row is None else _summary(connection, row)
 
@@ -248,7 +260,7 @@ class Ledger:
         query = select(sessions).order_by(sessions.c.started_ns.desc(), sessions.c.id).limit(limit)
         if ids is not None:
             query = query.where(sessions.c.id.in_(ids))
-        with self._database.reading() as connection:
+        with self._asking() as connection:
             return [_plain_summary(row) for row in connection.execute(query).mappings()]
 
     def turns(self, session_id: str) -> list[tuple[TurnSummary, list[Step]]]:
@@ -258,7 +270,7 @@ class Ledger:
         """
         ended = select(turns).where(turns.c.session_id == session_id)
         running = select(open_turns).where(open_turns.c.session_id == session_id)
-        with self._database.reading() as connection:
+        with self._asking() as connection:
             found = [(_turn(row), _steps(row["steps"])) for row in connection.execute(ended).mappings()]
             found += [(TurnSummary(**row, status=OPEN), []) for row in connection.execute(running).mappings()]
         return sorted(found, key=lambda turn: (turn[0].started_ns, turn[0].conversation_id, turn[0].number))
@@ -266,13 +278,13 @@ class Ledger:
     def turn_numbers(self, conversation_id: str) -> list[int]:
         """Return the numbers of the turns of a conversation that have ended, in order."""
         query = select(turns.c.number).where(turns.c.conversation_id == conversation_id).order_by(turns.c.number)
-        with self._database.reading() as connection:
+        with self._asking() as connection:
             return list(connection.execute(query).scalars())
 
     def outbox(self, *, limit: int = 1000, after_id: int = 0) -> list[OutboxItem]:
         """Return what waits to be sent, the oldest first."""
         query = select(outbox).where(outbox.c.id > after_id).order_by(outbox.c.id).limit(limit)
-        with self._database.reading() as connection:
+        with self._asking() as connection:
             return [
                 OutboxItem(row["id"], row["kind"], row["body"], row["items"], row["created_ns"])
                 for row in connection.execute(query).mappings()

@@ -13,8 +13,8 @@ from turntrace.export import ids_of, to_otlp
 from turntrace.identity import derived_id
 from turntrace.ledger import LedgerWriter
 from turntrace.lifecycle.pricing import cost_usd
-from turntrace.lifecycle.steps import OpenStep
-from turntrace.records import SessionFacts, SessionSummary, Step, TurnSummary, elapsed_ms, iso_time
+from turntrace.lifecycle.steps import OpenStep, TurnAccount
+from turntrace.records import LLMCall, SessionFacts, SessionSummary, Step, TurnSummary, elapsed_ms, iso_time
 
 if TYPE_CHECKING:
     from turntrace.lifecycle.tracker import SessionTracker
@@ -196,17 +196,22 @@ def _session_span(
 
 def _end_step(turn: "Turn", step: OpenStep) -> None:
     account = turn.account
-    late: dict[str, AttributeValue] = {}
+    late: dict[str, AttributeValue] = {} if step.extra is None else dict(step.extra)
     cost: float | None = None
-    if step.extra is not None:
-        late.update(step.extra)
-    if step.call is not None:
-        late.update(step.call.attributes())
-        cost = _account_call(turn, step, late)
-    elif step.kind == "generation":
+    if step.kind == "generation":
         account.llm_calls += 1
     elif step.kind == "tool":
         account.tool_calls += 1
+    if step.first_token_ns is not None:
+        late[a.LANGFUSE_COMPLETION_START_TIME] = iso_time(step.first_token_ns)
+        late[a.TURN_TIME_TO_FIRST_TOKEN_MS] = elapsed_ms(step.start_ns, step.first_token_ns)
+        if account.first_token_ns is None or step.first_token_ns < account.first_token_ns:
+            account.first_token_ns = step.first_token_ns
+    if step.call is not None:
+        late.update(step.call.attributes())
+        cost = _add_call(account, step.call)
+        if cost is not None:
+            late[a.LANGFUSE_COST_DETAILS] = to_json({"total": cost})
     if late:
         step.span.set_attributes(late)
     if step.error is not None or step.abandoned:
@@ -217,26 +222,18 @@ def _end_step(turn: "Turn", step: OpenStep) -> None:
         account.steps.append(_as_record(turn, step, cost))
 
 
-def _account_call(turn: "Turn", step: OpenStep, late: dict[str, AttributeValue]) -> float | None:
-    account, call = turn.account, step.call
-    account.llm_calls += 1
-    assert call is not None
+def _add_call(account: TurnAccount, call: LLMCall) -> float | None:
+    """Add the tokens and the cost of a call; return its cost, or None when that is not known."""
     account.model = call.model or account.model
-    if step.first_token_ns is not None:
-        late[a.LANGFUSE_COMPLETION_START_TIME] = iso_time(step.first_token_ns)
-        if account.first_token_ns is None or step.first_token_ns < account.first_token_ns:
-            account.first_token_ns = step.first_token_ns
-    if call.usage is None:
-        account.unpriced_calls += 1
-        return None
-    account.input_tokens += call.usage.input_tokens
-    account.output_tokens += call.usage.output_tokens
-    cost = cost_usd(call.model, call.provider, call.usage)
+    cost: float | None = None
+    if call.usage is not None:
+        account.input_tokens += call.usage.input_tokens
+        account.output_tokens += call.usage.output_tokens
+        cost = cost_usd(call.model, call.provider, call.usage)
     if cost is None:
         account.unpriced_calls += 1
     else:
         account.cost_usd += cost
-        late[a.LANGFUSE_COST_DETAILS] = to_json({"total": cost})
     return cost
 
 

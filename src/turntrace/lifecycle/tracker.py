@@ -88,6 +88,7 @@ class SessionTracker:
         self._hash_key = _hash_key(user_hash_key, settings.user_hash_key, self.ledger)
         self.target: SpanTarget = open_target(tracer_provider, outbox=outbox)
         self._writer = Writer(self.ledger)
+        self.ledger.settle = self._writer.drain  # whoever asks the ledger sees all that has ended
         if self.target.processor is not None:
             self.target.processor.flush_with(self._writer)
         self._sessions: OrderedDict[Hashable, Session] = OrderedDict()
@@ -169,7 +170,6 @@ class SessionTracker:
 
     def session_summary(self, session_id: str) -> SessionSummary | None:
         """Return what the ledger knows of a session, once all that has ended is written down; None if it has none."""
-        self._writer.drain()
         return self.ledger.session(session_id)
 
     async def asession_summary(self, session_id: str) -> SessionSummary | None:
