@@ -55,7 +55,7 @@ TOOL_CALL = {"name": "search", "args": {}, "id": "1", "type": "tool_call"}
         (AIMessage("Hello"), Message("assistant", "Hello")),
         (SystemMessage("Hello"), Message("system", "Hello")),
         (ToolMessage("Hello", tool_call_id="1"), Message("tool", "Hello")),
-        (AIMessageChunk("Hello"), Message("assistant", "Hello")),
+        (AIMessageChunk(content="Hello"), Message("assistant", "Hello")),
         (HumanMessageChunk(content="Hello"), Message("user", "Hello")),
         (ChatMessage(role="user", content="Hello"), Message("user", "Hello")),
         (ChatMessage(role="assistant", content="Hello"), Message("assistant", "Hello")),
@@ -418,5 +418,5 @@ def test_messages_are_never_written_into_json() -> None:
 
 def test_all_kinds_of_messages_of_langchain_have_a_role_that_openai_knows() -> None:
     known = {"user", "assistant", "system", "tool", "function", "developer", "remove"}
-    kinds: list[BaseMessage] = [HumanMessage("x"), AIMessage("x"), SystemMessage("x"), AIMessageChunk("x")]
+    kinds: list[BaseMessage] = [HumanMessage("x"), AIMessage("x"), SystemMessage("x"), AIMessageChunk(content="x")]
     assert {read.role for kind in kinds if (read := read_message(kind))} <= known

@@ -1,0 +1,252 @@
+"""Making the tables, their version, and what is said when a ledger cannot be opened."""
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine, inspect
+
+from turntrace import SessionTracker
+from turntrace.errors import ConfigurationError, LedgerError
+from turntrace.ledger import Ledger
+from turntrace.ledger.tables import SCHEMA_VERSION, metadata
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "ledger.db"
+
+
+@pytest.fixture
+def url(path: Path) -> str:
+    return f"sqlite:///{path}"
+
+
+@contextmanager
+def database(path: Path) -> Iterator[sqlite3.Connection]:
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as connection:
+        yield connection
+
+
+def version(path: Path) -> str:
+    with database(path) as connection:
+        return str(connection.execute("SELECT value FROM turntrace_meta WHERE key = 'schema_version'").fetchone()[0])
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+def test_a_new_ledger_has_all_tables_and_says_its_version(path: Path, url: str) -> None:
+    Ledger(url).close()
+    engine = create_engine(url)
+    assert set(inspect(engine).get_table_names()) == set(metadata.tables)
+    engine.dispose()
+    assert version(path) == str(SCHEMA_VERSION)
+
+
+def test_every_table_is_prefixed() -> None:
+    assert all(name.startswith("turntrace_") for name in metadata.tables)
+    names = [index.name for table in metadata.tables.values() for index in table.indexes]
+    assert all(str(name).startswith("turntrace_") for name in names)
+
+
+def test_the_file_is_in_wal_mode_so_that_readers_do_not_wait(path: Path, url: str) -> None:
+    Ledger(url).close()
+    with database(path) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_opening_a_ledger_again_changes_nothing(path: Path, url: str) -> None:
+    Ledger(url).close()
+    with database(path) as connection:
+        before = connection.execute("SELECT sql FROM sqlite_master ORDER BY name").fetchall()
+    for _ in range(3):
+        Ledger(url).close()
+    with database(path) as connection:
+        assert connection.execute("SELECT sql FROM sqlite_master ORDER BY name").fetchall() == before
+        assert connection.execute("SELECT count(*) FROM turntrace_meta").fetchone() == (1,)
+
+
+def test_a_ledger_can_live_beside_other_tables(path: Path, url: str) -> None:
+    with database(path) as connection:
+        connection.execute("CREATE TABLE sessions (id TEXT)")
+        connection.execute("INSERT INTO sessions VALUES ('mine')")
+    Ledger(url).close()
+    with database(path) as connection:
+        assert connection.execute("SELECT id FROM sessions").fetchall() == [("mine",)]
+
+
+def test_the_folder_of_a_ledger_is_made(tmp_path: Path) -> None:
+    Ledger(f"sqlite:///{tmp_path}/a/b/ledger.db").close()
+    assert (tmp_path / "a" / "b" / "ledger.db").exists()
+
+
+def test_a_ledger_of_a_newer_version_is_refused_and_left_alone(path: Path, url: str) -> None:
+    Ledger(url).close()
+    with database(path) as connection:
+        connection.execute("UPDATE turntrace_meta SET value = '99' WHERE key = 'schema_version'")
+        connection.execute("DROP TABLE turntrace_outbox")
+    with pytest.raises(LedgerError) as error:
+        Ledger(url)
+    message = str(error.value)
+    assert "version 99" in message
+    assert f"up to {SCHEMA_VERSION}" in message
+    assert "pip install -U turntrace" in message
+    assert "TURNTRACE_LEDGER_URL" in message
+    assert version(path) == "99"
+    with database(path) as connection:
+        names = connection.execute("SELECT name FROM sqlite_master WHERE name = 'turntrace_outbox'").fetchall()
+        assert names == []
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["DELETE FROM turntrace_meta", "UPDATE turntrace_meta SET value = 'x'", "UPDATE turntrace_meta SET value = ''"],
+)
+def test_a_ledger_that_does_not_say_its_version_is_refused(path: Path, url: str, damage: str) -> None:
+    Ledger(url).close()
+    with database(path) as connection:
+        connection.execute(damage)
+    with pytest.raises(LedgerError, match="TURNTRACE_LEDGER_URL"):
+        Ledger(url)
+
+
+def test_a_ledger_waits_while_another_process_makes_the_file(path: Path, url: str) -> None:
+    # A file that is not in WAL mode yet, and somebody writes to it: SQLite refuses to change the mode at once, without
+    # waiting as long as busy_timeout says.
+    with database(path) as other:
+        other.execute("CREATE TABLE something (id INTEGER)")
+        other.execute("BEGIN IMMEDIATE")
+        release = threading.Timer(0.2, other.execute, ["COMMIT"])
+        release.start()
+        try:
+            Ledger(url).close()
+        finally:
+            release.join()
+    assert version(path) == str(SCHEMA_VERSION)
+
+
+def test_threads_that_make_one_new_ledger_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    for each in range(10):
+        url, barrier = f"sqlite:///{tmp_path}/{each}.db", threading.Barrier(4)
+        errors: list[BaseException] = []
+
+        def make(url: str = url, barrier: threading.Barrier = barrier, errors: list[BaseException] = errors) -> None:
+            barrier.wait(30)
+            try:
+                Ledger(url).close()
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=make) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert errors == []
+
+
+# --- what cannot be opened --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ledger.db",
+        "not a url",
+        "",
+        "://",
+        "postgresql+asyncpg://host/db",
+        "mysql://host/db",
+        "oracle://host/db",
+        "nosuchdatabase:///x.db",
+        "sqlite+aiosqlite:///ledger.db",
+        "sqlite+nosuchdriver:///ledger.db",
+        "mongodb://host/db",
+    ],
+)
+def test_what_is_no_url_of_a_database_is_refused_with_one_that_is(
+    url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigurationError) as error:
+        Ledger(url)
+    assert "sqlite:////" in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("given", [3, b"sqlite://", ["sqlite://"], Path("ledger.db")], ids=repr)
+def test_what_is_neither_url_nor_engine_is_refused(given: Any) -> None:
+    with pytest.raises(ConfigurationError, match="sqlite:////"):
+        Ledger(given)
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql://app:secret@host/db", "mysql://app:secret@host/db", "postgresql//app:secret@host/db"]
+)
+def test_a_password_is_not_shown(url: str) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        Ledger(url)
+    assert "secret" not in str(error.value)
+
+
+def refused(url: str) -> str:
+    with pytest.raises(LedgerError) as error:
+        Ledger(url)
+    return str(error.value)
+
+
+def test_a_file_that_is_no_database_is_refused_and_left_alone(path: Path, url: str) -> None:
+    path.write_bytes(b"These are my notes, and no database at all. " * 40)
+    before = path.read_bytes()
+    message = refused(url)
+    assert str(path) in message
+    assert "not a database" in message
+    assert "TURNTRACE_LEDGER_URL" in message
+    assert path.read_bytes() == before
+
+
+def test_a_folder_in_the_place_of_the_file_is_refused(path: Path, url: str) -> None:
+    path.mkdir()
+    message = refused(url)
+    assert str(path) in message
+    assert "TURNTRACE_LEDGER_URL" in message
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine", encoding="utf-8")
+    message = refused(f"sqlite:///{tmp_path}/notes/ledger.db")
+    assert str(tmp_path / "notes") in message
+    assert "TURNTRACE_LEDGER_URL" in message
+    assert (tmp_path / "notes").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_file_that_cannot_be_written_is_refused(path: Path) -> None:
+    Ledger(f"sqlite:///{path}").close()
+    with database(path) as connection:
+        connection.execute("PRAGMA journal_mode=DELETE")
+    message = refused(f"sqlite:///file:{path}?mode=ro&uri=true")
+    assert "TURNTRACE_LEDGER_URL" in message
+
+
+def test_a_damaged_file_is_refused(path: Path, url: str) -> None:
+    Ledger(url).close()
+    with path.open("r+b") as file:
+        file.seek(100)
+        file.write(b"\xff" * 3000)
+    assert "TURNTRACE_LEDGER_URL" in refused(url)
+
+
+def test_the_tracker_says_the_same(path: Path, url: str) -> None:
+    path.write_bytes(b"no database " * 100)
+    with pytest.raises(LedgerError, match="not a database"):
+        SessionTracker(url)
+    with pytest.raises(ConfigurationError, match="sqlite:////"):
+        SessionTracker("ledger.db")
+
+
+def test_where_the_ledger_is_can_be_shown(url: str) -> None:
+    ledger = Ledger(url)
+    assert ledger.url == url
+    ledger.close()
+    assert Ledger("sqlite://").url == "sqlite://"
