@@ -239,7 +239,7 @@ class App:
             return f"5 euros for {item}"
 
         if self._is_async:
-            price_of.coroutine = aprice_of  # type: ignore[attr-defined]
+            price_of.coroutine = aprice_of
         self._model = self._model.model_copy(update={"says": calls_a_tool_first})
         builder: Builder = StateGraph(State)
         builder.add_node("prepare", self._plain("prepare", lambda _state: {"found": ["prepared"]}))
@@ -317,3 +317,16 @@ def new_thread() -> str:
 def asks(text: str = "What does tea cost?") -> dict[str, Any]:
     """Return the input of a graph: what the user says."""
     return {"messages": [("user", text)]}
+
+
+def single(node: Any, name: str = "work", schema: Any = State) -> Builder:
+    """Build a graph of one node."""
+    builder: Builder = StateGraph(schema)
+    builder.add_node(name, node)
+    builder.add_edge(START, name)
+    return builder
+
+
+def config_of(thread: str | None = None, **metadata: Any) -> dict[str, Any]:
+    """Return a config with a thread, and what the metadata is to say."""
+    return {"configurable": {"thread_id": thread or new_thread()}, "metadata": metadata}

@@ -317,6 +317,7 @@ def assert_all_tagged(spans: Iterable[AnySpan]) -> None:
             if two sessions or two turns meet in one trace, or one turn is in two; if a span of turntrace's own has no
             session; or if there is no turn at all.
     """
+    __tracebackhide__ = True  # pytest shows the test's line then, and the message
     seen = captured_spans(spans)
     traces: dict[str, list[CapturedSpan]] = {}
     for span in seen:
