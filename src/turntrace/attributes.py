@@ -18,9 +18,6 @@ AttributeValue: TypeAlias = str | int | float | bool | tuple[str, ...]
 SCOPE_NAME: Final = "turntrace"
 """Name of the instrumentation scope of all spans of ours."""
 
-MAX_VALUE_LENGTH: Final = 200
-"""Longest text that turntrace sets for a value that the app gives, in characters (Langfuse's limit for metadata)."""
-
 SPAN_SESSION_START: Final = "session.start"
 SPAN_SESSION_END: Final = "session.end"
 SPAN_TURN: Final = "conversation.turn"

@@ -6,12 +6,14 @@ saying what it was about (`ContentPolicy`).
 
 import json
 import logging
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
+from langchain_core.messages import BaseMessage, ChatMessage
 
 from turntrace.errors import ConfigurationError
 
@@ -70,18 +72,37 @@ class ContentPolicy:
         try:
             return str(self.redact(text))
         except Exception as error:
-            logger.warning(
-                "turntrace: the redactor raised %s; the text is withheld. Mend the function given as "
-                "ContentPolicy(redact=...).",
-                type(error).__name__,
-            )
+            _note_failure(error)
             return WITHHELD
 
 
-_ATTACHMENT_TYPES: Final = frozenset(
-    {"image", "image_url", "input_image", "audio", "input_audio", "video", "file", "input_file", "document", "media"}
+_failures: Counter[str] = Counter()
+
+
+def _note_failure(error: Exception) -> None:
+    """Log what a redactor raised, once a kind."""
+    kind = type(error).__name__
+    _failures[kind] += 1
+    if _failures[kind] == 1:
+        logger.warning(
+            "turntrace: the redactor raised %s; the text is withheld. Mend the function given as "
+            "ContentPolicy(redact=...).",
+            kind,
+        )
+
+
+_ATTACHMENT_TYPES: Final = (
+    *("image", "image_url", "input_image", "audio", "input_audio", "video", "file", "input_file", "document", "media"),
 )
-_USER_ROLES: Final = frozenset({"user", "human"})
+_ROLES: Final = {
+    "human": "user",
+    "HumanMessageChunk": "user",
+    "ai": "assistant",
+    "AIMessageChunk": "assistant",
+    "SystemMessageChunk": "system",
+    "ToolMessageChunk": "tool",
+    "FunctionMessageChunk": "function",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +125,7 @@ def read_message(message: Any) -> Message | None:
         The message, or None when it is none of these.
     """
     if isinstance(message, BaseMessage):
-        return _message(message.type, message.content)
+        return _message(message.role if isinstance(message, ChatMessage) else message.type, message.content)
     if isinstance(message, str):
         return Message("user", message)
     if isinstance(message, Mapping):
@@ -116,10 +137,10 @@ def read_message(message: Any) -> Message | None:
 
 
 def _message(role: str, content: Any) -> Message:
-    role = "user" if role in _USER_ROLES else "assistant" if role in ("ai", "assistant") else role
+    role = _ROLES.get(role, role)
     if isinstance(content, str):
         return Message(role, content)
-    if not isinstance(content, Iterable):
+    if not isinstance(content, list | tuple):
         return Message(role, "")
     texts: list[str] = []
     attachments = 0
@@ -145,7 +166,8 @@ def last_message(messages: Any) -> Any:
     return None
 
 
-_QUESTION_MARKS: Final = ("?", "？", "؟", ";", "⁇", "՞", "፧")
+# Latin, full-width, Arabic, Greek (its own sign, not the semicolon that looks like it), doubled, Armenian, Ethiopic.
+_QUESTION_MARKS: Final = ("?", "\uff1f", "\u061f", "\u037e", "\u2047", "\u055e", "\u1367")
 _QUESTION_WORDS: Final = re.compile(
     r"(what|who|whom|whose|which|when|where|why|how|is|are|am|was|were|do|does|did|can|could|would|will|should|shall|"
     r"may|might|have|has|had)\b(?!'?t? (not )?to )",
@@ -167,8 +189,11 @@ _FEEDBACK_WORDS: Final = re.compile(
     re.IGNORECASE,
 )
 _REFUSAL: Final = re.compile(
-    r"(i'm sorry,? but|i am sorry,? but|sorry,? (but )?i|i (can't|cannot|can not|am unable|'m unable|am not able|"
-    r"'m not able|won't|will not|must decline)|unfortunately,? (i|we) (can't|cannot|am unable|are unable))",
+    r"((i'm|i am|we're|we are) (very )?sorry,? but|sorry,? but|"
+    r"(sorry,? )?(i|we) (can't|cannot|can not|am unable|'m unable|am not able|'m not able|are unable|won't|will not|"
+    r"must decline)\b|"
+    r"unfortunately,? (i|we) (can't|cannot|can not|am unable|are unable|won't|will not)\b|"
+    r"i'm (unable|not able)\b)",
     re.IGNORECASE,
 )
 _LOOK_AT: Final = 300
@@ -188,8 +213,8 @@ def classify_input(text: str) -> str:
     Returns:
         ``question``, ``command``, ``feedback`` or ``statement``.
     """
-    head = text[:_LOOK_AT].lstrip()
-    if text[-_LOOK_AT:].rstrip(" \t\r\n\"')»”").endswith(_QUESTION_MARKS):
+    head = text[:_LOOK_AT].lstrip().replace("\u2019", "'")
+    if text[-_LOOK_AT:].rstrip(" \t\r\n\"')\u00bb\u201d").endswith(_QUESTION_MARKS):
         return "question"
     if _FEEDBACK_WORDS.match(head):
         return "feedback"
@@ -208,17 +233,56 @@ def classify_output(message: Any) -> str:
         ``tool_result`` for a tool's message or a call of a tool that is still to be made, ``refusal`` when the model
         says so or begins by declining, ``question`` when it ends in a question mark, else ``answer``.
     """
-    if isinstance(message, ToolMessage) or (isinstance(message, AIMessage) and message.tool_calls):
-        return "tool_result"
-    if isinstance(message, AIMessage) and message.additional_kwargs.get("refusal"):
-        return "refusal"
     read = read_message(message)
-    text = "" if read is None else read.text
-    if _REFUSAL.match(text[:_LOOK_AT].lstrip()):
+    if read is None:
+        return "answer"
+    if read.role in ("tool", "function") or _field(message, "tool_calls"):
+        return "tool_result"
+    if (_field(message, "additional_kwargs") or {}).get("refusal") or _refuses(_field(message, "content")):
         return "refusal"
-    return "question" if text[-_LOOK_AT:].rstrip(" \t\r\n\"')*»”").endswith(_QUESTION_MARKS) else "answer"
+    head = read.text[:_LOOK_AT].lstrip().replace("\u2019", "'")
+    if _REFUSAL.match(head):
+        return "refusal"
+    return (
+        "question" if read.text[-_LOOK_AT:].rstrip(" \t\r\n\"')*\u00bb\u201d").endswith(_QUESTION_MARKS) else "answer"
+    )
+
+
+def _field(message: Any, name: str) -> Any:
+    return message.get(name) if isinstance(message, Mapping) else getattr(message, name, None)
+
+
+def _refuses(content: Any) -> bool:
+    blocks = content if isinstance(content, list) else ()
+    return any(isinstance(block, Mapping) and block.get("type") == "refusal" for block in blocks)
 
 
 def to_json(value: Any) -> str:
     """Write a value as compact JSON; what JSON cannot hold is written as the name of its type, never by its text."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=lambda other: type(other).__name__)
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_name_of_type, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):  # keys that are no strings, rings, numbers without end
+        return json.dumps(_plain(value, _DEPTH), ensure_ascii=False, separators=(",", ":"))
+
+
+_DEPTH: Final = 20
+
+
+def _name_of_type(value: Any) -> str:
+    return type(value).__name__
+
+
+def _plain(value: Any, depth: int) -> Any:
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if depth == 0:
+        return _name_of_type(value)
+    if isinstance(value, Mapping):
+        return {
+            key if isinstance(key, str) else _name_of_type(key): _plain(each, depth - 1) for key, each in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_plain(each, depth - 1) for each in value]
+    return _name_of_type(value)

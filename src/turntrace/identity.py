@@ -95,12 +95,24 @@ def check_text(value: object, name: str) -> str:
         name: What it is, for the message.
 
     Raises:
-        IdentityError: If it is not a string or number, empty, or longer than 200 characters.
+        IdentityError: If it is not a string or number, empty, longer than 200 characters, or has characters that
+            UTF-8 or a database cannot hold.
     """
     text = _as_text(value, name)
     if not 1 <= len(text) <= MAX_ID_LENGTH:
-        raise IdentityError(f"{name} has {len(text)} characters. Allowed are 1 to {MAX_ID_LENGTH}.")
+        raise IdentityError(f"{name} has {len(text)} characters. Allowed are 1 to {MAX_ID_LENGTH}: pass a shorter one.")
+    if text != safe_text(text):
+        raise IdentityError(
+            f"{name} has a character that cannot be kept (a lone surrogate or U+0000). "
+            "Pass turntrace.identity.safe_text(value), which replaces it."
+        )
     return text
+
+
+def safe_text(value: object) -> str:
+    """Return a short text that can be kept: at most 200 characters, what UTF-8 or a database cannot hold replaced."""
+    text = str(value)[:MAX_ID_LENGTH].replace("\x00", "\ufffd")
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def safe_id(value: object, name: str = "id") -> str:
@@ -149,4 +161,6 @@ def _as_text(value: object, name: str) -> str:
         return str(value)
     if isinstance(value, UUID):
         return str(value)
-    raise IdentityError(f"{name} is a {type(value).__name__}. Allowed is a string, an int or a UUID.")
+    raise IdentityError(
+        f"{name} is a {type(value).__name__}. Allowed is a string, an int or a UUID. Pass str(value) if that names it."
+    )

@@ -3,6 +3,7 @@
 A field made by `word` stands under the attribute names given there; what is None is left out.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from functools import cache
@@ -20,7 +21,7 @@ def word(*names: str, default: Any = None) -> Any:
 
 
 @cache
-def _words_of(record: type) -> tuple[tuple[str, tuple[str, ...]], ...]:
+def _words_of(record: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
     return tuple((f.name, f.metadata["names"]) for f in fields(record) if "names" in f.metadata)
 
 
@@ -32,7 +33,8 @@ class Record:
     def attributes(self) -> dict[str, AttributeValue]:
         """Return what is set, by attribute name."""
         rendered: dict[str, AttributeValue] = {}
-        for name, words in _words_of(type(self)):
+        record: Hashable = type(self)
+        for name, words in _words_of(record):
             value = getattr(self, name)
             if value is not None:
                 for each in words:
@@ -43,7 +45,7 @@ class Record:
 def iso_time(ns: int) -> str:
     """Write a time in nanoseconds since 1970 as ISO 8601 in UTC, with microseconds."""
     seconds, rest = divmod(ns, 1_000_000_000)
-    return datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest // 1000).isoformat()
+    return datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest // 1000).isoformat(timespec="microseconds")
 
 
 def elapsed_ms(start_ns: int, end_ns: int) -> int:

@@ -1,7 +1,7 @@
 """Settings from the environment: ``TURNTRACE_*`` for turntrace, ``LANGFUSE_*`` as Langfuse's own SDK reads them."""
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import platformdirs
 from pydantic import Field, SecretStr, ValidationError
@@ -11,6 +11,9 @@ from turntrace.content import ContentLevel
 from turntrace.errors import ConfigurationError
 
 S = TypeVar("S", bound=BaseSettings)
+
+MAX_IDLE_S: Final = 10 * 366 * 86_400.0
+"""Longest idle time, in seconds: ten years."""
 
 
 class Settings(BaseSettings):
@@ -29,7 +32,7 @@ class Settings(BaseSettings):
     ledger_url: str | None = None
     user_hash_key: SecretStr | None = None
     content: ContentLevel = "metadata"
-    idle_after: float = Field(default=1800.0, gt=0)
+    idle_after: float = Field(default=1800.0, gt=0, le=MAX_IDLE_S, allow_inf_nan=False)
     channel: str = Field(default="unknown", min_length=1, max_length=200)
 
     @property

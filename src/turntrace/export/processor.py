@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
 
 from turntrace.attributes import LANGFUSE_METADATA_PREFIX, SCOPE_NAME
 from turntrace.boundary import caught
-from turntrace.current import current_scope
+from turntrace.current import Scope, current_scope
 
 _LANGFUSE_SDK = "langfuse-sdk"
 
@@ -50,8 +51,7 @@ class TurnSpanProcessor(SpanProcessor):
         if scope is not None and scope.name == SCOPE_NAME:
             return
         try:
-            running = current_scope(parent_context)
-            turn: Any = None if running is None else running.turn
+            turn = self._turn_of(parent_context)
             if turn is None:
                 return
             span.set_attributes(turn.tags)
@@ -62,6 +62,16 @@ class TurnSpanProcessor(SpanProcessor):
                 self._running[context.span_id] = turn
         except Exception as error:
             caught("stamping a span of other code", error)
+
+    def _turn_of(self, context: Context | None) -> Any:
+        """Find the turn that runs in a context; in one that was made by hand, by the span that is current there."""
+        running = current_scope(context)
+        if running is None:
+            span = trace.get_current_span(context)
+            if not isinstance(span, Scope):
+                return self._running.get(span.get_span_context().span_id)
+            running = span.settled()
+        return None if running is None else running.turn
 
     def on_end(self, span: ReadableSpan) -> None:
         """Hand a span that has ended to its turn, or to the block that captures."""

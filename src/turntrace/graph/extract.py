@@ -8,9 +8,8 @@ from langchain_core.outputs import ChatGeneration, LLMResult
 from langgraph.errors import GraphBubbleUp, GraphInterrupt
 from langgraph.types import Command
 
-from turntrace.attributes import MAX_VALUE_LENGTH
 from turntrace.content import last_message, to_json
-from turntrace.identity import safe_id
+from turntrace.identity import safe_id, safe_text
 from turntrace.lifecycle.turn import TURN_ID_KEY
 from turntrace.records import LLMCall, TurnRequest, Usage
 
@@ -45,8 +44,8 @@ def request_of(metadata: Mapping[str, Any]) -> TurnRequest:
         user_id=user_id,
         conversation_id=None if conversation_id is None else safe_id(conversation_id, "conversation_id"),
         turn_id=turn_id,
-        tags=tuple(str(tag) for tag in tags) if isinstance(tags, list | tuple) else (str(tags),),
-        **{name: str(value)[:MAX_VALUE_LENGTH] for name, value in given.items()},
+        tags=tuple(safe_text(tag) for tag in tags) if isinstance(tags, list | tuple) else (safe_text(tags),),
+        **{name: safe_text(value) for name, value in given.items()},
     )
 
 

@@ -4,6 +4,7 @@ Ids travel by run tree: every run is found by its id, and hangs on the step of i
 in which context LangChain calls the handler.
 """
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -12,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 from langchain_core.outputs import LLMResult
 from opentelemetry import context as otel_context
+from opentelemetry import trace
 from opentelemetry.context import Context
 
 from turntrace import attributes as a
@@ -88,6 +90,7 @@ class RunRegistry:
         self._tracker = tracker
         self._messages_key = messages_key
         self._runs: dict[UUID, Run] = _runs_of.setdefault(tracker, {})
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._runs)
@@ -193,22 +196,28 @@ class RunRegistry:
 
     def _make_graph(self, run: Run) -> None:
         """Make a run a step after all: a node began below it, so it is that of a subgraph."""
-        if not run.is_step and run.name is not None:
-            run.step = run.root.turn.open_step(
-                run.name,
-                "agent",
-                parent=run.step,
-                attributes={a.GEN_AI_AGENT_NAME: run.name},
-                start_ns=run.started_ns,
-            )
-            run.is_step = True
+        if run.is_step or run.name is None:
+            return
+        with self._lock:
+            if not run.is_step:  # the first nodes of a graph may begin at once
+                run.step = run.root.turn.open_step(
+                    run.name,
+                    "agent",
+                    parent=run.step,
+                    attributes={a.GEN_AI_AGENT_NAME: run.name},
+                    start_ns=run.started_ns,
+                )
+                run.is_step = True
 
     def _root_of(self, parent_id: UUID | None, inputs: Any, metadata: Metadata) -> Root | None:
         """Find the turn of a run whose parent is not known: the one that runs here, the one it names, or a new one."""
         scope = current_scope()
         running: Any = None if scope is None else scope.turn
-        if isinstance(running, Turn) and running.tracker is self._tracker:
-            return Root(running, otel_context.get_current(), owns_turn=False)
+        if scope is not None and isinstance(running, Turn) and running.tracker is self._tracker:
+            here = otel_context.get_current()
+            if trace.get_current_span(here).get_span_context().trace_id != running.trace_id:
+                here = trace.set_span_in_context(scope.resolved(), here)  # below a trace that the app began anew
+            return Root(running, here, owns_turn=False)
         if parent_id is not None and extract.is_inside_graph(metadata):
             return None  # what is left of a run that has ended: its turn is over
         request = extract.request_of(metadata or {})

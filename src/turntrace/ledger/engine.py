@@ -2,6 +2,7 @@
 
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,8 @@ from turntrace.errors import ConfigurationError, LedgerError
 BUSY_TIMEOUT_MS: Final = 5_000
 """How long a statement waits for another process that writes to the same SQLite file."""
 
-_READ: Final = "turntrace_read"
+_DRIVERS: Final = ("sqlite", "sqlite+pysqlite")
+_LOCK_POLL_S: Final = 0.01
 
 
 def open_engine(url: str | URL) -> Engine:
@@ -34,13 +36,13 @@ def open_engine(url: str | URL) -> Engine:
     try:
         parsed = make_url(url)
     except ArgumentError:
-        raise ConfigurationError(
-            f"{str(url)!r} is not a database URL. Pass one like sqlite:////var/lib/app/turntrace.db, "
+        raise ConfigurationError(  # without the text: it may hold a password
+            "The ledger's place is not a database URL. Pass one like sqlite:////var/lib/app/turntrace.db, "
             "or set TURNTRACE_LEDGER_URL to it."
         ) from None
-    if parsed.get_backend_name() != "sqlite":
+    if parsed.drivername not in _DRIVERS:
         raise ConfigurationError(
-            f"The ledger cannot use the database {parsed.get_backend_name()!r}. Allowed is sqlite: pass a URL like "
+            f"The ledger cannot use {parsed.drivername!r}. Allowed is {', '.join(_DRIVERS)}: pass a URL like "
             "sqlite:////var/lib/app/turntrace.db."
         )
     if is_memory(parsed):
@@ -49,7 +51,6 @@ def open_engine(url: str | URL) -> Engine:
         _make_folder(Path(str(parsed.database)))
         engine = create_engine(parsed, connect_args={"check_same_thread": False})
     event.listen(engine, "connect", _prepare_sqlite)
-    event.listen(engine, "begin", _begin_sqlite)
     return engine
 
 
@@ -70,19 +71,23 @@ def _make_folder(path: Path) -> None:
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     connection.isolation_level = None  # transactions begin where we say so, not where the driver guesses
-    for pragma in (
-        f"busy_timeout={BUSY_TIMEOUT_MS}",
-        "journal_mode=WAL",
-        "synchronous=NORMAL",
-        "foreign_keys=ON",
-    ):
+    for pragma in (f"busy_timeout={BUSY_TIMEOUT_MS}", "synchronous=NORMAL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
+    _use_write_ahead_log(connection)
 
 
-def _begin_sqlite(connection: Connection) -> None:
-    # A transaction that reads and then writes can be refused when another wrote in between; one that takes the lock
-    # at its start only waits.
-    connection.exec_driver_sql("BEGIN" if connection.get_execution_options().get(_READ) else "BEGIN IMMEDIATE")
+def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
+    """Switch the file to WAL; for this one change SQLite does not wait for others by itself."""
+    give_up = time.monotonic() + BUSY_TIMEOUT_MS / 1000
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError:
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(_LOCK_POLL_S)
+        else:
+            return
 
 
 class Prepared:
@@ -126,7 +131,8 @@ class Database:
     def __init__(self, engine_or_url: Engine | str | URL) -> None:
         self._owns_engine = not isinstance(engine_or_url, Engine)
         self.engine = engine_or_url if isinstance(engine_or_url, Engine) else open_engine(engine_or_url)
-        self._in_memory = is_memory(self.engine.url)
+        self._is_sqlite = self.engine.dialect.name == "sqlite"
+        self._in_memory = self._is_sqlite and is_memory(self.engine.url)
         self._lock = threading.RLock()
         self._writer: Connection | None = None
 
@@ -145,6 +151,9 @@ class Database:
         with self._lock, _named_errors(self.engine):
             connection = self._write_connection()
             with connection.begin():
+                if self._is_sqlite:
+                    # One that reads first and then writes could be refused when another wrote in between.
+                    connection.exec_driver_sql("BEGIN IMMEDIATE")
                 yield connection
 
     def _write_connection(self) -> Connection:
@@ -164,7 +173,9 @@ class Database:
                 with self._lock, self.engine.connect() as connection:
                     yield connection
             else:
-                with self.engine.connect().execution_options(**{_READ: True}) as connection:
+                with self.engine.connect() as connection:
+                    if self._is_sqlite:
+                        connection.exec_driver_sql("BEGIN")
                     yield connection
 
     def run_fast(self, statement: Prepared, values: Mapping[str, Any]) -> Any:
@@ -174,7 +185,14 @@ class Database:
             LedgerError: If the database cannot be written.
         """
         with self._lock, _named_errors(self.engine):
-            return statement.run(self._write_connection().connection.cursor(), values).fetchone()
+            connection = self._write_connection().connection
+            try:
+                row = statement.run(connection.cursor(), values).fetchone()
+            except BaseException:
+                connection.rollback()
+                raise
+            connection.commit()  # nothing to do for an engine of ours, which is in autocommit
+            return row
 
     def close(self) -> None:
         """Close the connections; those of an engine of the app's stay open."""

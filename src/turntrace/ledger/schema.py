@@ -28,7 +28,13 @@ def prepare(connection: Connection) -> None:
         metadata.create_all(connection)
         connection.execute(meta.insert().values(key=_VERSION_KEY, value=str(SCHEMA_VERSION)))
         return
-    version = int(connection.execute(select(meta.c.value).where(meta.c.key == _VERSION_KEY)).scalar_one())
+    noted = connection.execute(select(meta.c.value).where(meta.c.key == _VERSION_KEY)).scalar_one_or_none()
+    if noted is None or not noted.isdecimal():
+        raise LedgerError(
+            f"The table {meta.name} does not say which version the ledger has: it was changed by hand or is damaged. "
+            "Point TURNTRACE_LEDGER_URL at another ledger, or restore this one from a copy."
+        )
+    version = int(noted)
     if version > SCHEMA_VERSION:
         raise LedgerError(
             f"The ledger has schema version {version}; this turntrace knows versions up to {SCHEMA_VERSION}. "

@@ -71,7 +71,9 @@ def _put() -> Any:
 
 def _close_turn() -> Any:
     return delete(open_turns).where(
-        open_turns.c.conversation_id == bindparam("new_conversation_id"), open_turns.c.number == bindparam("new_number")
+        open_turns.c.conversation_id == bindparam("new_conversation_id"),
+        open_turns.c.number == bindparam("new_number"),
+        open_turns.c.id == bindparam("new_id"),
     )
 
 

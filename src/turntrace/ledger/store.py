@@ -24,6 +24,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import URL
 
+from turntrace.errors import IdentityError
 from turntrace.identity import new_hash_key
 from turntrace.ledger import schema
 from turntrace.ledger.engine import Database
@@ -129,21 +130,20 @@ class Ledger:
                 that had ended is open again. Otherwise the open session of the user and channel is continued, or
                 without a user that of the conversation.
             conversation_id: The conversation, for a session without a user.
+
+        Raises:
+            IdentityError: If the session of a given id is another user's.
         """
         with self._database.writing() as connection:
             if given_id:
                 row = _first(connection, sessions.c.id == wanted.id)
                 if row is not None:
-                    if row["ended_ns"] is not None:
-                        connection.execute(
-                            update(sessions)
-                            .where(sessions.c.id == wanted.id)
-                            .values(ended_ns=None, end_reason=None, last_activity_ns=wanted.started_ns)
-                        )
-                    return SessionOpened(_facts(row), is_new=False)
+                    return SessionOpened(_continue(connection, row, wanted), is_new=False)
             else:
                 row = self._open_session_of(connection, wanted, conversation_id)
-                if row is not None and wanted.started_ns - row["last_activity_ns"] <= idle_ns:
+                if row is not None and (
+                    wanted.started_ns - row["last_activity_ns"] <= idle_ns or _has_open_turn(connection, row["id"])
+                ):
                     return SessionOpened(_facts(row), is_new=False)
             expired = None if given_id or row is None else str(row["id"])
             return SessionOpened(self._begin_session(connection, wanted), is_new=True, expired_id=expired)
@@ -362,6 +362,30 @@ def _first(connection: Connection, *conditions: Any) -> RowMapping | None:
     return connection.execute(query).mappings().first()
 
 
+def _has_open_turn(connection: Connection, session_id: str) -> bool:
+    query = select(open_turns.c.id).where(open_turns.c.session_id == session_id).limit(1)
+    return connection.execute(query).first() is not None
+
+
+def _continue(connection: Connection, row: RowMapping, wanted: SessionFacts) -> SessionFacts:
+    """Open a session again by its id; one of a user who was not known yet becomes that user's."""
+    if row["user_id"] is not None and wanted.user_id not in (None, row["user_id"]):
+        raise IdentityError(
+            f"The session {wanted.id!r} is another user's. A session has one user: pass another session_id, or the "
+            "user_id that it began with."
+        )
+    facts = _facts(row)
+    if row["ended_ns"] is not None or facts.user_id != wanted.user_id is not None:
+        facts = replace(facts, user_id=facts.user_id or wanted.user_id)
+        activity = max(row["last_activity_ns"], wanted.started_ns) if row["ended_ns"] else row["last_activity_ns"]
+        connection.execute(
+            update(sessions)
+            .where(sessions.c.id == wanted.id)
+            .values(ended_ns=None, end_reason=None, last_activity_ns=activity, user_id=facts.user_id)
+        )
+    return facts
+
+
 def _facts(row: RowMapping) -> SessionFacts:
     return SessionFacts(**{name: row[name] for name in SessionFacts.__slots__})
 
@@ -384,7 +408,7 @@ def _summary(connection: Connection, row: RowMapping) -> SessionSummary:
             func.sum(sessions.c.total_turns),
             func.min(sessions.c.started_ns),
             func.max(sessions.c.started_ns),
-        ).where(sessions.c.user_id == row["user_id"])
+        ).where(sessions.c.user_id == row["user_id"], sessions.c.started_ns <= row["started_ns"])
     ).one()
     return replace(
         summary,

@@ -5,6 +5,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, ClassVar, Final, Self, TypeVar
 
@@ -13,8 +14,9 @@ from sqlalchemy import Engine
 
 from turntrace import attributes as a
 from turntrace.attributes import AttributeValue
+from turntrace.boundary import caught
 from turntrace.content import ContentLevel, ContentPolicy, classify_input
-from turntrace.errors import ConfigurationError, StateError
+from turntrace.errors import ConfigurationError, IdentityError, StateError
 from turntrace.export import SpanTarget, open_target
 from turntrace.identity import check_id, check_text, derived_id, hash_user, is_trace_id, new_id, new_span_id
 from turntrace.ledger import Ledger
@@ -23,7 +25,7 @@ from turntrace.lifecycle.session import Conversation, Session, SessionBlock
 from turntrace.lifecycle.turn import Turn
 from turntrace.lifecycle.writer import Writer
 from turntrace.records import SessionFacts, SessionSummary, TurnRequest, TurnTags
-from turntrace.settings import read_settings
+from turntrace.settings import MAX_IDLE_S, read_settings
 
 SESSION_TYPES: Final = ("chat", "api", "batch")
 
@@ -81,6 +83,11 @@ class SessionTracker:
         self.content = content if isinstance(content, ContentPolicy) else ContentPolicy(content or settings.content)
         self.idle_ns = _idle_ns(settings.idle_after if idle_after is None else idle_after)
         self.channel = check_text(settings.channel if channel is None else channel, "channel")
+        if not callable(classify):
+            raise ConfigurationError(
+                f"classify is a {type(classify).__name__}, which cannot be called. Pass a function from the user's text "
+                "to a word."
+            )
         self.classify = classify
         self.clock = clock
         self.new_id = ids
@@ -215,7 +222,7 @@ class SessionTracker:
         user_id = None if request.user_id is None else self.hash_user(request.user_id)
         channel = self.channel if request.channel is None else request.channel
         key: Hashable = (
-            request.session_id
+            (("session", request.session_id, user_id) if request.session_id is not None else None)
             or ((user_id, channel) if user_id is not None else None)
             or (("conversation", request.conversation_id) if request.conversation_id is not None else None)
         )
@@ -235,9 +242,7 @@ class SessionTracker:
                     client_version=request.client_version,
                     started_ns=now,
                 )
-                session = self._open(
-                    wanted, given_id=request.session_id is not None, conversation_id=request.conversation_id
-                )
+                session = self._open_for_run(wanted, request)
                 self._remember(key, session)
             conversation = Conversation(session, request.conversation_id or session.id, request.topic)
             turn = self._begin(conversation, request, message, "user", active_since_ns=since)
@@ -363,6 +368,16 @@ class SessionTracker:
             self._writer.submit(AnnounceSession(self, opened.session))
         return Session(self, opened.session)
 
+    def _open_for_run(self, wanted: SessionFacts, request: TurnRequest) -> Session:
+        given = request.session_id is not None
+        try:
+            return self._open(wanted, given_id=given, conversation_id=request.conversation_id)
+        except IdentityError as error:
+            # Two users under one session id: their turns are kept apart, and none is lost.
+            caught("opening the session that a run names", error)
+            own = derived_id("session", wanted.id, wanted.user_id or "")
+            return self._open(replace(wanted, id=own), given_id=True)
+
     def _remember(self, key: Hashable, session: Session) -> None:
         if key is None:
             return
@@ -402,9 +417,10 @@ def _root_attributes(tags: TurnTags, session: SessionFacts, request: TurnRequest
 
 def _idle_ns(idle_after: float | timedelta) -> int:
     seconds = idle_after.total_seconds() if isinstance(idle_after, timedelta) else idle_after
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= MAX_IDLE_S:
         raise ConfigurationError(
-            f"idle_after is {idle_after!r}. Allowed is a positive number of seconds or a timedelta: idle_after=1800."
+            f"idle_after is {idle_after!r}. Allowed is a positive number of seconds or a timedelta, at most ten years: "
+            "idle_after=1800."
         )
     return int(seconds * 1_000_000_000)
 
@@ -414,6 +430,11 @@ def _hash_key(given: str | bytes | None, from_environment: Any, ledger: Ledger) 
     if key is None:
         return ledger.hash_key()
     encoded = key.encode() if isinstance(key, str) else key
+    if not isinstance(encoded, bytes):
+        raise ConfigurationError(
+            f"user_hash_key is a {type(key).__name__}. Allowed is a string or bytes of at least 16 bytes: pass the key "
+            "from your secret store, or none."
+        )
     if len(encoded) < 16:
         raise ConfigurationError(
             f"The key for hashing users has {len(encoded)} bytes; at least 16 are needed, so that hashes cannot be "

@@ -15,6 +15,7 @@ from turntrace.attributes import AttributeValue
 from turntrace.content import last_message
 from turntrace.current import Scope, current_scope, enter, leave
 from turntrace.errors import StateError
+from turntrace.identity import safe_text
 from turntrace.lifecycle.steps import OPERATION_OF, OpenStep, StepKind, TurnAccount
 from turntrace.records import LLMCall, TurnTags
 
@@ -88,6 +89,11 @@ class Turn:
         return self._tags
 
     @property
+    def trace_id(self) -> int:
+        """Id of its trace."""
+        return self.root.get_span_context().trace_id
+
+    @property
     def is_finished(self) -> bool:
         """Whether the turn has ended."""
         return self._finished
@@ -114,7 +120,7 @@ class Turn:
     # --- what the app tells -------------------------------------------------------------------------------------------
     def set_intent(self, intent: str) -> None:
         """Say what the user wants in this turn, as ``turn.intent``; the last word counts."""
-        self.intent = str(intent)[: a.MAX_VALUE_LENGTH]
+        self.intent = safe_text(intent)
 
     def set_answer(self, message: Any) -> None:
         """Say what the app answered, where no run of a graph tells it.
