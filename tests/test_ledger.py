@@ -186,14 +186,6 @@ def test_threads_get_numbers_without_gaps_and_none_twice(database: Database) -> 
     assert session.total_turns == 16 * each
 
 
-def test_a_turn_begins_once(ledger: Ledger) -> None:
-    open_session(ledger, "s1")
-    begin(ledger, "t1")
-    with pytest.raises(Exception, match=r"(?i)unique|duplicate"):
-        begin(ledger, "t1")
-    assert begin(ledger, "t2") == 2
-
-
 # --- where a turn may begin -------------------------------------------------------------------------------------------
 def test_no_turn_begins_in_a_session_that_has_ended(ledger: Ledger) -> None:
     open_session(ledger, "s1")
@@ -330,10 +322,13 @@ def test_the_totals_of_a_session_are_the_sums_of_its_turns(database: Database) -
         }
         times = {"latency_ms": chance.randrange(10_000), "wait_ms": chance.randrange(100)}
         status = chance.choice(["completed", "failed", "interrupted", "abandoned"])
-        turns.append(
-            ended(f"t{n}", cost_usd=chance.randrange(64) / 64, status=status, at=NOON + n * SECOND, **numbers, **times)
-        )
-        begin(ledgers[0], f"t{n}", conversation=f"c{n % 3}", at=NOON + n * SECOND)
+        conversation, at = f"c{n % 3}", NOON + n * SECOND
+        place = {
+            "conversation_id": conversation,
+            "number": begin(ledgers[0], f"t{n}", conversation=conversation, at=at),
+        }
+        facts = {**place, **numbers, **times, "cost_usd": chance.randrange(64) / 64, "status": status}
+        turns.append(replace(ended(f"t{n}", at=at), **facts))  # type: ignore[arg-type]
     at_once(*[lambda n=n: [finish(ledgers[n % 2], turn) for turn in turns[n::6]] for n in range(6)])
     session = ledgers[0].session("s1")
     assert session is not None
@@ -347,12 +342,21 @@ def test_the_totals_of_a_session_are_the_sums_of_its_turns(database: Database) -
     assert session.last_activity_ns == NOON + 59 * SECOND
 
 
+def test_a_turn_is_ended_by_its_own_id_only(ledger: Ledger) -> None:
+    # Numbers are given again when a user's data has been erased: a turn of before must not end one of after.
+    open_session(ledger, "s1")
+    begin(ledger, "t1")
+    assert not finish(ledger, ended("erased", number=1))
+    assert [(turn.id, turn.status) for turn, _ in ledger.turns("s1")] == [("t1", "open")]
+    assert finish(ledger, ended("t1", number=1))
+
+
 def test_a_clock_that_goes_back_takes_no_activity_away(ledger: Ledger) -> None:
     open_session(ledger, "s1")
     begin(ledger, "t1")
     finish(ledger, ended("t1", ended_ns=NOON + MINUTE))
     begin(ledger, "t2", at=NOON - MINUTE)
-    finish(ledger, ended("t2", at=NOON - MINUTE))
+    assert finish(ledger, ended("t2", number=2, at=NOON - MINUTE))
     session = ledger.session("s1")
     assert session is not None
     assert session.last_activity_ns == NOON + MINUTE
@@ -555,8 +559,8 @@ def test_the_figures_of_a_user_are_over_all_sessions(ledger: Ledger) -> None:
     for session, day, turns in (("s1", 0, 3), ("s2", 2, 1), ("s3", 5, 2)):
         open_session(ledger, session, at=NOON + day * DAY)
         for n in numbers:
-            begin(ledger, f"t{n}", session=session, at=NOON + day * DAY)
-            finish(ledger, ended(f"t{n}", session_id=session, at=NOON + day * DAY))
+            assert begin(ledger, f"t{n}", session=session, at=NOON + day * DAY) == n
+            assert finish(ledger, ended(f"t{n}", number=n, session_id=session, at=NOON + day * DAY))
             turns -= 1
             if not turns:
                 break
@@ -570,8 +574,8 @@ def test_a_session_that_ends_after_the_next_has_begun_does_not_count_the_next(le
     # As it is with every session that silence ends: it is noticed when the user comes again.
     open_session(ledger, "s1")
     for n in (1, 2):
-        begin(ledger, f"t{n}")
-        finish(ledger, ended(f"t{n}"))
+        assert begin(ledger, f"t{n}") == n
+        assert finish(ledger, ended(f"t{n}", number=n))
     later = NOON + 3 * DAY
     assert open_session(ledger, "s2", at=later).expired_id == "s1"
     summary = end(ledger, "s1", reason="inactive_timeout", at=later)
@@ -726,7 +730,8 @@ def test_turns_begin_while_others_are_read_and_ended(database: Database) -> None
         for n in range(25):
             number = begin(ledgers[thread % 2], f"t{thread}-{n}", conversation=f"c{thread}")
             assert number == n + 1
-            assert finish(ledgers[(thread + 1) % 2], ended(f"t{thread}-{n}", conversation_id=f"c{thread}"))
+            turn = ended(f"t{thread}-{n}", conversation_id=f"c{thread}", number=number)
+            assert finish(ledgers[(thread + 1) % 2], turn)
         return 25
 
     def look() -> int:

@@ -140,12 +140,10 @@ def test_a_call_of_a_model_with_all_kinds_of_tokens() -> None:
         model="gpt-4o",
         provider="openai",
         usage=Usage(100, 20, cache_read_tokens=60, cache_creation_tokens=10, reasoning_tokens=5),
-        time_to_first_token_ms=120,
     )
     assert call.attributes() == {
         "gen_ai.response.model": "gpt-4o",
         "gen_ai.provider.name": "openai",
-        "turn.time_to_first_token_ms": 120,
         "gen_ai.usage.input_tokens": 100,
         "gen_ai.usage.output_tokens": 20,
         "gen_ai.usage.cache_read.input_tokens": 60,

@@ -1,0 +1,317 @@
+"""What other processes see: one that is killed, one that exits without a flush, and one that forks."""
+
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from turntrace import attributes as a
+from turntrace.ledger import Ledger
+from turntrace.testing import assert_all_tagged, outbox_spans
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+
+
+def environment(url: str) -> dict[str, str]:
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("LANGFUSE_", "TURNTRACE_", "OTEL_"))
+    }
+    return {**kept, "TURNTRACE_LEDGER_URL": url}
+
+
+def start(script: str, url: str, *arguments: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(url),
+    )
+
+
+def finish(process: "subprocess.Popen[str]", code: int = 0) -> None:
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code, errors
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "ledger.db"
+
+
+@pytest.fixture
+def url(path: Path) -> str:
+    return f"sqlite:///{path}"
+
+
+def rows(path: Path, query: str) -> list[tuple[Any, ...]]:
+    with closing(sqlite3.connect(path)) as connection:
+        return connection.execute(query).fetchall()
+
+
+def assert_whole(path: Path) -> int:
+    """Assert that the ledger and its outbox agree; return how many turns have ended."""
+    ledger = Ledger(f"sqlite:///{path}")
+    waiting = ledger.outbox(limit=100_000)
+    spans = outbox_spans(ledger)  # a torn body cannot be read
+    assert sum(item.items for item in waiting) == len(spans)
+    ids = [(span.trace_id, span.span_id) for span in spans if span.name != a.SPAN_SESSION_END]
+    assert len(set(ids)) == len(ids), "a span is there twice"  # but for the end of a session that had been opened again
+    spans_of = Counter(span.attributes.get(a.TURN_ID) for span in spans)
+    ended = rows(path, "SELECT id, spans, session_id FROM turntrace_turns")
+    assert {turn: spans for turn, spans, _ in ended} == {turn: spans_of[turn] for turn, _, _ in ended}
+    roots = {span.attributes[a.TURN_ID] for span in spans if span.name == a.SPAN_TURN}
+    assert roots == {turn for turn, _, _ in ended}, "a turn's root is there, and the turn is not called finished"
+    turns_of = Counter(session for _, _, session in ended)
+    for session in ledger.sessions(limit=1000):
+        assert session.total_turns == turns_of[session.id]
+    for conversation, numbers in _numbers(path).items():
+        assert numbers == list(range(1, len(numbers) + 1)), conversation
+    if ended:
+        assert_all_tagged(span for span in spans if span.attributes.get(a.TURN_ID) in {turn for turn, _, _ in ended})
+    ledger.close()
+    return len(ended)
+
+
+def _numbers(path: Path) -> dict[str, list[int]]:
+    query = "SELECT conversation_id, number FROM turntrace_turns UNION ALL SELECT conversation_id, number FROM {}"
+    found: dict[str, list[int]] = {}
+    for conversation, number in sorted(rows(path, query.format("turntrace_open_turns"))):
+        found.setdefault(conversation, []).append(number)
+    return found
+
+
+# --- killed -----------------------------------------------------------------------------------------------------------
+RUNS_UNTIL_KILLED = """
+import os, threading
+from opentelemetry import trace
+from turntrace import SessionTracker
+
+tracker = SessionTracker()
+other = trace.get_tracer("app")
+
+def converse(k):
+    n = 0
+    while True:
+        with tracker.session(user_id=f"user {k}") as session:
+            for _ in range(5):
+                n += 1
+                with session.conversation(f"c{k}-{n % 2}").turn("Hello") as turn:
+                    agent = turn.open_step("agent", "chain")
+                    with other.start_as_current_span("work"):
+                        turn.close_step(turn.open_step("search", "tool", parent=agent))
+                    turn.close_step(agent)
+                    if n % 7 == 0:
+                        for _ in range(300):
+                            turn.close_step(turn.open_step("many", "chain"))
+                os.write(1, b"t")  # one byte for each turn, whole also when threads write at once
+
+for k in range(3):
+    threading.Thread(target=converse, args=(k,), daemon=True).start()
+threading.Event().wait()
+"""
+
+
+def test_a_process_that_is_killed_leaves_no_finished_turn_without_its_spans(tmp_path: Path) -> None:
+    chance = random.Random(11)
+    running = []
+    for turns in (1, 20, 60, 150):
+        path = tmp_path / f"{turns}.db"
+        running.append((path, start(RUNS_UNTIL_KILLED, f"sqlite:///{path}"), turns))
+    try:
+        for _, process, turns in running:
+            assert process.stdout is not None
+            assert process.stdout.read(turns) == "t" * turns
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(chance.random() / 50)
+            process.kill()
+            process.communicate(timeout=30)
+            assert process.returncode == -signal.SIGKILL
+    finally:
+        for _, process, _ in running:
+            process.kill()
+            process.communicate(timeout=30)
+    ended = [assert_whole(path) for path, _, _ in running]
+    assert sum(ended) > 0
+
+
+# --- exits ------------------------------------------------------------------------------------------------------------
+EXITS = """
+import sys
+from turntrace import SessionTracker
+tracker = SessionTracker()
+session = tracker.start_session(session_id="mine")
+for n in range(50):
+    with session.conversation("c1").turn("Hello") as turn:
+        turn.close_step(turn.open_step("agent", "chain"))
+        if n == 49 and sys.argv[1] == "in a turn":
+            sys.exit(3)
+        if n == 49 and sys.argv[1] == "by an error":
+            raise LookupError
+session.end("completed")
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("at its end", 0), ("in a turn", 3), ("by an error", 1)])
+def test_a_process_that_exits_without_a_flush_has_written_everything(how: str, code: int, path: Path, url: str) -> None:
+    finish(start(EXITS, url, how), code)
+    assert assert_whole(path) == 50
+    last = rows(path, "SELECT status, error FROM turntrace_turns WHERE number = 50")
+    assert last == [
+        {0: ("completed", None), 3: ("abandoned", "SystemExit"), 1: ("failed", "LookupError")}[code],
+    ]
+    reason = "completed" if code == 0 else None
+    assert rows(path, "SELECT id, end_reason FROM turntrace_sessions") == [("mine", reason)]
+
+
+RUNS_LOOPS = """
+import asyncio
+from turntrace import SessionTracker
+
+async def main():
+    tracker = SessionTracker()
+    async with tracker.session(session_id="mine") as session:
+        async with session.conversation("c1").turn("Hello"):
+            pass
+
+for _ in range(3):
+    asyncio.run(main())
+"""
+
+
+def test_a_process_may_run_several_event_loops(path: Path, url: str) -> None:
+    finish(start(RUNS_LOOPS, url))
+    assert assert_whole(path) == 3
+    assert rows(path, "SELECT total_turns, end_reason FROM turntrace_sessions") == [(3, "user_exit")]
+
+
+# --- forks ------------------------------------------------------------------------------------------------------------
+FORKS = """
+import os, signal, sys
+from turntrace import SessionTracker
+from opentelemetry import trace
+
+signal.alarm(40)
+tracker = SessionTracker()
+other = trace.get_tracer("app")
+
+def turns(session, who, number):
+    for _ in range(number):
+        for conversation in (who, "shared"):
+            with session.conversation(conversation).turn("Hello") as turn:
+                turn.close_step(turn.open_step("agent", "chain"))
+                with other.start_as_current_span("work"):
+                    pass
+
+session = tracker.start_session(session_id="mine")
+turns(session, "parent", 5)  # some of it is still to be written when the process forks
+children = []
+for n in range(3):
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(30)
+        turns(session, f"child {n}", 5)
+        with tracker.session(user_id=f"child {n}") as own:
+            turns(own, f"child {n}", 5)
+        os._exit(0 if tracker.flush(20) else 9)
+    children.append(pid)
+    turns(session, "parent", 5)
+assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0, 0, 0]
+session.end("completed")
+"""
+
+
+@needs_fork
+def test_a_process_that_forks_tracks_on_in_parent_and_child(path: Path, url: str) -> None:
+    finish(start(FORKS, url))
+    assert assert_whole(path) == 2 * (20 + 3 * 10)
+    numbers = _numbers(path)
+    assert {name: len(each) for name, each in numbers.items()} == {
+        "parent": 20,
+        "shared": 50,
+        "child 0": 10,
+        "child 1": 10,
+        "child 2": 10,
+    }
+    totals = dict(rows(path, "SELECT coalesce(user_id, id), total_turns FROM turntrace_sessions"))
+    assert totals.pop("mine") == 2 * (20 + 3 * 5)
+    assert list(totals.values()) == [10, 10, 10]
+
+
+FORKS_WHILE_WRITING = """
+import os, signal, sys, threading, time
+from turntrace import SessionTracker
+
+signal.alarm(40)
+tracker = SessionTracker()
+session = tracker.start_session(session_id="mine")
+writing = threading.Event()
+
+def write():
+    with tracker.ledger.writing() as ledger:
+        ledger.put("other", b"x", items=1, created_ns=1)
+        writing.set()
+        time.sleep(0.3)
+
+thread = threading.Thread(target=write)
+thread.start()
+writing.wait()
+pid = os.fork()
+if pid == 0:
+    signal.alarm(20)
+    with session.conversation("child").turn("Hello"):
+        pass
+    os._exit(0 if tracker.flush(10) else 9)
+thread.join()
+with session.conversation("parent").turn("Hello"):
+    pass
+code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+tracker.flush()
+sys.exit(code)
+"""
+
+
+@needs_fork
+def test_a_process_that_forks_while_it_writes_can_write_in_the_child(path: Path, url: str) -> None:
+    # SQLite's locks belong to a process: a child that inherits a connection in the middle of a transaction takes its
+    # lock for its own, which nobody gives back.
+    finish(start(FORKS_WHILE_WRITING, url))
+    assert sorted(rows(path, "SELECT conversation_id, number FROM turntrace_turns")) == [("child", 1), ("parent", 1)]
+    assert rows(path, "SELECT count(*) FROM turntrace_outbox WHERE kind = 'other'") == [(1,)]
+
+
+MULTIPROCESSES = """
+import multiprocessing
+from turntrace import SessionTracker
+
+def work(n):
+    tracker = SessionTracker()
+    with tracker.session(user_id=f"u{n}") as session:
+        for _ in range(5):
+            with session.conversation("shared").turn("Hello"):
+                pass
+    return tracker.flush(20)
+
+if __name__ == "__main__":
+    SessionTracker().start_session().end()
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        assert all(pool.map(work, range(8)))
+"""
+
+
+@needs_fork
+def test_the_workers_of_a_pool_track_with_trackers_of_their_own(path: Path, url: str) -> None:
+    finish(start(MULTIPROCESSES, url))
+    assert assert_whole(path) == 40
+    assert _numbers(path) == {"shared": list(range(1, 41))}
