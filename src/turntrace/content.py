@@ -214,7 +214,7 @@ def classify_input(text: str) -> str:
         ``question``, ``command``, ``feedback`` or ``statement``.
     """
     head = text[:_LOOK_AT].lstrip().replace("\u2019", "'")
-    if text[-_LOOK_AT:].rstrip(" \t\r\n\"')\u00bb\u201d").endswith(_QUESTION_MARKS):
+    if _asks(text):
         return "question"
     if _FEEDBACK_WORDS.match(head):
         return "feedback"
@@ -243,9 +243,11 @@ def classify_output(message: Any) -> str:
     head = read.text[:_LOOK_AT].lstrip().replace("\u2019", "'")
     if _REFUSAL.match(head):
         return "refusal"
-    return (
-        "question" if read.text[-_LOOK_AT:].rstrip(" \t\r\n\"')*\u00bb\u201d").endswith(_QUESTION_MARKS) else "answer"
-    )
+    return "question" if _asks(read.text) else "answer"
+
+
+def _asks(text: str) -> bool:
+    return text[-_LOOK_AT:].rstrip(" \t\r\n\"')*\u00bb\u201d").endswith(_QUESTION_MARKS)
 
 
 def _field(message: Any, name: str) -> Any:

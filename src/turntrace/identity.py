@@ -103,7 +103,7 @@ def check_text(value: object, name: str) -> str:
         raise IdentityError(f"{name} has {len(text)} characters. Allowed are 1 to {MAX_ID_LENGTH}: pass a shorter one.")
     if text != safe_text(text):
         raise IdentityError(
-            f"{name} has a character that cannot be kept (a lone surrogate or U+0000). "
+            f"{name} has a character that cannot be kept. Allowed are all but lone surrogates and U+0000. "
             "Pass turntrace.identity.safe_text(value), which replaces it."
         )
     return text

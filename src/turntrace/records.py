@@ -3,10 +3,8 @@
 A field made by `word` stands under the attribute names given there; what is None is left out.
 """
 
-from collections.abc import Hashable
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
-from functools import cache
 from typing import Any
 
 from turntrace import attributes as a
@@ -20,9 +18,15 @@ def word(*names: str, default: Any = None) -> Any:
     return field(default=default, metadata={"names": names})
 
 
-@cache
+_words: dict[type, tuple[tuple[str, tuple[str, ...]], ...]] = {}
+
+
 def _words_of(record: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    return tuple((f.name, f.metadata["names"]) for f in fields(record) if "names" in f.metadata)
+    words = _words.get(record)
+    if words is None:
+        named = ((each.name, each.metadata["names"]) for each in fields(record) if "names" in each.metadata)
+        words = _words[record] = tuple(named)
+    return words
 
 
 class Record:
@@ -33,8 +37,7 @@ class Record:
     def attributes(self) -> dict[str, AttributeValue]:
         """Return what is set, by attribute name."""
         rendered: dict[str, AttributeValue] = {}
-        record: Hashable = type(self)
-        for name, words in _words_of(record):
+        for name, words in _words_of(type(self)):
             value = getattr(self, name)
             if value is not None:
                 for each in words:
@@ -91,14 +94,12 @@ class TurnRequest:
         session_id: The session, when the app chose it.
         user_id: The raw id of the user; it is hashed before anything is kept.
         conversation_id: The conversation: LangGraph's ``thread_id``, or what the app chose.
-        turn_id: The turn that the run joins.
         tags: Tags for the trace.
     """
 
     session_id: str | None = None
     user_id: str | None = None
     conversation_id: str | None = None
-    turn_id: str | None = None
     channel: str | None = None
     topic: str | None = None
     tier: str | None = None

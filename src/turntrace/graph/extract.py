@@ -10,14 +10,13 @@ from langgraph.types import Command
 
 from turntrace.content import last_message, to_json
 from turntrace.identity import safe_id, safe_text
-from turntrace.lifecycle.turn import TURN_ID_KEY
 from turntrace.records import LLMCall, TurnRequest, Usage
 
 HIDDEN_TAG: Final = "langsmith:hidden"
 _STEP_TAG: Final = "graph:step:"
 _TEXTS: Final = frozenset({"channel", "topic", "tier", "org_id", "locale", "client_version"})
 _REQUEST_KEYS: Final = _TEXTS | {
-    *("session_id", "user_id", "conversation_id", "thread_id", TURN_ID_KEY),
+    *("session_id", "user_id", "conversation_id", "thread_id"),
     *("langfuse_session_id", "langfuse_user_id", "langfuse_tags"),
 }
 
@@ -35,7 +34,6 @@ def request_of(metadata: Mapping[str, Any]) -> TurnRequest:
     session_id = given.pop("session_id", given.pop("langfuse_session_id", None))
     user_id = given.pop("user_id", given.pop("langfuse_user_id", None))
     conversation_id = given.pop("conversation_id", given.pop("thread_id", None))
-    turn_id = given.pop(TURN_ID_KEY, None)
     tags = given.pop("langfuse_tags", ())
     for name in given.keys() - _TEXTS:  # Langfuse's names where ours are given too
         del given[name]
@@ -43,7 +41,6 @@ def request_of(metadata: Mapping[str, Any]) -> TurnRequest:
         session_id=None if session_id is None else safe_id(session_id, "session_id"),
         user_id=user_id,
         conversation_id=None if conversation_id is None else safe_id(conversation_id, "conversation_id"),
-        turn_id=turn_id,
         tags=tuple(safe_text(tag) for tag in tags) if isinstance(tags, list | tuple) else (safe_text(tags),),
         **{name: safe_text(value) for name, value in given.items()},
     )

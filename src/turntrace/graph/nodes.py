@@ -4,10 +4,11 @@ import dataclasses
 import inspect
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, TypeVar, get_type_hints
 
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
+from langchain_core.runnables.config import run_in_executor
 from langgraph.config import get_config
 from langgraph.graph import StateGraph
 from langgraph.types import Command
@@ -96,59 +97,74 @@ def track_node(node: Any = None, *, state_schema: type | None = None) -> Any:
 
 
 def _tracked_function(node: Callable[..., Any], *, writes_ids: bool) -> Callable[..., Any]:
-    called = node if inspect.isroutine(node) else type(node).__call__
+    called = _called(node)
     shell: Callable[..., Any]
     if inspect.isasyncgenfunction(called):
 
-        @wraps(node)
+        @wraps(called)
         async def shell(state: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
             with _tracked(state, writes_ids) as track:
-                async for update in node(state, *args, **kwargs):
+                async for update in called(state, *args, **kwargs):
                     yield track.finished(update)
 
     elif inspect.isgeneratorfunction(called):
 
-        @wraps(node)
+        @wraps(called)
         def shell(state: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
             with _tracked(state, writes_ids) as track:
-                for update in node(state, *args, **kwargs):
+                for update in called(state, *args, **kwargs):
                     yield track.finished(update)
 
     elif inspect.iscoroutinefunction(called):
 
-        @wraps(node)
+        @wraps(called)
         async def shell(state: Any, *args: Any, **kwargs: Any) -> Any:
             with _tracked(state, writes_ids) as track:
-                return track.finished(await node(state, *args, **kwargs))
+                return track.finished(await called(state, *args, **kwargs))
 
     else:
 
-        @wraps(node)
+        @wraps(called)
         def shell(state: Any, *args: Any, **kwargs: Any) -> Any:
             with _tracked(state, writes_ids) as track:
-                return track.finished(node(state, *args, **kwargs))
+                return track.finished(called(state, *args, **kwargs))
 
+    shell.__name__ = getattr(node, "__name__", type(node).__name__)  # by which LangGraph names a node
     setattr(shell, _TRACKED, True)
     return shell
+
+
+def _called(node: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what is called and has the signature: the function itself, or an object's ``__call__``."""
+    if inspect.isroutine(node) or not inspect.isfunction(getattr(type(node), "__call__", None)):  # noqa: B004
+        return node
+    bound: Callable[..., Any] = node.__call__  # type: ignore[operator]
+    return bound
 
 
 class _TrackedRunnable(RunnableLambda[Any, Any]):
     """A runnable as a tracked node.
 
-    It is a `RunnableLambda` by class only, because LangGraph looks through its ``deps`` for subgraphs; it makes no run
-    of its own.
+    It is a `RunnableLambda` by class only, because LangGraph looks through its ``deps`` for subgraphs and at its
+    ``afunc`` for whether it can be cancelled; it makes no run of its own.
     """
 
     def __init__(self, inner: Runnable[Any, Any], *, writes_ids: bool) -> None:
         self.inner = inner
         self.writes_ids = writes_ids
-        self.name = getattr(inner, "name", None)
+        self.name = inner.get_name()
         self.func = inner.invoke
-        self.afunc = inner.ainvoke
+        if _has_native_async(inner):
+            self.afunc = inner.ainvoke
         setattr(self, _TRACKED, True)
 
     def __repr__(self) -> str:
         return f"track_node({self.inner!r})"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("inner", "afunc", "func"):
+            raise AttributeError(name)
+        return getattr(self.inner, name)  # as LangGraph asks a ToolNode for its tools
 
     @property
     def deps(self) -> list[Runnable[Any, Any]]:
@@ -168,6 +184,17 @@ class _TrackedRunnable(RunnableLambda[Any, Any]):
     atransform = Runnable.atransform
     batch = Runnable.batch
     abatch = Runnable.abatch
+
+
+def _has_native_async(runnable: Any) -> bool:
+    """Tell whether a runnable can be cancelled: whether none of it runs in a thread of LangChain's executor."""
+    steps = getattr(runnable, "steps", None)
+    if isinstance(steps, list):
+        return all(_has_native_async(step) for step in steps)
+    if not hasattr(runnable, "func"):
+        return True
+    afunc = getattr(runnable, "afunc", None)
+    return afunc is not None and not (isinstance(afunc, partial) and afunc.func is run_in_executor)
 
 
 class _Track:
@@ -240,9 +267,9 @@ def _with_ids(update: Any, turn: Turn) -> Any:
     if isinstance(update, Command):
         if update.graph is not None or not (update.update is None or isinstance(update.update, Mapping)):
             return update  # it is for the parent's state, or of a form that ids cannot be put into
-        return dataclasses.replace(update, update={**ids, **(update.update or {})})
+        return dataclasses.replace(update, update={**(update.update or {}), **ids})
     if isinstance(update, Mapping):
-        return {**ids, **update}
+        return {**update, **ids}  # over those of a state that the node gave back whole
     if isinstance(update, list) and all(isinstance(part, Command | Mapping) for part in update):
         return [*update, ids]
     return update
@@ -264,9 +291,9 @@ def _fields(schema: type) -> set[str]:
 
 def _hinted_schema(node: Callable[..., Any]) -> type | None:
     """Return the type hint of a node's first parameter, as LangGraph reads it for the node's input."""
-    called = node if inspect.isroutine(node) else type(node).__call__
+    called = _called(node)
     try:
-        first = next(p for p in inspect.signature(node).parameters.values())
+        first = next(p for p in inspect.signature(called).parameters.values())
         hint = get_type_hints(called).get(first.name)
     except (StopIteration, NameError, TypeError, ValueError):  # none, or names that are known to type checkers only
         return None

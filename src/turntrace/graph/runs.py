@@ -23,6 +23,7 @@ from turntrace.current import Scope, current_scope, enter, leave
 from turntrace.graph import extract
 from turntrace.lifecycle import SessionTracker, Turn
 from turntrace.lifecycle.steps import OpenStep, StepKind
+from turntrace.lifecycle.turn import TURN_ID_KEY
 
 Metadata: TypeAlias = Mapping[str, Any] | None
 Tags: TypeAlias = Sequence[str] | None
@@ -211,8 +212,12 @@ class RunRegistry:
 
     def _root_of(self, parent_id: UUID | None, inputs: Any, metadata: Metadata) -> Root | None:
         """Find the turn of a run whose parent is not known: the one that runs here, the one it names, or a new one."""
+        turn_id = (metadata or {}).get(TURN_ID_KEY)
+        named = None if turn_id is None else self._tracker.live_turn(str(turn_id))
         scope = current_scope()
         running: Any = None if scope is None else scope.turn
+        if named is not None and named is not running:
+            return Root(named, None, owns_turn=False)
         if scope is not None and isinstance(running, Turn) and running.tracker is self._tracker:
             here = otel_context.get_current()
             if trace.get_current_span(here).get_span_context().trace_id != running.trace_id:
@@ -221,9 +226,6 @@ class RunRegistry:
         if parent_id is not None and extract.is_inside_graph(metadata):
             return None  # what is left of a run that has ended: its turn is over
         request = extract.request_of(metadata or {})
-        named = None if request.turn_id is None else self._tracker.live_turn(request.turn_id)
-        if named is not None:
-            return Root(named, None, owns_turn=False)
         message = extract.message_in(inputs, self._messages_key)
         return Root(self._tracker.begin_turn(request, message), None, owns_turn=True)
 

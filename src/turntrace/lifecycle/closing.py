@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.trace import Span, StatusCode
+from opentelemetry.trace import Span, StatusCode, format_span_id
 
 from turntrace import attributes as a
 from turntrace.attributes import AttributeValue
+from turntrace.boundary import never_breaks
 from turntrace.content import Message, classify_output, read_message, to_json
 from turntrace.export import ids_of, to_otlp
-from turntrace.identity import derived_id
+from turntrace.identity import derived_id, safe_text
 from turntrace.ledger import LedgerWriter
 from turntrace.lifecycle.pricing import cost_usd
 from turntrace.lifecycle.steps import OpenStep, TurnAccount
@@ -229,7 +230,7 @@ def _add_call(account: TurnAccount, call: LLMCall) -> float | None:
     if call.usage is not None:
         account.input_tokens += call.usage.input_tokens
         account.output_tokens += call.usage.output_tokens
-        cost = cost_usd(call.model, call.provider, call.usage)
+        cost = _cost_of(call.model, call.provider, call.usage)
     if cost is None:
         account.unpriced_calls += 1
     else:
@@ -237,12 +238,22 @@ def _add_call(account: TurnAccount, call: LLMCall) -> float | None:
     return cost
 
 
+_cost_of = never_breaks("looking up the price of a model")(cost_usd)
+
+
+@never_breaks("classifying what the user said by classify=...")
+def _input_type(turn: "Turn", question: Message) -> str:
+    return safe_text(turn.tracker.classify(question.text))
+
+
 def _as_record(turn: "Turn", step: OpenStep, cost: float | None) -> Step:
     usage = None if step.call is None else step.call.usage
-    above = turn.root if step.parent is None else step.parent.span
+    above = getattr(step.span, "parent", None)  # which may be a span of other code
+    if above is None:
+        above = (turn.root if step.parent is None else step.parent.span).get_span_context()
     return Step(
         span_id=ids_of(step.span)[1],
-        parent_id=ids_of(above)[1],
+        parent_id=format_span_id(above.span_id),
         name=step.name,
         kind=step.kind,
         start_ms=elapsed_ms(turn.started_ns, step.start_ns),
@@ -273,7 +284,7 @@ def _sum_up(turn: "Turn", status: str, ended_ns: int, question: Message | None, 
         role=turn.role,
         input_length=None if question is None else len(question.text),
         output_length=len(answer.text) if answer is not None and has_answer else None,
-        input_type=None if question is None else turn.tracker.classify(question.text),
+        input_type=None if question is None else _input_type(turn, question),
         output_type=output_type,
         has_attachments=None if question is None else question.attachments > 0,
         intent=turn.intent,

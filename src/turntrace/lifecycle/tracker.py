@@ -30,6 +30,7 @@ from turntrace.settings import MAX_IDLE_S, read_settings
 SESSION_TYPES: Final = ("chat", "api", "batch")
 
 _SESSIONS_REMEMBERED: Final = 10_000
+_ENDS_S: Final = 5.0
 R = TypeVar("R")
 
 
@@ -85,8 +86,8 @@ class SessionTracker:
         self.channel = check_text(settings.channel if channel is None else channel, "channel")
         if not callable(classify):
             raise ConfigurationError(
-                f"classify is a {type(classify).__name__}, which cannot be called. Pass a function from the user's text "
-                "to a word."
+                f"classify is a {type(classify).__name__}, which cannot be called. Pass a function from str to str: "
+                "from what the user said to its type."
             )
         self.classify = classify
         self.clock = clock
@@ -101,6 +102,7 @@ class SessionTracker:
         self._sessions: OrderedDict[Hashable, Session] = OrderedDict()
         self._turns: dict[str, Turn] = {}
         self._hashes: dict[str, str] = {}
+        self._ending: set[str] = set()
         self._handler: Any = None
         self._lock = threading.Lock()
 
@@ -173,6 +175,10 @@ class SessionTracker:
             session_id: Its id.
             reason: As for `Session.end`.
         """
+        with self._lock:
+            self._ending.add(session_id)
+            for key in [key for key, session in self._sessions.items() if session.id == session_id]:
+                del self._sessions[key]
         self._writer.submit(EndSession(self, session_id, reason, self.clock()))
 
     def session_summary(self, session_id: str) -> SessionSummary | None:
@@ -255,6 +261,8 @@ class SessionTracker:
         self, conversation: Conversation, request: TurnRequest, message: Any, role: str, *, active_since_ns: int
     ) -> Turn | None:
         session = conversation.session.facts
+        if session.id in self._ending:
+            self._settle_ends()
         turn_id = self.new_id()
         trace_id = turn_id if is_trace_id(turn_id) else derived_id("trace", turn_id)
         span_id = new_span_id()
@@ -358,7 +366,14 @@ class SessionTracker:
         """Run a function that asks the ledger in a thread, so that the event loop goes on."""
         return await asyncio.to_thread(function, *args, **kwargs)
 
+    def _settle_ends(self) -> None:
+        """Wait until the sessions whose end was said are ended, so that what begins now does not fall into them."""
+        self._writer.drain(_ENDS_S)
+        self._ending.clear()
+
     def _open(self, wanted: SessionFacts, *, given_id: bool, conversation_id: str | None = None) -> Session:
+        if self._ending:
+            self._settle_ends()
         opened = self.ledger.open_session(
             wanted, idle_ns=self.idle_ns, given_id=given_id, conversation_id=conversation_id
         )

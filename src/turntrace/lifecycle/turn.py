@@ -4,6 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
 
 from opentelemetry import trace
@@ -288,6 +289,18 @@ class _NoTurn:
     id = ""
     number = 0
     intent = None
+    is_finished = True
+    tags: Mapping[str, AttributeValue] = MappingProxyType({})
+
+    @property
+    def input(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
 
     def __bool__(self) -> bool:
         return False
@@ -299,6 +312,12 @@ class _NoTurn:
         """Do nothing."""
 
     def set_answer(self, message: Any) -> None:
+        """Do nothing."""
+
+    def end(self, status: str = "completed", *, error: BaseException | None = None) -> None:
+        """Do nothing."""
+
+    async def aend(self, status: str = "completed", *, error: BaseException | None = None) -> None:
         """Do nothing."""
 
 
