@@ -494,6 +494,18 @@ def test_a_given_id_does_not_put_one_user_into_the_session_of_another(ledger: Le
     assert other.session.user_id == "u2"
 
 
+def test_a_session_whose_user_becomes_known_is_that_users(ledger: Ledger) -> None:
+    open_session(ledger, "mine", given=True, user=None)
+    opened = open_session(ledger, "mine", given=True, user="u1", at=NOON + 1)
+    assert (opened.session.user_id, opened.is_new) == ("u1", False)
+    session = ledger.session("mine")
+    assert session is not None
+    assert session.user_id == "u1"
+    end(ledger, "mine")
+    following = open_session(ledger, "s2", user="u1", at=NOON + DAY)
+    assert (following.session.previous_id, following.session.sessions_total) == ("mine", 2)
+
+
 @pytest.mark.parametrize("conversation", ["c1", None])
 def test_a_session_without_a_user_is_found_by_its_conversation(ledger: Ledger, conversation: str | None) -> None:
     open_session(ledger, "s1", user=None, conversation="c1")
@@ -796,7 +808,7 @@ def manager() -> Iterator[Any]:
 def test_processes_that_make_one_new_ledger_at_once_agree(
     tmp_path: Path, processes: ProcessPoolExecutor, manager: Any
 ) -> None:
-    rounds, barrier = 40, manager.Barrier(4)
+    rounds, barrier = 15, manager.Barrier(4)
     url = f"sqlite:///{tmp_path}/new{{}}/ledger.db"
     done = [processes.submit(ledger_processes.open_many, url, rounds, barrier) for _ in range(4)]
     found = [each.result(60) for each in done]

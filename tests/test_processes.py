@@ -291,6 +291,31 @@ def test_a_process_that_forks_while_it_writes_can_write_in_the_child(path: Path,
     assert rows(path, "SELECT count(*) FROM turntrace_outbox WHERE kind = 'other'") == [(1,)]
 
 
+FORKS_WITH_MEMORY = """
+import os, signal, sys
+from turntrace import SessionTracker
+
+signal.alarm(40)
+tracker = SessionTracker("sqlite://")
+session = tracker.start_session(session_id="mine")
+session.conversation("c1").start_turn("Hello").end()
+tracker.flush()
+pid = os.fork()
+if pid == 0:
+    signal.alarm(20)
+    session.conversation("c1").start_turn("Hello").end()
+    os._exit(0 if tracker.flush(10) and session.summary().total_turns == 2 else 9)
+code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+assert session.summary().total_turns == 1
+sys.exit(code)
+"""
+
+
+@needs_fork
+def test_a_ledger_in_memory_goes_on_in_the_child_as_a_copy(url: str) -> None:
+    finish(start(FORKS_WITH_MEMORY, url))
+
+
 MULTIPROCESSES = """
 import multiprocessing
 from turntrace import SessionTracker
