@@ -68,12 +68,30 @@ class ContentPolicy:
     def clean(self, text: str) -> str:
         """Return what may be recorded of a text that the policy lets through."""
         if self.redact is None:
-            return text
+            return text.encode("utf-8", "replace").decode("utf-8")  # half an emoji is not to cost the rest
         try:
-            return str(self.redact(text))
+            return str(self.redact(text)).encode("utf-8", "replace").decode("utf-8")
         except Exception as error:
             _note_failure(error)
             return WITHHELD
+
+    def clean_all(self, value: Any) -> Any:
+        """Return a value of lists and mappings with every text in it cleaned."""
+        if isinstance(value, str):
+            return self.clean(value)
+        if isinstance(value, Mapping):
+            return {key: self.clean_all(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.clean_all(each) for each in value]
+        return value
+
+
+def text_of(error: BaseException) -> str:
+    """Return the text of an error, whatever its ``__str__`` does."""
+    try:
+        return str(error)
+    except Exception as other:
+        return f"[no text: {type(other).__name__}]"
 
 
 _failures: Counter[str] = Counter()
@@ -168,6 +186,8 @@ def last_message(messages: Any) -> Any:
 
 # Latin, full-width, Arabic, Greek (its own sign, not the semicolon that looks like it), doubled, Armenian, Ethiopic.
 _QUESTION_MARKS: Final = ("?", "\uff1f", "\u061f", "\u037e", "\u2047", "\u055e", "\u1367")
+# Most write it as a semicolon, as Unicode's normal form does.
+_GREEK_QUESTION: Final = re.compile(r"[\u0370-\u03ff\u1f00-\u1fff];\s*$")
 _QUESTION_WORDS: Final = re.compile(
     r"(what|who|whom|whose|which|when|where|why|how|is|are|am|was|were|do|does|did|can|could|would|will|should|shall|"
     r"may|might|have|has|had)\b(?!'?t? (not )?to )",
@@ -247,6 +267,8 @@ def classify_output(message: Any) -> str:
 
 
 def _asks(text: str) -> bool:
+    if _GREEK_QUESTION.search(text[-_LOOK_AT:]):
+        return True
     return text[-_LOOK_AT:].rstrip(" \t\r\n\"')*\u00bb\u201d").endswith(_QUESTION_MARKS)
 
 

@@ -83,7 +83,10 @@ class SessionFacts(Record):
     def attributes(self) -> dict[str, AttributeValue]:
         """Return the attributes of the span ``session.start``."""
         # An explicit super(): a dataclass with slots is another class than the one this method was defined in.
-        return {**Record.attributes(self), a.SESSION_START_TIME: iso_time(self.started_ns)}
+        rendered = Record.attributes(self)
+        if self.user_id is None:
+            rendered.pop(a.USER_SESSIONS_TOTAL, None)  # of nobody
+        return rendered | {a.SESSION_START_TIME: iso_time(self.started_ns)}
 
 
 @dataclass(frozen=True, slots=True)

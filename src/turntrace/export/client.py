@@ -102,7 +102,7 @@ class SpanTarget:
         parent = _EMPTY
         links: tuple[trace.Link, ...] = ()
         if around is not None and around.get_span_context().is_valid:
-            if getattr(around, "kind", None) is trace.SpanKind.SERVER:
+            if serves_request(around):
                 parent = trace.set_span_in_context(around, _EMPTY)
             else:
                 links = (trace.Link(around.get_span_context()),)
@@ -180,6 +180,11 @@ def _langfuse_provider(settings: LangfuseSettings) -> trace.TracerProvider:
             type(found).__name__,
         )
     return found
+
+
+def serves_request(span: trace.Span) -> bool:
+    """Tell whether a span is that of a request which the app serves: of kind SERVER."""
+    return getattr(span, "kind", None) is trace.SpanKind.SERVER and span.get_span_context().is_valid
 
 
 def ids_of(span: trace.Span) -> tuple[str, str]:

@@ -148,7 +148,7 @@ class SessionCallbackHandler(GraphCallbackHandler):
     ) -> None:
         """Hear that a tool is called."""
         name = kwargs.get("name") or (serialized or {}).get("name")
-        self._runs.tool_started(run_id, parent_run_id, name, input_str, metadata)
+        self._runs.tool_started(run_id, parent_run_id, name, input_str if inputs is None else inputs, metadata)
 
     @never_breaks("reading the end of a call of a tool")
     def on_tool_end(self, output: Any, *, run_id: UUID, **_: Any) -> None:

@@ -8,7 +8,7 @@ from langchain_core.outputs import ChatGeneration, LLMResult
 from langgraph.errors import GraphBubbleUp, GraphInterrupt
 from langgraph.types import Command
 
-from turntrace.content import last_message, to_json
+from turntrace.content import last_message
 from turntrace.identity import safe_id, safe_text
 from turntrace.records import LLMCall, TurnRequest, Usage
 
@@ -176,12 +176,12 @@ def _count(value: Any) -> int:
     return value if isinstance(value, int) and value > 0 else 0
 
 
-def answer_text(result: LLMResult) -> str:
-    """Return what a model answered, calls of tools included, as JSON. Only for policies that let it out."""
+def answer_of(result: LLMResult) -> Any:
+    """Return what a model answered, calls of tools included. Only for policies that let it out."""
     message = message_of(result)
     if message is None:
-        return to_json([generation.text for batch in result.generations for generation in batch])
+        return [generation.text for batch in result.generations for generation in batch]
     told: dict[str, Any] = {"role": "assistant", "content": message.content}
     if message.tool_calls:
         told["tool_calls"] = [{"name": call["name"], "args": call["args"]} for call in message.tool_calls]
-    return to_json(told)
+    return told

@@ -147,8 +147,7 @@ class RunRegistry:
         name = name or "tool"
         run = self._call_began(run_id, parent_id, name, "tool", {a.GEN_AI_TOOL_NAME: name}, None, metadata)
         if run is not None and run.step is not None:
-            if arguments is not None and self._tracker.content.records_steps:
-                run.step.add(a.LANGFUSE_OBSERVATION_INPUT, self._tracker.content.clean(str(arguments)))
+            self._record(run.step, a.LANGFUSE_OBSERVATION_INPUT, arguments)
             self._enter(run)
 
     def retriever_started(self, run_id: UUID, parent_id: UUID | None, name: str | None, metadata: Metadata) -> None:
@@ -246,8 +245,7 @@ class RunRegistry:
         if run is None or run.step is None:
             return
         if self._tracker.content.records_steps:
-            answer = self._tracker.content.clean(extract.answer_text(result))
-            run.step.add(a.LANGFUSE_OBSERVATION_OUTPUT, answer)
+            self._record(run.step, a.LANGFUSE_OBSERVATION_OUTPUT, extract.answer_of(result))
         call = extract.call_of(result, model=run.model, provider=run.provider)
         run.root.turn.close_step(run.step, call=call)
         if run.is_root:
@@ -258,10 +256,7 @@ class RunRegistry:
         run = self._forget(run_id)
         if run is None or run.step is None:
             return
-        if output is not None and self._tracker.content.records_steps:
-            told = getattr(output, "content", output)
-            text = told if isinstance(told, str) else to_json(told)
-            run.step.add(a.LANGFUSE_OBSERVATION_OUTPUT, self._tracker.content.clean(text))
+        self._record(run.step, a.LANGFUSE_OBSERVATION_OUTPUT, getattr(output, "content", output))
         run.root.turn.close_step(run.step)
         if run.is_root:
             self._root_ended(run.root, None)
@@ -290,6 +285,13 @@ class RunRegistry:
         run = self._runs.get(run_id)
         if run is not None and run.step is not None and run.step.first_token_ns is None:
             run.step.first_token_ns = self._tracker.clock()
+
+    def _record(self, step: OpenStep, name: str, value: Any) -> None:
+        """Record content on a step, where the policy lets it out; each text in it goes through the redactor."""
+        policy = self._tracker.content
+        if value is not None and policy.records_steps:
+            cleaned = policy.clean_all(value)
+            step.add(name, cleaned if isinstance(cleaned, str) else to_json(cleaned))
 
     def _forget(self, run_id: UUID) -> Run | None:
         run = self._runs.pop(run_id, None)

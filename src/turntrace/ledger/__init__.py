@@ -1,5 +1,6 @@
 """The ledger: the tables and the store."""
 
-from turntrace.ledger.store import Ledger, LedgerWriter, OutboxItem, SessionOpened
+from turntrace.ledger.statements import LATE_SUMS
+from turntrace.ledger.store import Ledger, LedgerWriter, OutboxItem, SessionOpened, TurnEnd
 
-__all__ = ["Ledger", "LedgerWriter", "OutboxItem", "SessionOpened"]
+__all__ = ["LATE_SUMS", "Ledger", "LedgerWriter", "OutboxItem", "SessionOpened", "TurnEnd"]

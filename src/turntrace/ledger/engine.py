@@ -1,9 +1,11 @@
 """Opening the database of the ledger: SQLite as turntrace wants it, transactions, and statements compiled once."""
 
+import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -135,6 +137,8 @@ class Database:
         self._in_memory = self._is_sqlite and is_memory(self.engine.url)
         self._lock = threading.RLock()
         self._writer: Connection | None = None
+        self._inherited: object = None
+        _at_fork(self)
 
     @property
     def dialect(self) -> Dialect:
@@ -203,11 +207,34 @@ class Database:
             if self._owns_engine:
                 self.engine.dispose()
 
-    def after_fork(self) -> None:
-        """Forget connections that belong to the parent process."""
+    def _before_fork(self) -> None:
+        # SQLite's locks belong to a process: one that a transaction holds at the fork would be the child's for ever.
+        self._lock.acquire()
+
+    def _after_fork_in_parent(self) -> None:
+        self._lock.release()
+
+    def _after_fork_in_child(self) -> None:
         self._lock = threading.RLock()
+        if self._in_memory:
+            return  # a copy of the parent's memory, which is the child's own
+        self._inherited = (self._writer, self.engine.pool)  # the parent's: never to be used, or closed, here
         self._writer = None
         self.engine.dispose(close=False)
+
+
+def _at_fork(database: Database) -> None:
+    weak = weakref.ref(database)
+
+    def call(method: Callable[[Database], None]) -> Callable[[], None]:
+        return lambda: None if (alive := weak()) is None else method(alive)
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(
+            before=call(Database._before_fork),
+            after_in_parent=call(Database._after_fork_in_parent),
+            after_in_child=call(Database._after_fork_in_child),
+        )
 
 
 _MISTAKES: Final = (IntegrityError, ProgrammingError, sqlite3.IntegrityError, sqlite3.ProgrammingError)

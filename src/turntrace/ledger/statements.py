@@ -18,6 +18,11 @@ OPEN: Final = "open"
 TURN_COLUMNS: Final = tuple(column.name for column in turns.c if column.name not in ("spans", "steps"))
 """Columns of a turn that are named as the fields of `turntrace.records.TurnSummary`."""
 
+LATE_SUMS: Final = (
+    *("spans", "tool_calls", "llm_calls", "input_tokens", "output_tokens", "cost_usd", "unpriced_calls"),
+)
+"""What steps that end after their turn add to it."""
+
 
 class Statements:
     """The compiled statements.
@@ -93,6 +98,7 @@ def _add_to_session() -> Any:
             total_turns=sessions.c.total_turns + 1,
             **added,
         )
+        .returning(sessions.c.ended_ns)
     )
 
 

@@ -6,9 +6,10 @@ transactions that hold the spans and the row together.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from enum import IntEnum
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -50,6 +51,14 @@ class SessionOpened:
     session: SessionFacts
     is_new: bool
     expired_id: str | None = None
+
+
+class TurnEnd(IntEnum):
+    """What came of ending a turn; it is true when the turn ended by it."""
+
+    ENDED_BEFORE = 0
+    ENDED = 1
+    ENDED_AFTER_SESSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +109,6 @@ class Ledger:
     def close(self) -> None:
         """Close the connections."""
         self._database.close()
-
-    def after_fork(self) -> None:
-        """Forget the parent's connections in a forked process."""
-        self._database.after_fork()
 
     @contextmanager
     def _asking(self) -> Iterator[Connection]:
@@ -308,7 +313,7 @@ class LedgerWriter:
         """Take something out of the outbox."""
         self._connection.execute(delete(outbox).where(outbox.c.id == item_id))
 
-    def finish_turn(self, turn: TurnSummary, steps: Sequence[Step], *, spans: int, topic: str | None = None) -> bool:
+    def finish_turn(self, turn: TurnSummary, steps: Sequence[Step], *, spans: int, topic: str | None = None) -> TurnEnd:
         """Write down how a turn ended, and add it to its session.
 
         Args:
@@ -318,21 +323,38 @@ class LedgerWriter:
             topic: What the conversation is about.
 
         Returns:
-            Whether this was its end: a turn that had ended before is not changed.
+            Whether this was its end; a turn that had ended before is not changed.
         """
         values = {f"new_{name}": getattr(turn, name) for name in TURN_COLUMNS}
         values |= {"new_steps": _steps_text(steps), "new_spans": spans, "topic": topic}
         values["new_failed"] = int(turn.status == "failed")
         statements, cursor = self._statements, self._cursor
         if statements.close_turn.run(cursor, values).rowcount != 1:
-            return False
-        for statement in (statements.insert_turn, statements.add_to_session, statements.upsert_conversation):
-            statement.run(cursor, values)
-        return True
+            return TurnEnd.ENDED_BEFORE
+        statements.insert_turn.run(cursor, values)
+        session = statements.add_to_session.run(cursor, values).fetchone()
+        statements.upsert_conversation.run(cursor, values)
+        ended_after_session = session is not None and session[0] is not None
+        return TurnEnd.ENDED_AFTER_SESSION if ended_after_session else TurnEnd.ENDED
 
-    def add_spans(self, turn_id: str, spans: int) -> None:
-        """Count spans that ended after their turn."""
-        self._connection.execute(update(turns).where(turns.c.id == turn_id).values(spans=turns.c.spans + spans))
+    def add_to_turn(self, turn_id: str, session_id: str, late: Mapping[str, float]) -> None:
+        """Add what ended after its turn to the turn and its session.
+
+        Args:
+            turn_id: The turn.
+            session_id: Its session.
+            late: The sums to add, by the names of `LATE_SUMS`.
+        """
+        to_turn = {name: turns.c[name] + value for name, value in late.items()}
+        in_session = {name: "total_cost_usd" if name == "cost_usd" else name for name in late if name != "spans"}
+        to_session = {column: sessions.c[column] + late[name] for name, column in in_session.items()}
+        self._connection.execute(update(turns).where(turns.c.id == turn_id).values(to_turn))
+        self._connection.execute(update(sessions).where(sessions.c.id == session_id).values(to_session))
+
+    def ended_session(self, session_id: str) -> SessionSummary | None:
+        """Return a session that has ended, with its totals as they are now; None when it has not."""
+        row = _first(self._connection, sessions.c.id == session_id, sessions.c.ended_ns.is_not(None))
+        return None if row is None else _summary(self._connection, row)
 
     def announced(self, session_id: str) -> bool:
         """Note that the start of a session has its span; tell whether it had none before."""

@@ -12,7 +12,7 @@ from turntrace.boundary import never_breaks
 from turntrace.content import Message, classify_output, read_message, to_json
 from turntrace.export import ids_of, to_otlp
 from turntrace.identity import derived_id, safe_text
-from turntrace.ledger import LedgerWriter
+from turntrace.ledger import LATE_SUMS, LedgerWriter, TurnEnd
 from turntrace.lifecycle.pricing import cost_usd
 from turntrace.lifecycle.steps import OpenStep, TurnAccount
 from turntrace.records import LLMCall, SessionFacts, SessionSummary, Step, TurnSummary, elapsed_ms, iso_time
@@ -54,28 +54,29 @@ class SettleTurn(_SpanJob):
     def __init__(self, turn: "Turn") -> None:
         super().__init__(turn.tracker)
         self._turn = turn
-        self._new_spans = 0
+        self._late: TurnAccount | None = None
 
     def prepare(self) -> None:
         """End the spans of the steps."""
-        before = self._turn.account.spans
-        self._keep(self._end_steps())
-        self._new_spans = self._turn.account.spans - before
+        if self._turn.account.is_closed:
+            self._late = TurnAccount()
+        self._keep(self._end_steps(self._late or self._turn.account))
 
-    def _end_steps(self) -> list[ReadableSpan]:
+    def _end_steps(self, account: TurnAccount) -> list[ReadableSpan]:
         turn = self._turn
         steps, others = turn.take_ended()
         with self._tracker.target.capturing() as ended:
             for step in steps:
-                _end_step(turn, step)
-        turn.account.spans += len(steps) + len(others)
+                _end_step(turn, step, account)
+        account.spans += len(steps) + len(others)
         return ended + others
 
     def write(self, ledger: LedgerWriter) -> None:
-        """Put the spans into the outbox."""
+        """Put the spans into the outbox; what ended after its turn is added to the turn and its session."""
         self._put_spans(ledger)
-        if self._turn.is_finished and self._new_spans:
-            ledger.add_spans(self._turn.id, self._new_spans)
+        if self._late is not None and self._late.spans:
+            late = {name: getattr(self._late, name) for name in LATE_SUMS}
+            ledger.add_to_turn(self._turn.id, self._turn.conversation.session.id, late)
 
 
 class FinishTurn(SettleTurn):
@@ -86,11 +87,15 @@ class FinishTurn(SettleTurn):
         self._status = status
         self._ended_ns = ended_ns
         self._summary: TurnSummary | None = None
+        self._steps: list[Step] = []
+        self._count = 0
+        self._end_again: EndSession | None = None
 
     def prepare(self) -> None:
         """Sum the turn up, and end its spans, the root last."""
         turn = self._turn
-        spans = self._end_steps()
+        spans = self._end_steps(turn.account)
+        turn.account.is_closed = True
         question, answer = read_message(turn.message), read_message(turn.answer)
         self._summary = _sum_up(turn, self._status, self._ended_ns, question, answer)
         with self._tracker.target.capturing() as ended:
@@ -98,16 +103,20 @@ class FinishTurn(SettleTurn):
             if self._status in ("failed", "abandoned"):
                 _mark_failed(turn.root, self._summary.error or self._status, None, failed=self._status == "failed")
             turn.root.end(self._ended_ns)
-        turn.account.spans += 1
+        self._steps, self._count = list(turn.account.steps), turn.account.spans + 1
         self._keep(spans + ended)
 
     def write(self, ledger: LedgerWriter) -> None:
         """Put the spans into the outbox and end the row of the turn, in one transaction."""
-        if self._summary is not None:
-            self._put_spans(ledger)
-            account = self._turn.account
-            topic = self._turn.conversation.topic
-            ledger.finish_turn(self._summary, account.steps, spans=account.spans, topic=topic)
+        if self._summary is None:
+            return
+        self._put_spans(ledger)
+        topic = self._turn.conversation.topic
+        end = ledger.finish_turn(self._summary, self._steps, spans=self._count, topic=topic)
+        if end is TurnEnd.ENDED_AFTER_SESSION:
+            # Its session was ended while it ran: the totals that were sent then are sent again with this turn.
+            self._end_again = self._end_again or EndSession(self._tracker, self._summary.session_id)
+            self._end_again.write(ledger)
 
 
 class AnnounceSession(_SpanJob):
@@ -132,9 +141,18 @@ class AnnounceSession(_SpanJob):
 
 
 class EndSession(_SpanJob):
-    """Ends a session: its row, and the span ``session.end`` with its totals."""
+    """Ends a session: its row, and the span ``session.end`` with its totals.
 
-    def __init__(self, tracker: "SessionTracker", session_id: str, reason: str, ended_ns: int) -> None:
+    Args:
+        tracker: The tracker.
+        session_id: The session.
+        reason: Why it ends; None to send the totals of one that has ended again.
+        ended_ns: When it ends, in nanoseconds since 1970.
+    """
+
+    def __init__(
+        self, tracker: "SessionTracker", session_id: str, reason: str | None = None, ended_ns: int = 0
+    ) -> None:
         super().__init__(tracker)
         self._session_id = session_id
         self._reason = reason
@@ -142,7 +160,10 @@ class EndSession(_SpanJob):
 
     def write(self, ledger: LedgerWriter) -> None:
         """End the session and put its span into the outbox, in one transaction, once."""
-        ended = ledger.end_session(self._session_id, self._reason, self._ended_ns)
+        if self._reason is None:
+            ended = ledger.ended_session(self._session_id)
+        else:
+            ended = ledger.end_session(self._session_id, self._reason, self._ended_ns)
         if ended is None:
             return
         if not self._spans:
@@ -195,8 +216,7 @@ def _session_span(
     return ended
 
 
-def _end_step(turn: "Turn", step: OpenStep) -> None:
-    account = turn.account
+def _end_step(turn: "Turn", step: OpenStep, account: TurnAccount) -> None:
     late: dict[str, AttributeValue] = {} if step.extra is None else dict(step.extra)
     cost: float | None = None
     if step.kind == "generation":

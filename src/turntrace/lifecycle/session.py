@@ -1,10 +1,12 @@
 """A session, one sitting of a user, and the conversations in it."""
 
+import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Self
 
 from turntrace.errors import StateError
-from turntrace.identity import check_id, check_text, new_id
+from turntrace.identity import check_id, check_text
 from turntrace.lifecycle.turn import Turn, is_abandoning
 from turntrace.records import SessionFacts, SessionSummary
 
@@ -49,7 +51,7 @@ class Session:
         Raises:
             IdentityError: If the id or the topic cannot be used.
         """
-        chosen = new_id() if conversation_id is None else check_id(conversation_id, "conversation_id")
+        chosen = self.tracker.new_id() if conversation_id is None else check_id(conversation_id, "conversation_id")
         return Conversation(self, chosen, None if topic is None else check_text(topic, "topic"))
 
     def end(self, reason: str = "user_exit") -> None:
@@ -62,7 +64,7 @@ class Session:
         Raises:
             IdentityError: If the reason is not a string of 1 to 200 characters.
         """
-        self.tracker.end_session(self.id, check_text(reason, "reason"))
+        self.tracker.end_session(self.id, reason)
 
     async def aend(self, reason: str = "user_exit") -> None:
         """End the session, as `end` does, which does not wait either."""
@@ -139,7 +141,22 @@ class Conversation:
 
     async def astart_turn(self, message: Any = None, *, role: str = "user") -> Turn:
         """Begin a turn, as `start_turn` does, without blocking the event loop while the ledger is asked."""
-        return await self.session.tracker.run_off_loop(self.start_turn, message, role=role)
+        begun: list[Turn] = []
+        left = threading.Event()
+
+        def begin() -> Turn:
+            begun.append(self.start_turn(message, role=role))
+            if left.is_set():
+                begun[0].end("abandoned")
+            return begun[0]
+
+        try:
+            return await self.session.tracker.run_off_loop(begin)
+        except asyncio.CancelledError:  # the thread goes on and begins it all the same
+            left.set()
+            for turn in begun:
+                turn.end("abandoned")
+            raise
 
 
 class TurnBlock:

@@ -61,6 +61,7 @@ class TurnAccount:
         spans: Spans of the turn that have ended so far.
         first_token_ns: When the first token of the turn came, in nanoseconds since 1970.
         model: The model that was called last.
+        is_closed: Whether the turn has been summed up: what ends from then on is added to its row.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -73,3 +74,4 @@ class TurnAccount:
     unpriced_calls: int = 0
     first_token_ns: int | None = None
     model: str | None = None
+    is_closed: bool = False

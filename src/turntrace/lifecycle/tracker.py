@@ -17,7 +17,7 @@ from turntrace.attributes import AttributeValue
 from turntrace.boundary import caught
 from turntrace.content import ContentLevel, ContentPolicy, classify_input
 from turntrace.errors import ConfigurationError, IdentityError, StateError
-from turntrace.export import SpanTarget, open_target
+from turntrace.export import SpanTarget, ids_of, open_target, serves_request
 from turntrace.identity import check_id, check_text, derived_id, hash_user, is_trace_id, new_id, new_span_id
 from turntrace.ledger import Ledger
 from turntrace.lifecycle.closing import AnnounceSession, EndSession, FinishTurn, SettleTurn
@@ -31,6 +31,7 @@ SESSION_TYPES: Final = ("chat", "api", "batch")
 
 _SESSIONS_REMEMBERED: Final = 10_000
 _ENDS_S: Final = 5.0
+_STOP_S: Final = 30.0
 R = TypeVar("R")
 
 
@@ -174,7 +175,11 @@ class SessionTracker:
         Args:
             session_id: Its id.
             reason: As for `Session.end`.
+
+        Raises:
+            IdentityError: If the id or the reason cannot be used.
         """
+        session_id, reason = check_id(session_id, "session_id"), check_text(reason, "reason")
         with self._lock:
             self._ending.add(session_id)
             for key in [key for key, session in self._sessions.items() if session.id == session_id]:
@@ -214,6 +219,10 @@ class SessionTracker:
         if turn is None:
             raise StateError(f"The session {conversation.session.id!r} is ended again and again while a turn begins.")
         return turn
+
+    async def astart_turn(self, conversation: Conversation, message: Any = None, *, role: str = "user") -> Turn:
+        """Begin a turn of a conversation, as `Conversation.astart_turn` does."""
+        return await conversation.astart_turn(message, role=role)
 
     def begin_turn(self, request: TurnRequest, message: Any = None) -> Turn:
         """Begin the turn of a run that stands alone: in the session that it names, or in the open one of its user.
@@ -264,7 +273,10 @@ class SessionTracker:
         if session.id in self._ending:
             self._settle_ends()
         turn_id = self.new_id()
+        around = trace.get_current_span()
         trace_id = turn_id if is_trace_id(turn_id) else derived_id("trace", turn_id)
+        if serves_request(around):
+            trace_id = ids_of(around)[0]
         span_id = new_span_id()
         started_ns = self.clock()
         number = self.ledger.begin_turn(
@@ -299,7 +311,7 @@ class SessionTracker:
                 attributes=_root_attributes(tags, session, request),
                 start_ns=started_ns,
                 ids=(int(trace_id, 16), int(span_id, 16)),
-                around=trace.get_current_span(),
+                around=around,
             ),
             started_ns=started_ns,
             message=message,
@@ -350,6 +362,7 @@ class SessionTracker:
     def shutdown(self) -> None:
         """Write down all that has ended and close the ledger. Sessions stay open: a later process goes on with them."""
         self.flush()
+        self._writer.stop(_STOP_S)
         self.ledger.close()
 
     async def ashutdown(self) -> None:
@@ -361,6 +374,12 @@ class SessionTracker:
 
     def __exit__(self, *_exc: object) -> None:
         self.shutdown()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        await self.ashutdown()
 
     async def run_off_loop(self, function: Callable[..., R], *args: Any, **kwargs: Any) -> R:
         """Run a function that asks the ledger in a thread, so that the event loop goes on."""

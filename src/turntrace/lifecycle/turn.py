@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 
 from turntrace import attributes as a
 from turntrace.attributes import AttributeValue
-from turntrace.content import last_message
+from turntrace.content import last_message, read_message, text_of
 from turntrace.current import Scope, current_scope, enter, leave
 from turntrace.errors import StateError
 from turntrace.identity import safe_text
@@ -146,13 +146,13 @@ class Turn:
         """
         if status not in _STATUSES:
             raise StateError(f"A turn cannot end as {status!r}. Allowed are {', '.join(_STATUSES)}.")
-        if error is not None:
-            self.error = type(error).__name__
-            status = "abandoned" if is_abandoning(error) else "failed"
         with self._lock:
             if self._finished:
                 return
             self._finished = True
+        if error is not None:
+            self.error = type(error).__name__
+            status = "abandoned" if is_abandoning(error) else "failed"
         ended_ns = max(self._clock(), self.started_ns)
         for step in list(self._running.values()):  # a stream that was left, a task that was cancelled
             step.abandoned = True
@@ -220,7 +220,7 @@ class Turn:
             step.error = type(error).__name__
             step.abandoned = is_abandoning(error)
             if self._tracker.content.records_turn:
-                step.error_text = str(error)
+                step.error_text = text_of(error)
         self._note_end(step, self._clock() if end_ns is None else end_ns)
         if self._finished or len(self._ended) >= _SETTLE_AT:
             self._tracker.settle(self)
@@ -243,7 +243,8 @@ class Turn:
     def note_answer(self, messages: Any) -> None:
         """Note the last message that a run of a graph gave back."""
         message = last_message(messages)
-        if message is not None:
+        read = read_message(message)
+        if read is not None and read.role != "user":
             self.answer = message
 
     # --- the block ----------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ _BATCH: Final = 64
 _LINGER_S: Final = 0.005
 _RETRY_S: Final = (0.05, 0.2, 1.0, 5.0, 15.0)
 _EXIT_S: Final = 10.0
+_STOP: Final = threading.Event()
 
 
 class Job(Protocol):
@@ -76,6 +77,14 @@ class Writer:
         self._put(reached)
         return reached.wait(timeout)
 
+    def stop(self, timeout: float | None = None) -> None:
+        """End the thread when all that was submitted is written; another job starts it again."""
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            self._hurry.set()
+            self._jobs.put(_STOP)
+            thread.join(timeout)
+
     def _put(self, job: Job | threading.Event) -> None:
         self._jobs.put(job)
         if self._thread is None:
@@ -104,6 +113,14 @@ class Writer:
                 self._write(jobs)
             for mark in marks:
                 mark.set()
+            if _STOP in marks:
+                return self._stopped()
+
+    def _stopped(self) -> None:
+        with self._start_lock:
+            self._thread = None
+        if not self._jobs.empty():  # submitted meanwhile
+            self._start()
 
     def _prepared(self, batch: list[Job]) -> list[Job]:
         ready = []
@@ -156,7 +173,6 @@ class Writer:
         self._hurry = threading.Event()
         self._start_lock = threading.Lock()
         self._thread = None
-        self._ledger.after_fork()
 
 
 def _call(writer: Writer | None, method: Callable[[Writer], None]) -> None:
