@@ -60,24 +60,28 @@ class OneSpanARun(BaseCallbackHandler):
     """A handler that makes one OpenTelemetry span of 12 attributes a run, and nothing else."""
 
     run_inline = True
-    attributes = {f"session.attribute_{i}": f"a value of some length {i}" for i in range(12)}
 
     def __init__(self, tracer: trace.Tracer) -> None:
         self._tracer = tracer
+        self._attributes = {f"session.attribute_{i}": f"a value of some length {i}" for i in range(12)}
         self._spans: dict[Any, trace.Span] = {}
 
     def _start(self, name: str, run_id: Any, parent_id: Any) -> None:
         parent = self._spans.get(parent_id)
         context = None if parent is None else trace.set_span_in_context(parent)
-        self._spans[run_id] = self._tracer.start_span(name, context=context, attributes=self.attributes)
+        self._spans[run_id] = self._tracer.start_span(name, context=context, attributes=self._attributes)
 
-    def on_chain_start(self, serialized: Any, inputs: Any, *, run_id: Any, parent_run_id: Any = None, **kw: Any) -> None:
+    def on_chain_start(
+        self, serialized: Any, inputs: Any, *, run_id: Any, parent_run_id: Any = None, **kw: Any
+    ) -> None:
         self._start(kw.get("name") or "chain", run_id, parent_run_id)
 
-    def on_chat_model_start(self, serialized: Any, messages: Any, *, run_id: Any, parent_run_id: Any = None, **kw: Any) -> None:
+    def on_chat_model_start(
+        self, serialized: Any, messages: Any, *, run_id: Any, parent_run_id: Any = None, **kw: Any
+    ) -> None:
         self._start("model", run_id, parent_run_id)
 
-    def on_tool_start(self, serialized: Any, text: Any, *, run_id: Any, parent_run_id: Any = None, **kw: Any) -> None:
+    def on_tool_start(self, *_: Any, run_id: Any, parent_run_id: Any = None, **kw: Any) -> None:
         self._start("tool", run_id, parent_run_id)
 
     def _end(self, output: Any, *, run_id: Any, **kw: Any) -> None:
@@ -214,10 +218,12 @@ def print_ratios(console: Console, results: dict[str, dict[int, dict[str, float]
     one_span = results["one bare OTel span a run"]
     first, last = turns[0], turns[-1]
     for turn in turns:
+        caller = theirs[turn]["caller_ms"] / ours[turn]["caller_ms"]
+        process = theirs[turn]["process_ms"] / ours[turn]["process_ms"]
+        plain = ours[turn]["caller_ms"] / one_span[turn]["caller_ms"]
         console.print(
-            f"turn {turn}: Langfuse's handler costs the caller {theirs[turn]['caller_ms'] / ours[turn]['caller_ms']:.1f} "
-            f"times ours, the process {theirs[turn]['process_ms'] / ours[turn]['process_ms']:.1f} times; "
-            f"we cost {ours[turn]['caller_ms'] / one_span[turn]['caller_ms']:.2f} times one span a run."
+            f"turn {turn}: Langfuse's handler costs the caller {caller:.1f} times what we cost, the process "
+            f"{process:.1f} times; we cost the caller {plain:.2f} times what one span a run costs."
         )
     console.print(
         f"turntrace at turn {last} costs {ours[last]['caller_ms'] / ours[first]['caller_ms']:.2f} times what it costs "
