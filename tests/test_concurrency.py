@@ -22,7 +22,7 @@ from turntrace import attributes as a
 from turntrace.testing import Capture, CapturedSpan, assert_all_tagged, captured_spans, span_tree
 
 SESSIONS = 20
-TURNS = 3
+TURNS = 2
 
 
 @pytest.fixture(autouse=True)
