@@ -6,7 +6,6 @@ can use it at once::
     "postgresql": Backend(lambda folder: new_postgresql_database(), shared=True),
 """
 
-import multiprocessing
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 import pytest
 from sqlalchemy import Engine, create_engine
 
+import fresh
 import ledger_processes
 from ledger_processes import IDLE, NOON, SECOND, begin, ended, finish
 from turntrace.errors import TurntraceError
@@ -47,7 +47,7 @@ class Backend:
 
 def apps_engine(url: str) -> Engine:
     """Make an engine as an app does, which knows nothing of turntrace."""
-    return create_engine(url, connect_args={"timeout": 2})
+    return create_engine(url, connect_args={"timeout": 30})
 
 
 BACKENDS = {
@@ -795,13 +795,13 @@ def test_a_ledger_that_was_closed_can_be_used_again(shared: Database) -> None:
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(4, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(4, fresh.CONTEXT) as pool:
         yield pool
 
 
 @pytest.fixture(scope="module")
 def manager() -> Iterator[Any]:
-    with multiprocessing.get_context("spawn").Manager() as made:
+    with fresh.CONTEXT.Manager() as made:
         yield made
 
 

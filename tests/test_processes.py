@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
@@ -13,36 +14,12 @@ from typing import Any
 
 import pytest
 
+import fresh
 from turntrace import attributes as a
 from turntrace.ledger import Ledger
 from turntrace.testing import assert_all_tagged, outbox_spans
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-
-
-def environment(url: str) -> dict[str, str]:
-    kept = {
-        name: value for name, value in os.environ.items() if not name.startswith(("LANGFUSE_", "TURNTRACE_", "OTEL_"))
-    }
-    return {**kept, "TURNTRACE_LEDGER_URL": url}
-
-
-def start(script: str, url: str, *arguments: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-c", script, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(url),
-    )
-
-
-def finish(process: "subprocess.Popen[str]", code: int = 0) -> None:
-    try:
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == code, errors
 
 
 @pytest.fixture
@@ -94,12 +71,13 @@ def _numbers(path: Path) -> dict[str, list[int]]:
 
 # --- killed -----------------------------------------------------------------------------------------------------------
 RUNS_UNTIL_KILLED = """
-import os, threading
+import threading
 from opentelemetry import trace
 from turntrace import SessionTracker
 
 tracker = SessionTracker()
 other = trace.get_tracer("app")
+telling = threading.Lock()
 
 def converse(k):
     n = 0
@@ -115,7 +93,8 @@ def converse(k):
                     if n % 7 == 0:
                         for _ in range(300):
                             turn.close_step(turn.open_step("many", "chain"))
-                os.write(1, b"t")  # one byte for each turn, whole also when threads write at once
+                with telling:
+                    tell(b"turn")
 
 for k in range(3):
     threading.Thread(target=converse, args=(k,), daemon=True).start()
@@ -128,20 +107,17 @@ def test_a_process_that_is_killed_leaves_no_finished_turn_without_its_spans(tmp_
     running = []
     for turns in (1, 20, 60, 150):
         path = tmp_path / f"{turns}.db"
-        running.append((path, start(RUNS_UNTIL_KILLED, f"sqlite:///{path}"), turns))
+        running.append((path, fresh.Fresh(RUNS_UNTIL_KILLED, TURNTRACE_LEDGER_URL=f"sqlite:///{path}"), turns))
     try:
         for _, process, turns in running:
-            assert process.stdout is not None
-            assert process.stdout.read(turns) == "t" * turns
-            with pytest.raises(subprocess.TimeoutExpired):
-                process.wait(chance.random() / 50)
-            process.kill()
-            process.communicate(timeout=30)
-            assert process.returncode == -signal.SIGKILL
+            assert [process.told() for _ in range(turns)] == [b"turn"] * turns
+            time.sleep(chance.random() / 50)
+            process.process.kill()
+            process.process.join(fresh.PATIENCE_S)
+            assert process.process.exitcode == -signal.SIGKILL
     finally:
         for _, process, _ in running:
             process.kill()
-            process.communicate(timeout=30)
     ended = [assert_whole(path) for path, _, _ in running]
     assert sum(ended) > 0
 
@@ -165,7 +141,14 @@ session.end("completed")
 
 @pytest.mark.parametrize(("how", "code"), [("at its end", 0), ("in a turn", 3), ("by an error", 1)])
 def test_a_process_that_exits_without_a_flush_has_written_everything(how: str, code: int, path: Path, url: str) -> None:
-    finish(start(EXITS, url, how), code)
+    done = subprocess.run(
+        [sys.executable, "-c", EXITS, how],
+        capture_output=True,
+        text=True,
+        timeout=fresh.PATIENCE_S,
+        env=fresh.environment(TURNTRACE_LEDGER_URL=url),
+    )
+    assert done.returncode == code, done.stderr
     assert assert_whole(path) == 50
     last = rows(path, "SELECT status, error FROM turntrace_turns WHERE number = 50")
     assert last == [
@@ -179,19 +162,21 @@ RUNS_LOOPS = """
 import asyncio
 from turntrace import SessionTracker
 
+tracker = SessionTracker()
+
 async def main():
-    tracker = SessionTracker()
     async with tracker.session(session_id="mine") as session:
         async with session.conversation("c1").turn("Hello"):
             pass
 
 for _ in range(3):
     asyncio.run(main())
+tracker.flush()
 """
 
 
 def test_a_process_may_run_several_event_loops(path: Path, url: str) -> None:
-    finish(start(RUNS_LOOPS, url))
+    fresh.run(RUNS_LOOPS, TURNTRACE_LEDGER_URL=url)
     assert assert_whole(path) == 3
     assert rows(path, "SELECT total_turns, end_reason FROM turntrace_sessions") == [(3, "user_exit")]
 
@@ -229,12 +214,13 @@ for n in range(3):
     turns(session, "parent", 5)
 assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0, 0, 0]
 session.end("completed")
+tracker.flush()
 """
 
 
 @needs_fork
 def test_a_process_that_forks_tracks_on_in_parent_and_child(path: Path, url: str) -> None:
-    finish(start(FORKS, url))
+    fresh.run(FORKS, TURNTRACE_LEDGER_URL=url)
     assert assert_whole(path) == 2 * (20 + 3 * 10)
     numbers = _numbers(path)
     assert {name: len(each) for name, each in numbers.items()} == {
@@ -286,7 +272,7 @@ sys.exit(code)
 def test_a_process_that_forks_while_it_writes_can_write_in_the_child(path: Path, url: str) -> None:
     # SQLite's locks belong to a process: a child that inherits a connection in the middle of a transaction takes its
     # lock for its own, which nobody gives back.
-    finish(start(FORKS_WHILE_WRITING, url))
+    fresh.run(FORKS_WHILE_WRITING, TURNTRACE_LEDGER_URL=url)
     assert sorted(rows(path, "SELECT conversation_id, number FROM turntrace_turns")) == [("child", 1), ("parent", 1)]
     assert rows(path, "SELECT count(*) FROM turntrace_outbox WHERE kind = 'other'") == [(1,)]
 
@@ -313,7 +299,7 @@ sys.exit(code)
 
 @needs_fork
 def test_a_ledger_in_memory_goes_on_in_the_child_as_a_copy(url: str) -> None:
-    finish(start(FORKS_WITH_MEMORY, url))
+    fresh.run(FORKS_WITH_MEMORY, TURNTRACE_LEDGER_URL=url)
 
 
 MULTIPROCESSES = """
@@ -329,14 +315,16 @@ def work(n):
     return tracker.flush(20)
 
 if __name__ == "__main__":
-    SessionTracker().start_session().end()
+    first = SessionTracker()
+    first.start_session().end()
     with multiprocessing.get_context("fork").Pool(4) as pool:
         assert all(pool.map(work, range(8)))
+    first.flush()
 """
 
 
 @needs_fork
 def test_the_workers_of_a_pool_track_with_trackers_of_their_own(path: Path, url: str) -> None:
-    finish(start(MULTIPROCESSES, url))
+    fresh.run(MULTIPROCESSES, TURNTRACE_LEDGER_URL=url)
     assert assert_whole(path) == 40
     assert _numbers(path) == {"shared": list(range(1, 41))}
