@@ -1,0 +1,1 @@
+"""An app that shows what turntrace does, and the replay of recorded conversations."""

@@ -1,0 +1,191 @@
+"""Plays recorded conversations as sessions: each once, and from where an earlier replay was stopped."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from sqlalchemy import Engine, delete
+
+from turntrace.demo.recorded import stage_for
+from turntrace.demo.recording import Exchange, Transcript
+from turntrace.errors import TranscriptError
+from turntrace.identity import derived_id, new_id
+from turntrace.ledger.engine import open_engine
+from turntrace.ledger.tables import open_turns
+from turntrace.lifecycle import Conversation, SessionTracker, Turn
+from turntrace.records import SessionSummary
+from turntrace.settings import read_settings
+
+CHANNEL: Final = "replay"
+"""The channel of replayed sessions, which tells them apart from those of the app."""
+
+Outcome = Literal["played", "continued", "skipped", "stopped"]
+"""What became of a conversation: played from its start, from where it stood, not at all since it is complete, or
+stopped in between."""
+
+_planned_id: ContextVar[str | None] = ContextVar("turntrace_planned_id", default=None)
+
+
+@contextmanager
+def _planned(turn_id: str) -> Iterator[None]:
+    """Give the turn that begins in a block this id."""
+    token = _planned_id.set(turn_id)
+    try:
+        yield
+    finally:
+        _planned_id.reset(token)
+
+
+def _next_id() -> str:
+    return _planned_id.get() or new_id()
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is still to be played of a conversation.
+
+    Attributes:
+        session_id: Id of its session.
+        turn_ids: Ids of its turns, those that are in the ledger already included.
+        done: How many of its turns are in the ledger.
+        is_complete: Whether nothing is left to do.
+    """
+
+    session_id: str
+    turn_ids: Sequence[str]
+    done: int
+    is_complete: bool
+
+
+class Player:
+    """Plays recorded conversations into a ledger.
+
+    All ids derive from the recording: the session's from the user (by the hash that the ledger knows) and the
+    conversation, a turn's also from all that was said until its end, by a keyed hash. So a conversation that is
+    complete in the ledger is not played again, and one that was stopped goes on where it stood.
+
+    Args:
+        ledger: URL of the ledger. Default: ``TURNTRACE_LEDGER_URL``, else the one in the user's data folder.
+        settings: What else `SessionTracker` takes.
+
+    Raises:
+        ConfigurationError: If the URL cannot be used.
+        LedgerError: If the ledger cannot be opened.
+    """
+
+    def __init__(self, ledger: str | None = None, **settings: Any) -> None:
+        self._engine: Engine = open_engine(ledger or read_settings().ledger)
+        self.tracker = SessionTracker(self._engine, ids=_next_id, **settings)
+        self._stopping = threading.Event()
+
+    def stop(self) -> None:
+        """Have every conversation stop at the end of its turn; from any thread."""
+        self._stopping.set()
+
+    def close(self) -> None:
+        """Write down what has ended and close the ledger."""
+        self.tracker.shutdown()
+        self._engine.dispose()
+
+    def play(self, transcript: Transcript) -> Outcome:
+        """Play a conversation, in this thread.
+
+        Raises:
+            TranscriptError: If the ledger has another conversation of the same id.
+            LedgerError: If the ledger cannot be read or written.
+        """
+        plan = self._plan(transcript)
+        if plan.is_complete:
+            return "skipped"
+        stage = stage_for(transcript)
+        for exchange in transcript.exchanges[: plan.done]:
+            stage.graph.invoke(stage.script.begin(exchange), _untracked(transcript, exchange))
+        session = self.tracker.start_session(**_facts(transcript, plan))
+        conversation = session.conversation(transcript.conversation_id, topic=transcript.topic)
+        for turn_id, exchange in self._ahead(transcript, plan):
+            with _planned(turn_id), conversation.turn(exchange.message, role=exchange.role) as turn:
+                stage.graph.invoke(stage.script.begin(exchange), _tracked(turn, exchange))
+        return self._ended(conversation, transcript, plan)
+
+    async def aplay(self, transcript: Transcript) -> Outcome:
+        """Play a conversation as `play` does, in the running event loop."""
+        plan = await self.tracker.run_off_loop(self._plan, transcript)
+        if plan.is_complete:
+            return "skipped"
+        stage = stage_for(transcript)
+        for exchange in transcript.exchanges[: plan.done]:
+            await stage.graph.ainvoke(stage.script.begin(exchange), _untracked(transcript, exchange))
+        session = await self.tracker.astart_session(**_facts(transcript, plan))
+        conversation = session.conversation(transcript.conversation_id, topic=transcript.topic)
+        for turn_id, exchange in self._ahead(transcript, plan):
+            with _planned(turn_id):
+                async with conversation.turn(exchange.message, role=exchange.role) as turn:
+                    await stage.graph.ainvoke(stage.script.begin(exchange), _tracked(turn, exchange))
+        return self._ended(conversation, transcript, plan)
+
+    def summary(self, transcript: Transcript) -> SessionSummary | None:
+        """Return what the ledger knows of a conversation's session, once all that has ended is written down."""
+        return self.tracker.session_summary(self._session_id(transcript))
+
+    def _session_id(self, transcript: Transcript) -> str:
+        # By the user's hash: an id made of the raw one would tell whoever guesses it that they are right.
+        user = self.tracker.hash_user(transcript.user_id)
+        return derived_id("replay", user, transcript.conversation_id)
+
+    def _plan(self, transcript: Transcript) -> _Plan:
+        session_id = self._session_id(transcript)
+        turn_ids = [
+            derived_id("replay", session_id, str(number), self.tracker.hash_user(exchange.fingerprint))
+            for number, exchange in enumerate(transcript.exchanges, start=1)
+        ]
+        ledger = self.tracker.ledger
+        known = sorted((turn for turn, _ in ledger.turns(session_id)), key=lambda turn: turn.number)
+        done = [turn.id for turn in known if turn.ended_ns is not None]
+        shared = min(len(done), len(turn_ids))
+        if done[:shared] != turn_ids[:shared] or len(ledger.turn_numbers(transcript.conversation_id)) != len(done):
+            raise TranscriptError(
+                "its conversation_id is in the ledger already, with another user or other messages: replay it into "
+                "another ledger (--ledger sqlite:///other.db), or give it another conversation_id"
+            )
+        if len(done) < len(known):
+            _withdraw_open_turns(self._engine, session_id)
+        session = ledger.session(session_id)
+        has_ended = session is not None and session.ended_ns is not None
+        return _Plan(session_id, turn_ids, shared, is_complete=shared == len(turn_ids) and has_ended)
+
+    def _ahead(self, transcript: Transcript, plan: _Plan) -> Iterator[tuple[str, Exchange]]:
+        for turn_id, exchange in zip(plan.turn_ids[plan.done :], transcript.exchanges[plan.done :], strict=True):
+            if self._stopping.is_set():
+                return
+            yield turn_id, exchange
+
+    def _ended(self, conversation: Conversation, transcript: Transcript, plan: _Plan) -> Outcome:
+        if self._stopping.is_set():
+            return "stopped"  # perhaps after its last turn: then only the end is left for the next replay
+        conversation.session.end(transcript.end_reason)
+        return "continued" if plan.done else "played"
+
+
+def _withdraw_open_turns(engine: Engine, session_id: str) -> None:
+    """Take back turns that a killed replay left open, so that they are played again under the same ids and numbers."""
+    with engine.begin() as connection:
+        connection.execute(delete(open_turns).where(open_turns.c.session_id == session_id))
+
+
+def _facts(transcript: Transcript, plan: _Plan) -> dict[str, Any]:
+    return {"session_id": plan.session_id, "user_id": transcript.user_id, "channel": CHANNEL}
+
+
+def _untracked(transcript: Transcript, exchange: Exchange) -> Any:
+    return {"configurable": {"thread_id": transcript.conversation_id}, "recursion_limit": _most_steps(exchange)}
+
+
+def _tracked(turn: Turn, exchange: Exchange) -> Any:
+    return {**turn.config, "recursion_limit": _most_steps(exchange)}
+
+
+def _most_steps(exchange: Exchange) -> int:
+    return 2 * len(exchange.replies) + 10
