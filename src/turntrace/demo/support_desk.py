@@ -1,0 +1,194 @@
+"""A support desk as an app with turntrace: three users, five sessions, tools, a parallel step, sync and async.
+
+It is what `turntrace demo` runs, and an example to read. It needs no key, no server and no network.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, Final, cast
+
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import SystemMessage
+from langchain_core.runnables import RunnableLambda
+from langchain_core.tools import tool
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import START, StateGraph
+from langgraph.graph.state import CompiledStateGraph
+from langgraph.prebuilt import ToolNode, tools_condition
+
+from turntrace.demo.desk_model import DeskModel
+from turntrace.demo.desk_script import INVOICES, LATE_ORDER, PASSWORD, REFUND, SHIPPING, Exchange
+from turntrace.graph import ConversationState, SessionCallbackHandler, track_graph
+from turntrace.identity import new_id
+from turntrace.lifecycle import Session, SessionTracker, current_turn
+
+SHOWN: Final = 1
+"""Which of the sessions that `run` returns is the one to look at: the one with the failing tool."""
+
+_LOOK_UP_S: Final = 0.02
+_INTENTS: Final = {"refund": "refund", "money": "refund", "order": "order", "ship": "shipping", "sign in": "account"}
+_INSTRUCTIONS: Final = "You help the customers of a shop. Be brief, be friendly, and look things up before you answer."
+
+Graph = CompiledStateGraph[Any, Any, Any, Any]
+
+
+class DeskState(ConversationState):
+    """State of the support desk: what turntrace adds, and two fields of its own."""
+
+    account: str
+    article: str
+
+
+class Payments:
+    """The payment service, which fails the first time that it is asked."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._asked = 0
+
+    def refund(self, order: str, amount: float) -> str:
+        """Send money back.
+
+        Raises:
+            ConnectionError: The first time.
+        """
+        with self._lock:
+            self._asked += 1
+            first = self._asked == 1
+        time.sleep(_LOOK_UP_S)
+        if first:
+            raise ConnectionError("the payment service did not answer")
+        return f"sent {amount:.2f} back for order {order}"
+
+
+def build(model: BaseChatModel, payments: Payments) -> Graph:
+    """Build the graph: triage, then two look-ups side by side, then the agent with its tools."""
+
+    @tool
+    def order_status(order: str) -> str:
+        """Tell where an order is."""
+        time.sleep(_LOOK_UP_S)
+        return f"order {order} is on its way"
+
+    @tool
+    def refund(order: str, amount: float) -> str:
+        """Send the money for an order back."""
+        return payments.refund(order, amount)
+
+    builder = StateGraph(DeskState)
+    builder.add_node("triage", _triage)
+    builder.add_node("account", _account)
+    builder.add_node("knowledge", _knowledge)
+    builder.add_node("agent", _agent(model))
+    builder.add_node("tools", ToolNode([order_status, refund], handle_tool_errors=True))
+    builder.add_edge(START, "triage")
+    builder.add_edge("triage", "account")
+    builder.add_edge("triage", "knowledge")
+    builder.add_edge(["account", "knowledge"], "agent")
+    builder.add_conditional_edges("agent", tools_condition)
+    builder.add_edge("tools", "agent")
+    return track_graph(builder).compile(checkpointer=InMemorySaver(), name="support_desk")
+
+
+def _triage(state: DeskState) -> dict[str, Any]:
+    text = str(state["messages"][-1].content).lower()
+    current_turn().set_intent(next((intent for word, intent in _INTENTS.items() if word in text), "other"))
+    return {}
+
+
+def _account(state: DeskState) -> dict[str, Any]:
+    time.sleep(_LOOK_UP_S)
+    return {"account": "in good standing"}
+
+
+def _knowledge(state: DeskState) -> dict[str, Any]:
+    time.sleep(2 * _LOOK_UP_S)
+    return {"article": "Refunds take two to three days."}
+
+
+def _agent(model: BaseChatModel) -> RunnableLambda[Any, Any]:
+    def prompt(state: DeskState) -> list[Any]:
+        return [SystemMessage(f"{_INSTRUCTIONS} Account: {state['account']}. {state['article']}"), *state["messages"]]
+
+    def agent(state: DeskState) -> dict[str, Any]:
+        return {"messages": [model.invoke(prompt(state))]}
+
+    async def aagent(state: DeskState) -> dict[str, Any]:
+        return {"messages": [await model.ainvoke(prompt(state))]}
+
+    return RunnableLambda(agent, aagent, name="agent")
+
+
+def run(tracker: SessionTracker) -> list[str]:
+    """Run the support desk for three users.
+
+    Args:
+        tracker: What tracks it.
+
+    Returns:
+        The ids of its five sessions; the second goes on with the conversation of the first.
+    """
+    graph = build(DeskModel(), Payments())
+    alice = "alice@example.com"
+
+    with tracker.session(user_id=alice, channel="web", tier="premium", locale="en-GB") as first:
+        late_order = first.conversation(topic="late_order").id
+        _talk(graph, first, late_order, LATE_ORDER)
+
+    second = tracker.start_session(user_id=alice, channel="mobile", tier="premium", locale="en-GB")
+    _talk(graph, second, late_order, REFUND)
+    second.end("completed")
+
+    others = asyncio.run(_others(graph, tracker))
+    tracker.flush()
+    return [first.id, second.id, *others]
+
+
+def _talk(graph: Graph, session: Session, conversation_id: str, script: Sequence[Exchange]) -> None:
+    conversation = session.conversation(conversation_id, topic="late_order")
+    for said, _ in script:
+        with conversation.turn(said) as turn:
+            for _ in graph.stream(turn.input, cast(Any, turn.config), stream_mode="messages"):
+                pass  # an app would show each token here
+
+
+async def _others(graph: Graph, tracker: SessionTracker) -> list[str]:
+    """Serve two more users at the same time, in one event loop."""
+    bob = "bob@example.com"
+    shipping, invoices, password = await asyncio.gather(
+        _atalk(graph, tracker, SHIPPING, user_id=bob, channel="web", tier="free"),
+        _by_callback(graph, tracker, INVOICES, user_id="carol@example.com", channel="api", tier="enterprise"),
+        _atalk(graph, tracker, PASSWORD, user_id=bob, channel="mobile", tier="free"),
+    )
+    return [shipping, invoices, password]
+
+
+async def _atalk(graph: Graph, tracker: SessionTracker, script: Sequence[Exchange], **user: Any) -> str:
+    topic = "account" if script is PASSWORD else "shipping"
+    session = await tracker.astart_session(**user)
+    # The outage of the provider leaves the blocks: the turn is marked as failed, the session ends for an "error".
+    with suppress(TimeoutError):
+        async with session:
+            conversation = session.conversation(topic=topic)
+            for said, _ in script:
+                async with conversation.turn(said) as turn:
+                    await graph.ainvoke(turn.input, cast(Any, turn.config))
+    return session.id
+
+
+async def _by_callback(graph: Graph, tracker: SessionTracker, script: Sequence[Exchange], **user: Any) -> str:
+    """Talk with nothing but the callback: it finds the session of the user, or begins one."""
+    config: Any = {
+        "configurable": {"thread_id": new_id()},
+        "metadata": {"org_id": "initech", "topic": "invoices", **user},
+        "callbacks": [SessionCallbackHandler(tracker)],
+    }
+    state: dict[str, Any] = {}
+    for said, _ in script:
+        state = await graph.ainvoke({"messages": [("user", said)]}, config)
+    session_id = str(state["session_id"])
+    tracker.end_session(session_id, "handoff")
+    return session_id

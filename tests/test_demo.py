@@ -1,0 +1,129 @@
+"""The support desk of `turntrace demo`: what it promises to show is there."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from turntrace import SessionTracker
+from turntrace import attributes as a
+from turntrace.boundary import strict
+from turntrace.demo import support_desk
+from turntrace.demo.desk_script import ANSWERS
+from turntrace.records import SessionSummary, Step, TurnSummary
+from turntrace.testing import Capture, CapturedSpan, assert_all_tagged, captured_spans
+
+
+@pytest.fixture(scope="module")
+def desk() -> Iterator[tuple[SessionTracker, list[CapturedSpan], list[str]]]:
+    with strict(), Capture() as capture:
+        tracker = capture.tracker()
+        session_ids = support_desk.run(tracker)
+        yield tracker, captured_spans(capture.spans()), session_ids
+
+
+@pytest.fixture(scope="module")
+def spans(desk: tuple[SessionTracker, list[CapturedSpan], list[str]]) -> list[CapturedSpan]:
+    return desk[1]
+
+
+@pytest.fixture(scope="module")
+def sessions(desk: tuple[SessionTracker, list[CapturedSpan], list[str]]) -> list[SessionSummary]:
+    tracker, _, session_ids = desk
+    found = [tracker.session_summary(session_id) for session_id in session_ids]
+    return [session for session in found if session is not None]
+
+
+@pytest.fixture(scope="module")
+def turns(desk: tuple[SessionTracker, list[CapturedSpan], list[str]]) -> list[tuple[TurnSummary, list[Step]]]:
+    tracker, _, session_ids = desk
+    return [turn for session_id in session_ids for turn in tracker.ledger.turns(session_id)]
+
+
+def test_three_users_have_five_sessions_and_20_odd_turns(
+    sessions: list[SessionSummary], turns: list[tuple[TurnSummary, list[Step]]]
+) -> None:
+    assert len({session.id for session in sessions}) == 5
+    assert sorted(Counter(session.user_id for session in sessions).values()) == [1, 2, 2]
+    assert 20 <= len(turns) == sum(session.total_turns for session in sessions) < 30
+    assert {session.channel for session in sessions} == {"web", "mobile", "api"}
+    assert {session.tier for session in sessions} == {"premium", "free", "enterprise"}
+    assert {session.end_reason for session in sessions} == {"user_exit", "completed", "handoff", "error"}
+    assert all(session.total_cost_usd > 0 and session.unpriced_calls == 0 for session in sessions)
+
+
+def test_every_span_is_tagged(spans: list[CapturedSpan]) -> None:
+    assert_all_tagged(spans)
+    topics = {span.attributes.get(a.CONVERSATION_TOPIC) for span in spans if span.name == a.SPAN_TURN}
+    assert topics == {"late_order", "shipping", "invoices", "account"}
+
+
+def test_a_conversation_goes_on_in_the_next_session(
+    sessions: list[SessionSummary], turns: list[tuple[TurnSummary, list[Step]]]
+) -> None:
+    first, second = ([t for t, _ in turns if t.session_id == session.id] for session in sessions[:2])
+    assert {turn.conversation_id for turn in first} == {turn.conversation_id for turn in second}
+    assert [turn.number for turn in first + second] == list(range(1, len(first + second) + 1))
+    assert sessions[1].previous_id == sessions[0].id
+
+
+def test_a_tool_fails_once_and_the_agent_survives_it(turns: list[tuple[TurnSummary, list[Step]]]) -> None:
+    [(turn, steps)] = [(turn, steps) for turn, steps in turns if any(s.error and s.kind == "tool" for s in steps)]
+    assert [(step.name, step.error) for step in steps if step.kind == "tool"] == [
+        ("order_status", None),
+        ("refund", "ConnectionError"),
+        ("refund", None),
+    ]
+    assert (turn.status, turn.error, turn.output_type) == ("completed", None, "answer")
+
+
+def test_one_turn_fails(turns: list[tuple[TurnSummary, list[Step]]]) -> None:
+    [failed] = [turn for turn, _ in turns if turn.status != "completed"]
+    assert (failed.status, failed.error, failed.output_type) == ("failed", "TimeoutError", "error")
+
+
+def test_two_nodes_run_side_by_side_in_each_turn(turns: list[tuple[TurnSummary, list[Step]]]) -> None:
+    for _, steps in turns:
+        one, other = ([step for step in steps if step.name == name] for name in ("account", "knowledge"))
+        assert len(one) == len(other) == 1
+        assert one[0].parent_id == other[0].parent_id
+        assert one[0].start_ms < other[0].start_ms + other[0].duration_ms
+        assert other[0].start_ms < one[0].start_ms + one[0].duration_ms
+
+
+def test_the_model_streams(turns: list[tuple[TurnSummary, list[Step]]]) -> None:
+    for turn, _ in turns:
+        if turn.status == "completed":
+            assert turn.time_to_first_token_ms is not None
+            assert 0 < turn.time_to_first_token_ms < turn.latency_ms
+
+
+def test_nothing_that_was_said_is_in_a_span(spans: list[CapturedSpan]) -> None:
+    shown = repr([(span.name, span.attributes) for span in spans])
+    said = [*ANSWERS, *(answer for answers in ANSWERS.values() for answer in answers if isinstance(answer, str))]
+    assert [text for text in said if len(text) > 12 and text in shown] == []
+    assert "example.com" not in shown
+
+
+def test_it_runs_without_a_network_and_keeps_its_ledger_in_the_users_folder(tmp_path: Path) -> None:
+    code = """
+import socket, sys
+def refuse(*args, **kwargs): raise AssertionError("the network was asked")
+socket.socket.connect = socket.getaddrinfo = refuse
+sys.argv = ["turntrace", "demo"]
+from turntrace.cli.main import main
+main()
+"""
+    kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+    environment = {**kept, "HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path / "data")}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    [ledger] = tmp_path.rglob("ledger.db")
+    assert str(ledger) in done.stdout
+    assert "tool refund" in done.stdout
