@@ -1,0 +1,175 @@
+"""The commands of ``turntrace``."""
+
+from collections.abc import Callable
+from functools import wraps
+from importlib.metadata import version
+from typing import Annotated, Any, Final
+
+import typer
+from rich.console import Console
+
+from turntrace.cli import render
+from turntrace.cli.lookup import find_session, open_existing
+from turntrace.errors import TurntraceError
+
+OK: Final = 0
+SOME_LINES_FAILED: Final = 1
+CANNOT: Final = 2
+INTERRUPTED: Final = 130
+"""The exit codes: 130 is what a shell says of a program that Ctrl-C ended."""
+
+app = typer.Typer(
+    name="turntrace",
+    help="Session, conversation and turn tracking for LangGraph agents in Langfuse.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+LedgerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ledger",
+        metavar="URL",
+        help="The ledger, as sqlite:///path/to/file.db. Default: TURNTRACE_LEDGER_URL, else one in your data folder.",
+    ),
+]
+
+
+def main() -> None:
+    """Run the command that the command line names."""
+    app()
+
+
+def _command(function: Callable[..., int]) -> Callable[..., None]:
+    """Make a command of a function that returns an exit code: what goes wrong becomes one line, never a traceback."""
+
+    @wraps(function)
+    def command(**arguments: Any) -> None:
+        try:
+            code = function(**arguments)
+        except TurntraceError as error:
+            render.error(str(error))
+            code = CANNOT
+        except KeyboardInterrupt as stop:
+            render.error(str(stop) or "stopped")
+            code = INTERRUPTED
+        raise typer.Exit(code)
+
+    app.command()(command)
+    return command
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"turntrace {version('turntrace')}")
+        raise typer.Exit(OK)
+
+
+@app.callback()
+def _root(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@_command
+def demo(ledger: LedgerOption = None) -> int:
+    """Run a small support desk and show what was tracked.
+
+    Three users have five sessions with an agent that has tools, in a few seconds. It needs no key, no server and no
+    network; with Langfuse's keys set, the spans go there.
+    """
+    from turntrace.demo import support_desk
+    from turntrace.lifecycle import SessionTracker
+
+    console = Console()
+    with SessionTracker(ledger) as tracker:
+        with render.working("A support desk serves three users"):
+            session_ids = support_desk.run(tracker)
+        shown = session_ids[support_desk.SHOWN]
+        summary = tracker.session_summary(shown)
+        assert summary is not None
+        render.session_tree(console, summary, tracker.ledger.turns(shown))
+        console.print()
+        render.sessions_table(console, tracker.ledger.sessions(ids=session_ids))
+        render.next_steps(console, ledger_url=tracker.ledger.url, waits=tracker.target.to_outbox, session_id=shown)
+    return OK
+
+
+@_command
+def replay(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE",
+            help="Files with one recorded conversation a line, as JSON; folders (all *.jsonl in them); - for stdin.",
+        ),
+    ],
+    is_async: Annotated[bool, typer.Option("--async", help="Play in an event loop, with ainvoke.")] = False,
+    concurrency: Annotated[
+        int, typer.Option("--concurrency", "-n", min=1, max=1000, help="Conversations played at a time.")
+    ] = 1,
+    ledger: LedgerOption = None,
+) -> int:
+    """Play recorded conversations through a LangGraph graph.
+
+    Each becomes a session with a turn for each message of its user. What is in the ledger already is not played again,
+    and what was stopped goes on where it stood. Exit codes: 1 when a line could not be played, 2 when nothing could.
+    """
+    from turntrace.cli.progress import ReplayProgress, replay_totals
+    from turntrace.demo.player import Player
+    from turntrace.demo.replay import Replay
+    from turntrace.demo.transcripts import find_sources, read_lines
+
+    sources = find_sources(files)
+    player = Player(ledger)
+    try:
+        with ReplayProgress(sources) as progress:
+            playing = Replay(
+                player,
+                concurrency=concurrency,
+                is_async=is_async,
+                on_line=progress.line_done,
+                on_problem=progress.problem,
+            )
+            totals = playing.run(read_lines(sources))
+        replay_totals(Console(), totals, ledger_url=player.tracker.ledger.url)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; the same command goes on from here") from None
+    finally:
+        player.close()
+    return SOME_LINES_FAILED if totals.malformed else OK
+
+
+@_command
+def sessions(
+    limit: Annotated[int, typer.Option("--limit", min=1, help="How many to show at most.")] = 20,
+    ledger: LedgerOption = None,
+) -> int:
+    """Show the latest sessions."""
+    opened = open_existing(ledger)
+    render.sessions_table(Console(), opened.sessions(limit=limit))
+    return OK
+
+
+@_command
+def show(
+    session_id: Annotated[str, typer.Argument(metavar="ID", help="Id of a session, or as much of it as is unique.")],
+    ledger: LedgerOption = None,
+) -> int:
+    """Show a session as a tree.
+
+    Its turns, and what the agent did in each: runs of the graph, nodes, calls of models and tools.
+    """
+    opened = open_existing(ledger)
+    summary = find_session(opened, session_id)
+    render.session_tree(Console(), summary, opened.turns(summary.id))
+    return OK
+
+
+if __name__ == "__main__":
+    main()

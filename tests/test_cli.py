@@ -1,0 +1,314 @@
+"""The commands, as somebody at a terminal sees them."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import turntrace
+from turntrace import SessionTracker
+from turntrace.cli.main import app
+from turntrace.cli.render import duration, money, safe
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run() -> Run:
+    """Run a command in a terminal of 100 columns, or as many as are asked for."""
+
+    def invoke(*arguments: str, columns: int = 100, given: str | bytes | None = None) -> Result:
+        environment = {"COLUMNS": str(columns), "TERM": "dumb"}
+        return CliRunner().invoke(app, list(arguments), env=environment, input=given)
+
+    return invoke
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'ledger.db'}"
+
+
+def talk(conversation_id: str = "c-1", user_id: str = "alice@example.com", **changed: Any) -> str:
+    messages = [{"role": "user", "content": "Where is it?"}, {"role": "assistant", "content": "On its way."}]
+    return json.dumps(
+        {
+            "conversation_id": conversation_id,
+            "user_id": user_id,
+            "topic": "orders",
+            "model": "gpt-4o",
+            "outcome": {"success": True},
+            "messages": messages,
+            **changed,
+        }
+    )
+
+
+def figures(result: Result) -> dict[str, str]:
+    """Return the totals of a replay by their names."""
+    found = re.findall(r"^([a-zA-Z ]+?)  +(\$?[\d,.]+)(?: .*)?$", result.stdout, re.MULTILINE)
+    return dict(found)
+
+
+# --- the commands as such ---------------------------------------------------------------------------------------------
+def test_the_version(run: Run) -> None:
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"turntrace {turntrace.__version__}\n")
+
+
+def test_help_names_every_command(run: Run) -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    for name in ("demo", "replay", "sessions", "show"):
+        assert re.search(rf"^\s+{name} ", result.stdout, re.MULTILINE)
+    assert "export" not in result.stdout
+
+
+def test_an_unknown_command_or_option_is_a_mistake_of_the_caller(run: Run) -> None:
+    assert run("nonsense").exit_code == 2
+    assert run("sessions", "--limit", "0").exit_code == 2
+    assert run("replay").exit_code == 2
+    assert run("replay", "-", "--concurrency", "0").exit_code == 2
+
+
+def test_what_goes_wrong_is_one_line(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for arguments, why in (
+        (("sessions", "--ledger", "nonsense"), "is not a database URL"),
+        (("sessions", "--ledger", f"sqlite:///{tmp_path}/none.db"), "none.db yet. turntrace demo makes one"),
+        (("show", "x", "--ledger", f"sqlite:///{tmp_path}/none.db"), "There is no ledger at"),
+        (("demo", "--ledger", "mysql://host/db"), "'mysql'"),
+        (("replay", "-", "--ledger", "sqlite:////proc/none/x.db"), "/proc/none, cannot be made"),
+    ):
+        result = run(*arguments, columns=40, given="")
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr.startswith("turntrace: ")
+        assert why in result.stderr
+        assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "none.db").exists()
+    monkeypatch.setenv("TURNTRACE_IDLE_AFTER", "soon")
+    assert "turntrace: The environment variable TURNTRACE_IDLE_AFTER cannot be used" in run("demo").stderr
+
+
+# --- replay -----------------------------------------------------------------------------------------------------------
+def test_a_replay_ends_with_totals(run: Run, tmp_path: Path, url: str) -> None:
+    file = tmp_path / "talks.jsonl"
+    file.write_text("\n".join(talk(f"c-{number}") for number in range(3)))
+    first = run("replay", str(file), "--ledger", url, columns=60)
+    assert (first.exit_code, first.stderr) == (0, "")
+    expected = {
+        "conversations": "3",
+        "sessions": "3",
+        "turns": "3",
+        "messages": "6",
+        "LLM calls": "3",
+        "tool calls": "0",
+    }
+    # "Where is it?" has 4 tokens, 3 for its frame, 1 for its role, and 3 begin the reply, which has 4
+    expected |= {"tool calls": "0", "tokens in": "33", "tokens out": "12", "cost": "$0.0002"}
+    assert expected.items() <= figures(first).items()
+    assert figures(first)["played"] == "3"
+    assert url in first.stdout
+
+    again = run("replay", str(file), "--ledger", url)
+    assert again.exit_code == 0
+    assert expected.items() <= figures(again).items()
+    assert (figures(again)["played"], figures(again)["skipped"]) == ("0", "3")
+
+
+@pytest.mark.parametrize("options", [(), ("--async",), ("--concurrency", "3"), ("--async", "-n", "3")])
+def test_every_way_to_replay_comes_to_the_same(options: tuple[str, ...], run: Run, tmp_path: Path, url: str) -> None:
+    file = tmp_path / "talks.jsonl"
+    file.write_text("\n".join(talk(f"c-{number}") for number in range(5)))
+    result = run("replay", str(file), "--ledger", url, *options)
+    assert result.exit_code == 0
+    assert (figures(result)["played"], figures(result)["turns"]) == ("5", "5")
+
+
+def test_files_folders_and_stdin_are_read_in_one_go(run: Run, tmp_path: Path, url: str) -> None:
+    folder = tmp_path / "talks"
+    folder.mkdir()
+    for name in ("one", "two"):
+        (folder / f"{name}.jsonl").write_text(talk(name) + "\n")
+    (tmp_path / "three.json").write_text(talk("three"))
+    stdin = f"{talk('four')}\n\nnonsense\n{talk('five')}\n"
+    environment = {**os.environ, "TURNTRACE_LEDGER_URL": url}
+    command = [sys.executable, "-m", "turntrace.cli.main", "replay", str(folder), str(tmp_path / "three.json"), "-"]
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == "<stdin>:3: it is not JSON: Expecting value at column 1\n"
+    assert re.search(r"^played +5$", done.stdout, re.MULTILINE)
+
+
+def test_malformed_lines_are_named_one_a_line(run: Run, tmp_path: Path, url: str) -> None:
+    file = tmp_path / "talks.jsonl"
+    file.write_text(f"{talk('a')}\nnonsense\n{talk('b', topic=7)}\n\n{talk('c')}\n{talk('c', user_id='bob')}\n")
+    result = run("replay", str(file), "--ledger", url, columns=40)
+    assert result.exit_code == 1
+    problems = result.stderr.splitlines()
+    assert [problem.split(": ")[0] for problem in problems] == [f"{file}:{number}" for number in (2, 3, 6)]
+    assert "its conversation_id is in the ledger already" in problems[2]
+    assert (figures(result)["played"], figures(result)["malformed"]) == ("2", "3")
+
+
+def test_nothing_is_replayed_when_a_file_is_missing(run: Run, tmp_path: Path, url: str) -> None:
+    file = tmp_path / "talks.jsonl"
+    file.write_text(talk())
+    (tmp_path / "empty").mkdir()
+    for wrong, why in (("missing.jsonl", "No such file or directory"), ("empty", "has no file *.jsonl")):
+        result = run("replay", str(file), str(tmp_path / wrong), "--ledger", url)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert wrong in result.stderr
+        assert why in result.stderr
+    assert not (tmp_path / "ledger.db").exists()
+
+
+def test_names_of_files_cannot_change_the_terminal(run: Run, tmp_path: Path, url: str) -> None:
+    file = tmp_path / "a\x1b[31m[bold]\u202eb.jsonl"
+    file.write_text("nonsense\n")
+    result = run("replay", str(file), "--ledger", url)
+    assert (
+        result.stderr == f"{tmp_path}/a\\x1b[31m[bold]\\u202eb.jsonl:1: it is not JSON: Expecting value at column 1\n"
+    )
+
+
+# --- sessions and show ------------------------------------------------------------------------------------------------
+@pytest.fixture
+def ids(url: str) -> list[str]:
+    """Make three sessions, the ids of two of which begin the same; they are named as nobody should name them."""
+    found = ["ab-1", "ab-2", "[red]c"]
+    with SessionTracker(url) as tracker:
+        for session_id in found:
+            session = tracker.start_session(user_id="alice", session_id=session_id, channel="[bold]\x1b[2J")
+            conversation = session.conversation("[link=x]talk", topic="t")
+            with conversation.turn("Hello?") as turn:
+                turn.set_answer("Hi.")
+            session.end("gone\n[/]")
+    return found
+
+
+def test_sessions_are_listed_the_newest_first(run: Run, url: str, ids: list[str]) -> None:
+    result = run("sessions", "--ledger", url)
+    assert result.exit_code == 0
+    assert [line.split()[0] for line in result.stdout.splitlines()[2:]] == ["[red]c", "ab-2", "ab-1"]
+    assert "[bold]\\x1b[2J" in result.stdout
+    assert "gone\\n[/]" in result.stdout
+    assert "\x1b" not in result.stdout
+    assert len(run("sessions", "--ledger", url, "--limit", "1").stdout.splitlines()) == 3
+
+
+def test_a_ledger_without_sessions_says_so(run: Run, url: str) -> None:
+    SessionTracker(url).shutdown()
+    result = run("sessions", "--ledger", url)
+    assert (result.exit_code, result.stdout) == (0, "There are no sessions yet.\n")
+
+
+def test_a_session_is_found_by_the_beginning_of_its_id(run: Run, url: str, ids: list[str]) -> None:
+    for given in ("ab-1", "[red]c", "[r"):
+        result = run("show", given, "--ledger", url)
+        assert result.exit_code == 0
+        assert result.stdout.startswith(f"session {next(i for i in ids if i.startswith(given))} ")
+        assert "conversation [link=x]talk" in result.stdout
+        assert "question, answer" in result.stdout
+    for given, why in (("zz", "No session has an id that begins with 'zz'"), ("ab", "2 sessions have ids")):
+        result = run("show", given, "--ledger", url)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr.startswith(f"turntrace: {why}")
+
+
+# --- demo -------------------------------------------------------------------------------------------------------------
+def test_the_demo_shows_a_session_as_a_tree_and_all_as_a_table(run: Run, url: str) -> None:
+    result = run("demo", "--ledger", url, columns=80)
+    assert (result.exit_code, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines[:-5])) <= 80
+    tree = [line.lstrip("│├└─` |+-") for line in lines]
+    begin = next(number for number, line in enumerate(tree) if line.startswith("turn 5"))
+    kinds = [line.split("  ")[0] for line in tree[begin + 1 : begin + 19]]
+    assert kinds == [
+        "agent support_desk",
+        "node triage",
+        *(["node account", "node knowledge"] if "node account" in kinds[2] else ["node knowledge", "node account"]),
+        *("node agent", "llm gpt-4o-mini", "node tools", "tool order_status"),
+        *("node agent", "llm gpt-4o-mini", "node tools", "tool refund"),
+        *("node agent", "llm gpt-4o-mini", "node tools", "tool refund"),
+        *("node agent", "llm gpt-4o-mini"),
+    ]
+    [failed] = [line for line in tree if "ConnectionError" in line]
+    assert re.fullmatch(r"tool refund  \d+ ms  ConnectionError", failed)
+    head = next(number for number, line in enumerate(lines) if line.startswith("session  "))
+    assert lines[head].split() == ["session", "user", "channel", "turns", "tokens", "cost", "duration", "ended"]
+    shown = [line.split()[-1] for line in lines[head + 2 : head + 7]]
+    assert sorted(shown) == ["completed", "error", "handoff", "user_exit", "user_exit"]
+    assert url in result.stdout
+    assert "LANGFUSE_PUBLIC_KEY" in result.stdout
+    assert "turntrace export" not in result.stdout
+
+    session_id = re.search(r"turntrace show (\w+)", result.stdout)
+    assert session_id is not None
+    assert run("show", session_id[1], "--ledger", url, columns=80).stdout.splitlines() == lines[: head - 1]
+    run("demo", "--ledger", url)
+    assert len(run("sessions", "--ledger", url).stdout.splitlines()) == 2 + 10
+
+
+def test_a_narrow_terminal_gets_cards_and_no_line_too_long(run: Run, url: str) -> None:
+    result = run("demo", "--ledger", url, columns=40)
+    lines = result.stdout.splitlines()
+    end = next(number for number, line in enumerate(lines) if line.startswith("The ledger:"))
+    assert max(map(len, lines[:end])) <= 40
+    assert len(re.findall(r"^\w{8} (web|mobile|api), user \w{8}$", result.stdout, re.MULTILINE)) == 5
+
+
+def test_colours_only_where_they_are_wanted(run: Run, url: str, ids: list[str]) -> None:
+    code = f"""
+import os
+from typer.testing import CliRunner
+from turntrace.cli.main import app
+app(["sessions", "--ledger", {url!r}], standalone_mode=False)
+os.environ["NO_COLOR"] = "1"
+print("without")
+app(["sessions", "--ledger", {url!r}], standalone_mode=False)
+"""
+    ours, theirs = pty.openpty()
+    environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
+    environment |= {"TERM": "xterm-256color", "COLUMNS": "80"}
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, timeout=60, check=True)
+    os.close(theirs)
+    coloured, without = os.read(ours, 100_000).decode().split("without")
+    os.close(ours)
+    assert re.search(r"\x1b\[[\d;]*m", coloured)
+    assert not re.search(r"\x1b\[[\d;]*[34]\dm", without)
+    assert "\x1b" not in run("sessions", "--ledger", url).stdout
+
+
+# --- how figures are written ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("ms", "written"),
+    [
+        *((0, "0 ms"), (999, "999 ms"), (1_000, "1.0 s"), (59_940, "59.9 s"), (59_999, "1 min 00 s")),
+        *((60_000, "1 min 00 s"), (3_599_600, "1 h 00 min"), (7_500_000, "2 h 05 min")),
+    ],
+)
+def test_durations(ms: int, written: str) -> None:
+    assert duration(ms) == written
+
+
+@pytest.mark.parametrize(
+    ("usd", "written"),
+    [(0, "$0.00"), (0.0000001, "<$0.000001"), (0.000035, "$0.000035"), (0.25, "$0.250000"), (1234.5, "$1,234.50")],
+)
+def test_prices(usd: float, written: str) -> None:
+    assert money(usd) == written
+    assert money(0.00001, 4) == "<$0.0001"
+
+
+def test_what_is_not_printable_is_escaped() -> None:
+    assert safe("a\x1b]0;x\x07\u202e\u200b\n\u00e9 \U0001f600") == "a\\x1b]0;x\\x07\\u202e\\u200b\\n\u00e9 \U0001f600"
