@@ -34,19 +34,21 @@ def _run(script: str, variables: Mapping[str, str], output: str, told: Connectio
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-    exec(compile(script, "<script>", "exec"), {"__name__": "__main__", "tell": told.send_bytes})
+    exec(
+        compile(script, "<script>", "exec"), {"__name__": "__main__", "tell": told.send_bytes, "heard": told.recv_bytes}
+    )
 
 
 class Fresh:
     """A script in a process of its own.
 
     Args:
-        script: What it runs. It may call ``tell(b"...")``.
+        script: What it runs. It may call ``tell(b"...")``, and ``heard()`` to wait for `Fresh.tell`.
         variables: The variables of its environment that matter.
     """
 
     def __init__(self, script: str, **variables: str) -> None:
-        self._told, telling = CONTEXT.Pipe(duplex=False)
+        self._told, telling = CONTEXT.Pipe()
         with NamedTemporaryFile(delete=False) as file:
             self._output = Path(file.name)
         arguments = (script, environment(**variables), str(self._output), telling)
@@ -58,6 +60,10 @@ class Fresh:
         """Wait for what the script tells next."""
         assert self._told.poll(PATIENCE_S), self.output()
         return self._told.recv_bytes()
+
+    def tell(self, what: bytes) -> None:
+        """Tell the script something."""
+        self._told.send_bytes(what)
 
     def output(self) -> str:
         """Return what it has written so far."""

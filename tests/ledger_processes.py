@@ -4,7 +4,7 @@ from multiprocessing.synchronize import Barrier
 
 from sqlalchemy import create_engine
 
-from turntrace.ledger import Ledger
+from turntrace.ledger import Ledger, TurnEnd
 from turntrace.records import SessionFacts, TurnSummary
 
 NOON = 1_767_268_800_000_000_000  # 2026-01-01T12:00:00Z
@@ -56,7 +56,7 @@ def ended(turn_id: str, *, at: int = NOON, **facts: object) -> TurnSummary:
     )
 
 
-def finish(ledger: Ledger, turn: TurnSummary, *, spans: int = 1) -> bool:
+def finish(ledger: Ledger, turn: TurnSummary, *, spans: int = 1) -> TurnEnd:
     """Write down a turn that has ended, with something in the outbox beside it."""
     with ledger.writing() as writer:
         writer.put("spans", turn.id.encode(), items=spans, created_ns=turn.ended_ns or 0)

@@ -22,7 +22,7 @@ import fresh
 import ledger_processes
 from ledger_processes import IDLE, NOON, SECOND, begin, ended, finish
 from turntrace.errors import TurntraceError
-from turntrace.ledger import Ledger, SessionOpened
+from turntrace.ledger import Ledger, SessionOpened, TurnEnd
 from turntrace.records import SessionFacts, Step
 
 T = TypeVar("T")
@@ -349,6 +349,42 @@ def test_a_turn_is_ended_by_its_own_id_only(ledger: Ledger) -> None:
     assert not finish(ledger, ended("erased", number=1))
     assert [(turn.id, turn.status) for turn, _ in ledger.turns("s1")] == [("t1", "open")]
     assert finish(ledger, ended("t1", number=1))
+
+
+def test_what_ends_after_its_turn_is_added_to_turn_and_session(ledger: Ledger) -> None:
+    open_session(ledger, "s1")
+    begin(ledger, "t1")
+    finish(ledger, ended("t1", input_tokens=5, cost_usd=0.5, llm_calls=1))
+    late = {"spans": 2, "llm_calls": 1, "input_tokens": 10, "output_tokens": 3, "cost_usd": 0.25}
+    with ledger.writing() as writer:
+        writer.add_to_turn("t1", "s1", late)
+    [(turn, _)] = ledger.turns("s1")
+    assert (turn.llm_calls, turn.input_tokens, turn.output_tokens, turn.cost_usd) == (2, 15, 3, 0.75)
+    session = ledger.session("s1")
+    assert session is not None
+    assert (session.llm_calls, session.input_tokens, session.output_tokens, session.total_cost_usd) == (2, 15, 3, 0.75)
+    assert session.total_turns == 1
+
+
+def test_a_turn_that_ends_after_its_session_is_told_from_others(ledger: Ledger) -> None:
+    open_session(ledger, "s1")
+    for n in (1, 2):
+        begin(ledger, f"t{n}")
+    assert finish(ledger, ended("t1", number=1)) == TurnEnd.ENDED
+    end(ledger, "s1", reason="completed", at=NOON + MINUTE)
+    assert finish(ledger, ended("t2", number=2)) == TurnEnd.ENDED_AFTER_SESSION
+    assert finish(ledger, ended("t2", number=2)) == TurnEnd.ENDED_BEFORE
+    with ledger.writing() as writer:
+        summary = writer.ended_session("s1")
+        assert writer.ended_session("unknown") is None
+    assert summary is not None
+    assert (summary.total_turns, summary.end_reason, summary.ended_ns) == (2, "completed", NOON + MINUTE)
+
+
+def test_a_session_that_is_open_is_no_ended_one(ledger: Ledger) -> None:
+    open_session(ledger, "s1")
+    with ledger.writing() as writer:
+        assert writer.ended_session("s1") is None
 
 
 def test_a_clock_that_goes_back_takes_no_activity_away(ledger: Ledger) -> None:

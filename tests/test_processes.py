@@ -61,6 +61,11 @@ def assert_whole(path: Path) -> int:
     return len(ended)
 
 
+def assert_sound(path: Path) -> None:
+    """Assert that SQLite finds nothing wrong with the file."""
+    assert rows(path, "PRAGMA integrity_check") == [("ok",)]
+
+
 def _numbers(path: Path) -> dict[str, list[int]]:
     query = "SELECT conversation_id, number FROM turntrace_turns UNION ALL SELECT conversation_id, number FROM {}"
     found: dict[str, list[int]] = {}
@@ -277,6 +282,68 @@ def test_a_process_that_forks_while_it_writes_can_write_in_the_child(path: Path,
     assert rows(path, "SELECT count(*) FROM turntrace_outbox WHERE kind = 'other'") == [(1,)]
 
 
+OUTLIVES = """
+import os, signal
+from turntrace import SessionTracker
+
+signal.alarm(60)
+tracker = SessionTracker()
+session = tracker.start_session(session_id="mine")
+
+def turns(conversation, number):
+    for _ in range(number):
+        with session.conversation(conversation).turn("Hello"):
+            pass
+
+turns("parent", 5)
+asking, answering = os.pipe(), os.pipe()
+if os.fork() == 0:
+    signal.alarm(60)
+    turns("child", 5)
+    tracker.flush()
+    os.write(answering[1], b"1")
+    os.read(asking[0], 1)
+    turns("child", 50)
+    session.end("completed")
+    os._exit(0 if tracker.flush(20) else 9)
+os.read(answering[0], 1)
+turns("parent", 5)
+tracker.shutdown()  # the parent closes its last connection, and SQLite clears up if it takes it for the last of all
+tell(b"closed")
+os.write(asking[1], b"1")
+os._exit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+@needs_fork
+def test_a_child_that_outlives_the_connections_of_its_parent_loses_nothing(path: Path, url: str) -> None:
+    process = fresh.Fresh(OUTLIVES, TURNTRACE_LEDGER_URL=url)
+    process.finish()
+    assert_sound(path)
+    assert assert_whole(path) == 65
+    assert rows(path, "SELECT end_reason, total_turns FROM turntrace_sessions") == [("completed", 65)]
+
+
+OUTLIVES_AMONG_OTHERS = OUTLIVES.replace('tell(b"closed")', 'tell(b"closed")\nheard()')
+
+
+@needs_fork
+def test_a_child_and_a_later_process_do_not_disturb_each_other(path: Path, url: str) -> None:
+    process = fresh.Fresh(OUTLIVES_AMONG_OTHERS, TURNTRACE_LEDGER_URL=url)
+    try:
+        assert process.told() == b"closed"
+        other = Ledger(url)  # as the command line does, while the child has its connections
+        assert len(other.sessions()) == 1
+        assert other.hash_key() == other.hash_key()
+        process.tell(b"go on")
+        process.finish()
+        other.close()
+    finally:
+        process.kill()
+    assert_sound(path)
+    assert assert_whole(path) == 65
+
+
 FORKS_WITH_MEMORY = """
 import os, signal, sys
 from turntrace import SessionTracker
@@ -303,28 +370,33 @@ def test_a_ledger_in_memory_goes_on_in_the_child_as_a_copy(url: str) -> None:
 
 
 MULTIPROCESSES = """
-import multiprocessing
+import multiprocessing, os
 from turntrace import SessionTracker
 
 def work(n):
-    tracker = SessionTracker()
-    with tracker.session(user_id=f"u{n}") as session:
-        for _ in range(5):
-            with session.conversation("shared").turn("Hello"):
-                pass
-    return tracker.flush(20)
+    for _ in range(2):
+        tracker = SessionTracker()
+        with tracker.session(user_id=f"u{n}") as session:
+            for _ in range(5):
+                with session.conversation("shared").turn("Hello"):
+                    pass
+        assert tracker.flush(20)
 
-if __name__ == "__main__":
-    first = SessionTracker()
-    first.start_session().end()
-    with multiprocessing.get_context("fork").Pool(4) as pool:
-        assert all(pool.map(work, range(8)))
-    first.flush()
+first = SessionTracker()
+first.start_session().end()
+forking = multiprocessing.get_context("fork")
+workers = [forking.Process(target=work, args=(n,)) for n in range(4)]
+for worker in workers:
+    worker.start()
+for worker in workers:
+    worker.join(40)
+first.flush()
+assert [worker.exitcode for worker in workers] == [0] * 4
 """
 
 
 @needs_fork
-def test_the_workers_of_a_pool_track_with_trackers_of_their_own(path: Path, url: str) -> None:
+def test_the_workers_of_a_process_track_with_trackers_of_their_own(path: Path, url: str) -> None:
     fresh.run(MULTIPROCESSES, TURNTRACE_LEDGER_URL=url)
     assert assert_whole(path) == 40
     assert _numbers(path) == {"shared": list(range(1, 41))}
