@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -350,11 +351,9 @@ def wait_for_turns(path: Path, wanted: int) -> None:
     deadline = time.monotonic() + 40
     while time.monotonic() < deadline:
         if path.exists():
-            try:
+            with suppress(sqlite3.OperationalError):  # its tables are being made
                 if rows(path, "SELECT count(*) FROM turntrace_turns")[0][0] >= wanted:
                     return
-            except sqlite3.OperationalError:  # its tables are being made
-                pass
         time.sleep(0.05)
     pytest.fail("the replay does not get on")
 
