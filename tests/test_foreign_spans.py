@@ -289,6 +289,18 @@ def test_a_turn_stands_below_the_request_that_it_serves(capture: Capture, tracer
     assert (row.trace_id, row.root_span_id) == (turn.trace_id, turn.span_id)
 
 
+def test_two_turns_in_one_request_are_two_traces(capture: Capture, tracer: Tracer) -> None:
+    """As a batch endpoint or a websocket has them: a turn is one trace (D3)."""
+    graph: Any = single(lambda state: None).compile()
+    handler = SessionCallbackHandler(capture.tracker())
+
+    with tracer.start_as_current_span("POST /chats", kind=SpanKind.SERVER):
+        for _ in range(2):
+            graph.invoke(asks(), {**config_of("c-1"), "callbacks": [handler]})
+
+    assert_all_tagged(capture.spans())
+
+
 def test_a_span_that_ends_after_its_turn_is_tagged_and_kept(capture: Capture, tracer: Tracer) -> None:
     tracker = capture.tracker(outbox=True)
     open_spans: list[trace.Span] = []

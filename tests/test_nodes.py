@@ -420,8 +420,6 @@ def test_every_kind_of_sync_node_run_sync(run: Callable[..., Any], capture: Capt
 
 @pytest.mark.parametrize("node", NODES.values(), ids=NODES)
 def test_a_node_can_be_added_without_a_name_as_before(node: Any) -> None:
-    if isinstance(node, functools.partial):
-        pytest.skip("LangGraph itself needs a name for it")
     plain, tracked = StateGraph(State), StateGraph(State)
     plain.add_node(node)
     tracked.add_node(track_node(node, state_schema=State))
