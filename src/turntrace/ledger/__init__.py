@@ -1,6 +1,7 @@
 """The ledger: the tables and the store."""
 
 from turntrace.ledger.statements import LATE_SUMS
-from turntrace.ledger.store import Ledger, LedgerWriter, OutboxItem, SessionOpened, TurnEnd
+from turntrace.ledger.store import Ledger, OutboxItem, SessionOpened
+from turntrace.ledger.writing import LedgerWriter, TurnEnd
 
 __all__ = ["LATE_SUMS", "Ledger", "LedgerWriter", "OutboxItem", "SessionOpened", "TurnEnd"]

@@ -5,37 +5,34 @@ written in the app's own thread, since the app needs the number; what ends is wr
 transactions that hold the spans and the row together.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from enum import IntEnum
 from typing import Any, Final
 
-from sqlalchemy import (
-    Connection,
-    Engine,
-    RowMapping,
-    delete,
-    func,
-    insert,
-    select,
-    union_all,
-    update,
-)
+from sqlalchemy import Connection, Engine, RowMapping, insert, select, union_all
 from sqlalchemy.engine import URL
 
-from turntrace.errors import IdentityError
 from turntrace.identity import new_hash_key
 from turntrace.ledger import schema
 from turntrace.ledger.engine import Database
-from turntrace.ledger.statements import OPEN, TURN_COLUMNS, Statements
+from turntrace.ledger.rows import (
+    continue_session,
+    first_session,
+    full_summary,
+    has_open_turn,
+    plain_summary,
+    session_facts,
+    steps_from,
+    turn_summary,
+)
+from turntrace.ledger.statements import OPEN, Statements
 from turntrace.ledger.tables import open_turns, outbox, sessions, turns
+from turntrace.ledger.writing import LedgerWriter
 from turntrace.records import SessionFacts, SessionSummary, Step, TurnSummary
 
 _HASH_KEY: Final = "user_hash_key"
 _SETTLE_S: Final = 30.0
-_DAY_NS: Final = 86_400 * 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +48,6 @@ class SessionOpened:
     session: SessionFacts
     is_new: bool
     expired_id: str | None = None
-
-
-class TurnEnd(IntEnum):
-    """What came of ending a turn; it is true when the turn ended by it."""
-
-    ENDED_BEFORE = 0
-    ENDED = 1
-    ENDED_AFTER_SESSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,15 +130,15 @@ class Ledger:
         """
         with self._database.writing() as connection:
             if given_id:
-                row = _first(connection, sessions.c.id == wanted.id)
+                row = first_session(connection, sessions.c.id == wanted.id)
                 if row is not None:
-                    return SessionOpened(_continue(connection, row, wanted), is_new=False)
+                    return SessionOpened(continue_session(connection, row, wanted), is_new=False)
             else:
                 row = self._open_session_of(connection, wanted, conversation_id)
                 if row is not None and (
-                    wanted.started_ns - row["last_activity_ns"] <= idle_ns or _has_open_turn(connection, row["id"])
+                    wanted.started_ns - row["last_activity_ns"] <= idle_ns or has_open_turn(connection, row["id"])
                 ):
-                    return SessionOpened(_facts(row), is_new=False)
+                    return SessionOpened(session_facts(row), is_new=False)
             expired = None if given_id or row is None else str(row["id"])
             return SessionOpened(self._begin_session(connection, wanted), is_new=True, expired_id=expired)
 
@@ -157,7 +146,7 @@ class Ledger:
         self, connection: Connection, wanted: SessionFacts, conversation_id: str | None
     ) -> RowMapping | None:
         if wanted.user_id is not None:
-            return _first(
+            return first_session(
                 connection,
                 sessions.c.user_id == wanted.user_id,
                 sessions.c.channel == wanted.channel,
@@ -171,7 +160,7 @@ class Ledger:
                 )
             ).subquery()
             last = select(latest.c.session_id).order_by(latest.c.number.desc()).limit(1)
-            return _first(
+            return first_session(
                 connection,
                 sessions.c.id == last.scalar_subquery(),
                 sessions.c.user_id.is_(None),
@@ -181,7 +170,7 @@ class Ledger:
 
     def _begin_session(self, connection: Connection, wanted: SessionFacts) -> SessionFacts:
         begun = replace(wanted, sessions_total=1)
-        if wanted.user_id is not None and (last := _first(connection, sessions.c.user_id == wanted.user_id)):
+        if wanted.user_id is not None and (last := first_session(connection, sessions.c.user_id == wanted.user_id)):
             begun = replace(begun, previous_id=last["id"], sessions_total=last["sessions_total"] + 1)
         connection.execute(
             insert(sessions).values(
@@ -248,7 +237,7 @@ class Ledger:
 
     # --- what ends ----------------------------------------------------------------------------------------------------
     @contextmanager
-    def writing(self) -> Iterator["LedgerWriter"]:
+    def writing(self) -> Iterator[LedgerWriter]:
         """Give a writer whose changes are all made at the end of the block, or none of them."""
         with self._database.writing() as connection:
             yield LedgerWriter(connection, self._statements)
@@ -257,8 +246,8 @@ class Ledger:
     def session(self, session_id: str) -> SessionSummary | None:
         """Return what is known of a session, or None."""
         with self._asking() as connection:
-            row = _first(connection, sessions.c.id == session_id)
-            return None if row is None else _summary(connection, row)
+            row = first_session(connection, sessions.c.id == session_id)
+            return None if row is None else full_summary(connection, row)
 
     def sessions(self, *, limit: int = 50, ids: Sequence[str] | None = None) -> list[SessionSummary]:
         """Return the latest sessions, the newest first, without the figures of their users."""
@@ -266,7 +255,7 @@ class Ledger:
         if ids is not None:
             query = query.where(sessions.c.id.in_(ids))
         with self._asking() as connection:
-            return [_plain_summary(row) for row in connection.execute(query).mappings()]
+            return [plain_summary(row) for row in connection.execute(query).mappings()]
 
     def turns(self, session_id: str) -> list[tuple[TurnSummary, list[Step]]]:
         """Return the turns of a session with their steps, in the order in which they began.
@@ -276,7 +265,7 @@ class Ledger:
         ended = select(turns).where(turns.c.session_id == session_id)
         running = select(open_turns).where(open_turns.c.session_id == session_id)
         with self._asking() as connection:
-            found = [(_turn(row), _steps(row["steps"])) for row in connection.execute(ended).mappings()]
+            found = [(turn_summary(row), steps_from(row["steps"])) for row in connection.execute(ended).mappings()]
             found += [(TurnSummary(**row, status=OPEN), []) for row in connection.execute(running).mappings()]
         return sorted(found, key=lambda turn: (turn[0].started_ns, turn[0].conversation_id, turn[0].number))
 
@@ -294,162 +283,3 @@ class Ledger:
                 OutboxItem(row["id"], row["kind"], row["body"], row["items"], row["created_ns"])
                 for row in connection.execute(query).mappings()
             ]
-
-
-class LedgerWriter:
-    """Changes to the ledger within one transaction. Made by `Ledger.writing`."""
-
-    def __init__(self, connection: Connection, statements: Statements) -> None:
-        self._connection = connection
-        self._statements = statements
-        self._cursor = connection.connection.cursor()
-
-    def put(self, kind: str, body: bytes, *, items: int, created_ns: int) -> None:
-        """Put something into the outbox."""
-        values = {"kind": kind, "body": body, "items": items, "created": created_ns}
-        self._statements.put.run(self._cursor, values)
-
-    def remove(self, item_id: int) -> None:
-        """Take something out of the outbox."""
-        self._connection.execute(delete(outbox).where(outbox.c.id == item_id))
-
-    def finish_turn(self, turn: TurnSummary, steps: Sequence[Step], *, spans: int, topic: str | None = None) -> TurnEnd:
-        """Write down how a turn ended, and add it to its session.
-
-        Args:
-            turn: The turn, with its end.
-            steps: Its steps, for looking at.
-            spans: How many spans its trace has.
-            topic: What the conversation is about.
-
-        Returns:
-            Whether this was its end; a turn that had ended before is not changed.
-        """
-        values = {f"new_{name}": getattr(turn, name) for name in TURN_COLUMNS}
-        values |= {"new_steps": _steps_text(steps), "new_spans": spans, "topic": topic}
-        values["new_failed"] = int(turn.status == "failed")
-        statements, cursor = self._statements, self._cursor
-        if statements.close_turn.run(cursor, values).rowcount != 1:
-            return TurnEnd.ENDED_BEFORE
-        statements.insert_turn.run(cursor, values)
-        session = statements.add_to_session.run(cursor, values).fetchone()
-        statements.upsert_conversation.run(cursor, values)
-        ended_after_session = session is not None and session[0] is not None
-        return TurnEnd.ENDED_AFTER_SESSION if ended_after_session else TurnEnd.ENDED
-
-    def add_to_turn(self, turn_id: str, session_id: str, late: Mapping[str, float]) -> None:
-        """Add what ended after its turn to the turn and its session.
-
-        Args:
-            turn_id: The turn.
-            session_id: Its session.
-            late: The sums to add, by the names of `LATE_SUMS`.
-        """
-        to_turn = {name: turns.c[name] + value for name, value in late.items()}
-        in_session = {name: "total_cost_usd" if name == "cost_usd" else name for name in late if name != "spans"}
-        to_session = {column: sessions.c[column] + late[name] for name, column in in_session.items()}
-        self._connection.execute(update(turns).where(turns.c.id == turn_id).values(to_turn))
-        self._connection.execute(update(sessions).where(sessions.c.id == session_id).values(to_session))
-
-    def ended_session(self, session_id: str) -> SessionSummary | None:
-        """Return a session that has ended, with its totals as they are now; None when it has not."""
-        row = _first(self._connection, sessions.c.id == session_id, sessions.c.ended_ns.is_not(None))
-        return None if row is None else _summary(self._connection, row)
-
-    def announced(self, session_id: str) -> bool:
-        """Note that the start of a session has its span; tell whether it had none before."""
-        noted = update(sessions).where(sessions.c.id == session_id, sessions.c.announced.is_(False))
-        return self._connection.execute(noted.values(announced=True)).rowcount == 1
-
-    def end_session(self, session_id: str, reason: str, ended_ns: int) -> SessionSummary | None:
-        """End a session.
-
-        Returns:
-            The session with its totals; None when it had ended before or does not exist.
-        """
-        ended = self._connection.execute(
-            update(sessions)
-            .where(sessions.c.id == session_id, sessions.c.ended_ns.is_(None))
-            .values(ended_ns=ended_ns, end_reason=reason)
-        )
-        if ended.rowcount != 1:
-            return None
-        row = _first(self._connection, sessions.c.id == session_id)
-        return None if row is None else _summary(self._connection, row)
-
-
-# --- rows and what they stand for -------------------------------------------------------------------------------------
-def _first(connection: Connection, *conditions: Any) -> RowMapping | None:
-    query = select(sessions).where(*conditions).order_by(sessions.c.started_ns.desc(), sessions.c.id.desc()).limit(1)
-    return connection.execute(query).mappings().first()
-
-
-def _has_open_turn(connection: Connection, session_id: str) -> bool:
-    query = select(open_turns.c.id).where(open_turns.c.session_id == session_id).limit(1)
-    return connection.execute(query).first() is not None
-
-
-def _continue(connection: Connection, row: RowMapping, wanted: SessionFacts) -> SessionFacts:
-    """Open a session again by its id; one of a user who was not known yet becomes that user's."""
-    if row["user_id"] is not None and wanted.user_id not in (None, row["user_id"]):
-        raise IdentityError(
-            f"The session {wanted.id!r} is another user's. A session has one user: pass another session_id, or the "
-            "user_id that it began with."
-        )
-    facts = _facts(row)
-    if row["ended_ns"] is not None or facts.user_id != wanted.user_id is not None:
-        facts = replace(facts, user_id=facts.user_id or wanted.user_id)
-        activity = max(row["last_activity_ns"], wanted.started_ns) if row["ended_ns"] else row["last_activity_ns"]
-        connection.execute(
-            update(sessions)
-            .where(sessions.c.id == wanted.id)
-            .values(ended_ns=None, end_reason=None, last_activity_ns=activity, user_id=facts.user_id)
-        )
-    return facts
-
-
-def _facts(row: RowMapping) -> SessionFacts:
-    return SessionFacts(**{name: row[name] for name in SessionFacts.__slots__})
-
-
-_SUMMARY_COLUMNS: Final = tuple(name for name in SessionSummary.__slots__ if name in sessions.c)
-_TURN_COLUMNS: Final = tuple(name for name in TurnSummary.__slots__ if name in turns.c)
-
-
-def _plain_summary(row: RowMapping) -> SessionSummary:
-    return SessionSummary(**{name: row[name] for name in _SUMMARY_COLUMNS}, user_sessions_total=row["sessions_total"])
-
-
-def _summary(connection: Connection, row: RowMapping) -> SessionSummary:
-    summary = _plain_summary(row)
-    if row["user_id"] is None:
-        return replace(summary, user_sessions_total=None)
-    count, total_turns, first, last = connection.execute(
-        select(
-            func.count(),
-            func.sum(sessions.c.total_turns),
-            func.min(sessions.c.started_ns),
-            func.max(sessions.c.started_ns),
-        ).where(sessions.c.user_id == row["user_id"], sessions.c.started_ns <= row["started_ns"])
-    ).one()
-    return replace(
-        summary,
-        user_sessions_total=count,
-        user_avg_session_length=float(total_turns) / count,
-        user_retention_days=int(last - first) // _DAY_NS,
-    )
-
-
-def _turn(row: RowMapping) -> TurnSummary:
-    return TurnSummary(**{name: row[name] for name in _TURN_COLUMNS})
-
-
-_STEP_FIELDS: Final = Step.__slots__
-
-
-def _steps_text(steps: Sequence[Step]) -> str:
-    return json.dumps([[getattr(step, name) for name in _STEP_FIELDS] for step in steps], separators=(",", ":"))
-
-
-def _steps(text: str | None) -> list[Step]:
-    return [Step(*values) for values in json.loads(text)] if text else []

@@ -3,9 +3,7 @@
 import asyncio
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from dataclasses import replace
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, ClassVar, Final, Self, TypeVar
 
@@ -13,24 +11,27 @@ from opentelemetry import trace
 from sqlalchemy import Engine
 
 from turntrace import attributes as a
-from turntrace.attributes import AttributeValue
-from turntrace.boundary import caught
 from turntrace.content import ContentLevel, ContentPolicy, classify_input
-from turntrace.errors import ConfigurationError, IdentityError, StateError
+from turntrace.errors import StateError
 from turntrace.export import SpanTarget, ids_of, open_target, serves_request
-from turntrace.identity import check_id, check_text, derived_id, hash_user, is_trace_id, new_id, new_span_id
+from turntrace.identity import check_id, check_text, derived_id, is_trace_id, new_id, new_span_id
 from turntrace.ledger import Ledger
-from turntrace.lifecycle.closing import AnnounceSession, EndSession, FinishTurn, SettleTurn
+from turntrace.lifecycle.checks import (
+    UserHasher,
+    checked_classifier,
+    checked_type,
+    hash_key_of,
+    idle_ns_of,
+    text_or_none,
+)
+from turntrace.lifecycle.closing import FinishTurn, SettleTurn
 from turntrace.lifecycle.session import Conversation, Session, SessionBlock
-from turntrace.lifecycle.turn import Turn
+from turntrace.lifecycle.sittings import Sittings, key_of_run
+from turntrace.lifecycle.turn import Turn, root_attributes
 from turntrace.lifecycle.writer import Writer
 from turntrace.records import SessionFacts, SessionSummary, TurnRequest, TurnTags
-from turntrace.settings import MAX_IDLE_S, read_settings
+from turntrace.settings import read_settings
 
-SESSION_TYPES: Final = ("chat", "api", "batch")
-
-_SESSIONS_REMEMBERED: Final = 10_000
-_ENDS_S: Final = 5.0
 _STOP_S: Final = 30.0
 R = TypeVar("R")
 
@@ -83,27 +84,20 @@ class SessionTracker:
     ) -> None:
         settings = read_settings()
         self.content = content if isinstance(content, ContentPolicy) else ContentPolicy(content or settings.content)
-        self.idle_ns = _idle_ns(settings.idle_after if idle_after is None else idle_after)
+        self.idle_ns = idle_ns_of(settings.idle_after if idle_after is None else idle_after)
         self.channel = check_text(settings.channel if channel is None else channel, "channel")
-        if not callable(classify):
-            raise ConfigurationError(
-                f"classify is a {type(classify).__name__}, which cannot be called. Pass a function from str to str: "
-                "from what the user said to its type."
-            )
-        self.classify = classify
+        self.classify = checked_classifier(classify)
         self.clock = clock
         self.new_id = ids
         self.ledger = Ledger(settings.ledger if ledger is None else ledger)
-        self._hash_key = _hash_key(user_hash_key, settings.user_hash_key, self.ledger)
+        self._hasher = UserHasher(hash_key_of(user_hash_key, settings.user_hash_key, self.ledger))
         self.target: SpanTarget = open_target(tracer_provider, outbox=outbox)
         self._writer = Writer(self.ledger)
         self.ledger.settle = self._writer.drain  # whoever asks the ledger sees all that has ended
         if self.target.processor is not None:
             self.target.processor.flush_with(self._writer)
-        self._sessions: OrderedDict[Hashable, Session] = OrderedDict()
+        self._sittings = Sittings(self, self._writer)
         self._turns: dict[str, Turn] = {}
-        self._hashes: dict[str, str] = {}
-        self._ending: set[str] = set()
         self._handler: Any = None
         self._lock = threading.Lock()
 
@@ -140,22 +134,18 @@ class SessionTracker:
             ConfigurationError: If the type is unknown.
             LedgerError: If the ledger cannot be written.
         """
-        if session_type not in SESSION_TYPES:
-            raise ConfigurationError(
-                f"session_type {session_type!r} is unknown. Allowed are {', '.join(SESSION_TYPES)}."
-            )
         wanted = SessionFacts(
             id=self.new_id() if session_id is None else check_id(session_id, "session_id"),
             user_id=None if user_id is None else self.hash_user(user_id),
             channel=self.channel if channel is None else check_text(channel, "channel"),
-            type=session_type,
-            tier=None if tier is None else check_text(tier, "tier"),
-            org_id=None if org_id is None else check_text(org_id, "org_id"),
-            locale=None if locale is None else check_text(locale, "locale"),
-            client_version=None if client_version is None else check_text(client_version, "client_version"),
+            type=checked_type(session_type),
+            tier=text_or_none(tier, "tier"),
+            org_id=text_or_none(org_id, "org_id"),
+            locale=text_or_none(locale, "locale"),
+            client_version=text_or_none(client_version, "client_version"),
             started_ns=self.clock(),
         )
-        return self._open(wanted, given_id=True)
+        return self._sittings.open(wanted, given_id=True)
 
     def session(self, **facts: Any) -> SessionBlock:
         """Give the block of a session: ``with tracker.session(user_id=...) as session:``, or with ``async with``.
@@ -179,12 +169,7 @@ class SessionTracker:
         Raises:
             IdentityError: If the id or the reason cannot be used.
         """
-        session_id, reason = check_id(session_id, "session_id"), check_text(reason, "reason")
-        with self._lock:
-            self._ending.add(session_id)
-            for key in [key for key, session in self._sessions.items() if session.id == session_id]:
-                del self._sessions[key]
-        self._writer.submit(EndSession(self, session_id, reason, self.clock()))
+        self._sittings.end(check_id(session_id, "session_id"), check_text(reason, "reason"))
 
     def session_summary(self, session_id: str) -> SessionSummary | None:
         """Return what the ledger knows of a session, once all that has ended is written down; None if it has none."""
@@ -200,21 +185,14 @@ class SessionTracker:
         Raises:
             IdentityError: If the id is empty or not a string or number.
         """
-        known = self._hashes.get(user_id) if isinstance(user_id, str) else None
-        if known is None:
-            known = hash_user(user_id, self._hash_key)
-            if isinstance(user_id, str):
-                if len(self._hashes) >= _SESSIONS_REMEMBERED:
-                    self._hashes.clear()
-                self._hashes[user_id] = known
-        return known
+        return self._hasher(user_id)
 
     # --- turns --------------------------------------------------------------------------------------------------------
     def start_turn(self, conversation: Conversation, message: Any = None, *, role: str = "user") -> Turn:
         """Begin a turn of a conversation, as `Conversation.start_turn` does."""
         turn = self._begin(conversation, TurnRequest(), message, role, active_since_ns=0)
         if turn is None:  # the session had ended: this opens it again
-            self._open(conversation.session.facts, given_id=True)
+            self._sittings.open(conversation.session.facts, given_id=True)
             turn = self._begin(conversation, TurnRequest(), message, role, active_since_ns=0)
         if turn is None:
             raise StateError(f"The session {conversation.session.id!r} is ended again and again while a turn begins.")
@@ -236,14 +214,10 @@ class SessionTracker:
         """
         user_id = None if request.user_id is None else self.hash_user(request.user_id)
         channel = self.channel if request.channel is None else request.channel
-        key: Hashable = (
-            (("session", request.session_id, user_id) if request.session_id is not None else None)
-            or ((user_id, channel) if user_id is not None else None)
-            or (("conversation", request.conversation_id) if request.conversation_id is not None else None)
-        )
+        key = key_of_run(request, user_id, channel)
         now = self.clock()
         since = 0 if request.session_id is not None else now - self.idle_ns
-        session = self._sessions.get(key) if key is not None else None
+        session = self._sittings.known(key)
         for _ in range(3):
             if session is None:
                 wanted = SessionFacts(
@@ -257,8 +231,7 @@ class SessionTracker:
                     client_version=request.client_version,
                     started_ns=now,
                 )
-                session = self._open_for_run(wanted, request)
-                self._remember(key, session)
+                session = self._sittings.open_for_run(key, wanted, request)
             conversation = Conversation(session, request.conversation_id or session.id, request.topic)
             turn = self._begin(conversation, request, message, "user", active_since_ns=since)
             if turn is not None:
@@ -270,8 +243,7 @@ class SessionTracker:
         self, conversation: Conversation, request: TurnRequest, message: Any, role: str, *, active_since_ns: int
     ) -> Turn | None:
         session = conversation.session.facts
-        if session.id in self._ending:
-            self._settle_ends()
+        self._sittings.wait_for_end(session.id)
         turn_id = self.new_id()
         around = trace.get_current_span()
         trace_id = turn_id if is_trace_id(turn_id) else derived_id("trace", turn_id)
@@ -308,7 +280,7 @@ class SessionTracker:
             tags,
             root=self.target.start_root(
                 a.SPAN_TURN,
-                attributes=_root_attributes(tags, session, request),
+                attributes=root_attributes(tags, session, request),
                 start_ns=started_ns,
                 ids=(int(trace_id, 16), int(span_id, 16)),
                 around=around,
@@ -385,42 +357,6 @@ class SessionTracker:
         """Run a function that asks the ledger in a thread, so that the event loop goes on."""
         return await asyncio.to_thread(function, *args, **kwargs)
 
-    def _settle_ends(self) -> None:
-        """Wait until the sessions whose end was said are ended, so that what begins now does not fall into them."""
-        self._writer.drain(_ENDS_S)
-        self._ending.clear()
-
-    def _open(self, wanted: SessionFacts, *, given_id: bool, conversation_id: str | None = None) -> Session:
-        if self._ending:
-            self._settle_ends()
-        opened = self.ledger.open_session(
-            wanted, idle_ns=self.idle_ns, given_id=given_id, conversation_id=conversation_id
-        )
-        if opened.expired_id is not None:
-            self._writer.submit(EndSession(self, opened.expired_id, "inactive_timeout", wanted.started_ns))
-        if opened.is_new:
-            self._writer.submit(AnnounceSession(self, opened.session))
-        return Session(self, opened.session)
-
-    def _open_for_run(self, wanted: SessionFacts, request: TurnRequest) -> Session:
-        given = request.session_id is not None
-        try:
-            return self._open(wanted, given_id=given, conversation_id=request.conversation_id)
-        except IdentityError as error:
-            # Two users under one session id: their turns are kept apart, and none is lost.
-            caught("opening the session that a run names", error)
-            own = derived_id("session", wanted.id, wanted.user_id or "")
-            return self._open(replace(wanted, id=own), given_id=True)
-
-    def _remember(self, key: Hashable, session: Session) -> None:
-        if key is None:
-            return
-        with self._lock:
-            self._sessions[key] = session
-            self._sessions.move_to_end(key)
-            if len(self._sessions) > _SESSIONS_REMEMBERED:
-                self._sessions.popitem(last=False)
-
 
 _default: list[SessionTracker] = []
 _default_lock = threading.Lock()
@@ -432,46 +368,3 @@ def default_tracker() -> SessionTracker:
         if not _default:
             _default.append(SessionTracker())
         return _default[0]
-
-
-def _root_attributes(tags: TurnTags, session: SessionFacts, request: TurnRequest) -> dict[str, AttributeValue]:
-    begun = tags.attributes()
-    begun[a.LANGFUSE_OBSERVATION_TYPE] = "agent"
-    begun[a.LANGFUSE_TRACE_NAME] = a.TRACE_NAME_TURN
-    if session.type is not None:
-        begun[a.SESSION_TYPE] = session.type
-    if session.locale is not None:
-        begun[a.SESSION_LOCALE] = session.locale
-    if session.client_version is not None:
-        begun[a.SESSION_CLIENT_VERSION] = session.client_version
-    if request.tags:
-        begun[a.LANGFUSE_TRACE_TAGS] = request.tags
-    return begun
-
-
-def _idle_ns(idle_after: float | timedelta) -> int:
-    seconds = idle_after.total_seconds() if isinstance(idle_after, timedelta) else idle_after
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= MAX_IDLE_S:
-        raise ConfigurationError(
-            f"idle_after is {idle_after!r}. Allowed is a positive number of seconds or a timedelta, at most ten years: "
-            "idle_after=1800."
-        )
-    return int(seconds * 1_000_000_000)
-
-
-def _hash_key(given: str | bytes | None, from_environment: Any, ledger: Ledger) -> bytes:
-    key = given if given is not None else from_environment and from_environment.get_secret_value()
-    if key is None:
-        return ledger.hash_key()
-    encoded = key.encode() if isinstance(key, str) else key
-    if not isinstance(encoded, bytes):
-        raise ConfigurationError(
-            f"user_hash_key is a {type(key).__name__}. Allowed is a string or bytes of at least 16 bytes: pass the key "
-            "from your secret store, or none."
-        )
-    if len(encoded) < 16:
-        raise ConfigurationError(
-            f"The key for hashing users has {len(encoded)} bytes; at least 16 are needed, so that hashes cannot be "
-            "tried out. Make one with: python -c 'import secrets; print(secrets.token_hex(32))'"
-        )
-    return encoded

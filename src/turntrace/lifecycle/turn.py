@@ -18,7 +18,7 @@ from turntrace.current import Scope, current_scope, enter, leave
 from turntrace.errors import StateError
 from turntrace.identity import safe_text
 from turntrace.lifecycle.steps import OPERATION_OF, OpenStep, StepKind, TurnAccount
-from turntrace.records import LLMCall, TurnTags
+from turntrace.records import LLMCall, SessionFacts, TurnRequest, TurnTags
 
 if TYPE_CHECKING:
     from turntrace.lifecycle.session import Conversation
@@ -282,6 +282,22 @@ _EMPTY: Final = Context()
 def is_abandoning(error: BaseException) -> bool:
     """Tell whether an error means that nobody waits any more: a closed generator, a cancelled task, an exit."""
     return not isinstance(error, Exception)
+
+
+def root_attributes(tags: TurnTags, session: SessionFacts, request: TurnRequest) -> dict[str, AttributeValue]:
+    """Return what the root of a turn carries from its start."""
+    begun = tags.attributes()
+    begun[a.LANGFUSE_OBSERVATION_TYPE] = "agent"
+    begun[a.LANGFUSE_TRACE_NAME] = a.TRACE_NAME_TURN
+    if session.type is not None:
+        begun[a.SESSION_TYPE] = session.type
+    if session.locale is not None:
+        begun[a.SESSION_LOCALE] = session.locale
+    if session.client_version is not None:
+        begun[a.SESSION_CLIENT_VERSION] = session.client_version
+    if request.tags:
+        begun[a.LANGFUSE_TRACE_TAGS] = request.tags
+    return begun
 
 
 class _NoTurn:

@@ -1,0 +1,98 @@
+"""What the rows of the ledger stand for."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+from sqlalchemy import Connection, RowMapping, func, select, update
+
+from turntrace.errors import IdentityError
+from turntrace.ledger.tables import open_turns, sessions, turns
+from turntrace.records import SessionFacts, SessionSummary, Step, TurnSummary
+
+_DAY_NS: Final = 86_400 * 1_000_000_000
+
+
+def first_session(connection: Connection, *conditions: Any) -> RowMapping | None:
+    """Return the session that began last of those that meet all conditions, or None."""
+    query = select(sessions).where(*conditions).order_by(sessions.c.started_ns.desc(), sessions.c.id.desc()).limit(1)
+    return connection.execute(query).mappings().first()
+
+
+def has_open_turn(connection: Connection, session_id: str) -> bool:
+    """Tell whether a turn of a session still runs."""
+    query = select(open_turns.c.id).where(open_turns.c.session_id == session_id).limit(1)
+    return connection.execute(query).first() is not None
+
+
+def continue_session(connection: Connection, row: RowMapping, wanted: SessionFacts) -> SessionFacts:
+    """Open a session again by its id; one of a user who was not known yet becomes that user's."""
+    if row["user_id"] is not None and wanted.user_id not in (None, row["user_id"]):
+        raise IdentityError(
+            f"The session {wanted.id!r} is another user's. A session has one user: pass another session_id, or the "
+            "user_id that it began with."
+        )
+    facts = session_facts(row)
+    if row["ended_ns"] is not None or facts.user_id != wanted.user_id is not None:
+        facts = replace(facts, user_id=facts.user_id or wanted.user_id)
+        activity = max(row["last_activity_ns"], wanted.started_ns) if row["ended_ns"] else row["last_activity_ns"]
+        connection.execute(
+            update(sessions)
+            .where(sessions.c.id == wanted.id)
+            .values(ended_ns=None, end_reason=None, last_activity_ns=activity, user_id=facts.user_id)
+        )
+    return facts
+
+
+def session_facts(row: RowMapping) -> SessionFacts:
+    """Read what was known of a session from its start."""
+    return SessionFacts(**{name: row[name] for name in SessionFacts.__slots__})
+
+
+_SUMMARY_COLUMNS: Final = tuple(name for name in SessionSummary.__slots__ if name in sessions.c)
+_TURN_COLUMNS: Final = tuple(name for name in TurnSummary.__slots__ if name in turns.c)
+
+
+def plain_summary(row: RowMapping) -> SessionSummary:
+    """Read a session, without the figures of its user."""
+    return SessionSummary(**{name: row[name] for name in _SUMMARY_COLUMNS}, user_sessions_total=row["sessions_total"])
+
+
+def full_summary(connection: Connection, row: RowMapping) -> SessionSummary:
+    """Read a session, with the figures of its user as they were when it began."""
+    summary = plain_summary(row)
+    if row["user_id"] is None:
+        return replace(summary, user_sessions_total=None)
+    count, total_turns, first, last = connection.execute(
+        select(
+            func.count(),
+            func.sum(sessions.c.total_turns),
+            func.min(sessions.c.started_ns),
+            func.max(sessions.c.started_ns),
+        ).where(sessions.c.user_id == row["user_id"], sessions.c.started_ns <= row["started_ns"])
+    ).one()
+    return replace(
+        summary,
+        user_sessions_total=count,
+        user_avg_session_length=float(total_turns) / count,
+        user_retention_days=int(last - first) // _DAY_NS,
+    )
+
+
+def turn_summary(row: RowMapping) -> TurnSummary:
+    """Read a turn."""
+    return TurnSummary(**{name: row[name] for name in _TURN_COLUMNS})
+
+
+_STEP_FIELDS: Final = Step.__slots__
+
+
+def steps_text(steps: Sequence[Step]) -> str:
+    """Write steps as the ledger keeps them."""
+    return json.dumps([[getattr(step, name) for name in _STEP_FIELDS] for step in steps], separators=(",", ":"))
+
+
+def steps_from(text: str | None) -> list[Step]:
+    """Read back what `steps_text` wrote."""
+    return [Step(*values) for values in json.loads(text)] if text else []

@@ -1,0 +1,88 @@
+"""Checks of what a tracker is given."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Final
+
+from turntrace.errors import ConfigurationError
+from turntrace.identity import check_text, hash_user
+from turntrace.ledger import Ledger
+from turntrace.settings import MAX_IDLE_S
+
+SESSION_TYPES: Final = ("chat", "api", "batch")
+
+_HASHES_REMEMBERED: Final = 10_000
+
+
+class UserHasher:
+    """Hashes user ids; remembers some, since hashing costs more than looking up.
+
+    Args:
+        key: The secret key.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self._known: dict[str, str] = {}
+
+    def __call__(self, user_id: str | int) -> str:
+        known = self._known.get(user_id) if isinstance(user_id, str) else None
+        if known is None:
+            known = hash_user(user_id, self._key)
+            if isinstance(user_id, str):
+                if len(self._known) >= _HASHES_REMEMBERED:
+                    self._known.clear()
+                self._known[user_id] = known
+        return known
+
+
+def checked_type(session_type: str) -> str:
+    """Return the type of a session, or say why it cannot be one."""
+    if session_type not in SESSION_TYPES:
+        raise ConfigurationError(f"session_type {session_type!r} is unknown. Allowed are {', '.join(SESSION_TYPES)}.")
+    return session_type
+
+
+def text_or_none(value: object, name: str) -> str | None:
+    """Return a short text that the app gave, or None; say why it cannot be one."""
+    return None if value is None else check_text(value, name)
+
+
+def checked_classifier(classify: Callable[[str], str]) -> Callable[[str], str]:
+    """Return a classifier, or say why it cannot be one."""
+    if not callable(classify):
+        raise ConfigurationError(
+            f"classify is a {type(classify).__name__}, which cannot be called. Pass a function from str to str: "
+            "from what the user said to its type."
+        )
+    return classify
+
+
+def idle_ns_of(idle_after: float | timedelta) -> int:
+    """Return an idle time in nanoseconds, or say why it cannot be one."""
+    seconds = idle_after.total_seconds() if isinstance(idle_after, timedelta) else idle_after
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= MAX_IDLE_S:
+        raise ConfigurationError(
+            f"idle_after is {idle_after!r}. Allowed is a positive number of seconds or a timedelta, at most ten years: "
+            "idle_after=1800."
+        )
+    return int(seconds * 1_000_000_000)
+
+
+def hash_key_of(given: str | bytes | None, from_environment: Any, ledger: Ledger) -> bytes:
+    """Return the key for hashing users: the given one, that of the environment, or the one that the ledger keeps."""
+    key = given if given is not None else from_environment and from_environment.get_secret_value()
+    if key is None:
+        return ledger.hash_key()
+    encoded = key.encode() if isinstance(key, str) else key
+    if not isinstance(encoded, bytes):
+        raise ConfigurationError(
+            f"user_hash_key is a {type(key).__name__}. Allowed is a string or bytes of at least 16 bytes: pass the key "
+            "from your secret store, or none."
+        )
+    if len(encoded) < 16:
+        raise ConfigurationError(
+            f"The key for hashing users has {len(encoded)} bytes; at least 16 are needed, so that hashes cannot be "
+            "tried out. Make one with: python -c 'import secrets; print(secrets.token_hex(32))'"
+        )
+    return encoded

@@ -1,0 +1,97 @@
+"""Which session a turn falls into: sessions are opened, remembered, and waited for when their end was said."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from turntrace.boundary import caught
+from turntrace.errors import IdentityError
+from turntrace.identity import derived_id
+from turntrace.lifecycle.closing import AnnounceSession, EndSession
+from turntrace.lifecycle.session import Session
+from turntrace.lifecycle.writer import Writer
+from turntrace.records import SessionFacts, TurnRequest
+
+if TYPE_CHECKING:
+    from turntrace.lifecycle.tracker import SessionTracker
+
+_REMEMBERED: Final = 10_000
+_ENDS_S: Final = 5.0
+
+
+class Sittings:
+    """The sessions of a tracker, as this process knows them; the ledger has the last word.
+
+    Args:
+        tracker: The tracker.
+        writer: What writes down beginnings and ends.
+    """
+
+    def __init__(self, tracker: "SessionTracker", writer: Writer) -> None:
+        self._tracker = tracker
+        self._writer = writer
+        self._known: OrderedDict[Hashable, Session] = OrderedDict()
+        self._ending: set[str] = set()
+        self._lock = threading.Lock()
+
+    def open(self, wanted: SessionFacts, *, given_id: bool, conversation_id: str | None = None) -> Session:
+        """Begin or continue a session, as `turntrace.ledger.Ledger.open_session` says."""
+        self.wait_for_end(wanted.id if given_id else None)
+        opened = self._tracker.ledger.open_session(
+            wanted, idle_ns=self._tracker.idle_ns, given_id=given_id, conversation_id=conversation_id
+        )
+        if opened.expired_id is not None:
+            self._writer.submit(EndSession(self._tracker, opened.expired_id, "inactive_timeout", wanted.started_ns))
+        if opened.is_new:
+            self._writer.submit(AnnounceSession(self._tracker, opened.session))
+        return Session(self._tracker, opened.session)
+
+    def known(self, key: Hashable) -> Session | None:
+        """Return the session that runs of this key fell into last, or None."""
+        return None if key is None else self._known.get(key)
+
+    def open_for_run(self, key: Hashable, wanted: SessionFacts, request: TurnRequest) -> Session:
+        """Open the session of a run that stands alone, and remember it under the key of such runs."""
+        given = request.session_id is not None
+        try:
+            session = self.open(wanted, given_id=given, conversation_id=request.conversation_id)
+        except IdentityError as error:
+            # Two users under one session id: their turns are kept apart, and none is lost.
+            caught("opening the session that a run names", error)
+            own = derived_id("session", wanted.id, wanted.user_id or "")
+            session = self.open(replace(wanted, id=own), given_id=True)
+        if key is not None:
+            with self._lock:
+                self._known[key] = session
+                self._known.move_to_end(key)
+                if len(self._known) > _REMEMBERED:
+                    self._known.popitem(last=False)
+        return session
+
+    def end(self, session_id: str, reason: str) -> None:
+        """Have a session ended, and let nothing fall into it from now on."""
+        with self._lock:
+            self._ending.add(session_id)
+            for key in [key for key, session in self._known.items() if session.id == session_id]:
+                del self._known[key]
+        self._writer.submit(EndSession(self._tracker, session_id, reason, self._tracker.clock()))
+
+    def wait_for_end(self, session_id: str | None) -> None:
+        """Wait until a session whose end was said is ended, or with None until all such are."""
+        if self._ending if session_id is None else session_id in self._ending:
+            with self._lock:
+                said = set(self._ending)
+            self._writer.drain(_ENDS_S)
+            with self._lock:
+                self._ending -= said
+
+
+def key_of_run(request: TurnRequest, user_id: str | None, channel: str) -> Hashable:
+    """Return what runs of the same sitting have in common, or None when nothing ties a run to others."""
+    if request.session_id is not None:
+        return ("session", request.session_id, user_id)
+    if user_id is not None:
+        return ("user", user_id, channel)
+    return None if request.conversation_id is None else ("conversation", request.conversation_id)
