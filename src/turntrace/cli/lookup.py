@@ -44,7 +44,7 @@ def find_session(ledger: Ledger, session_id: str) -> SessionSummary:
     found = ledger.session(session_id)
     if found is not None:
         return found
-    matches = [session.id for session in ledger.sessions(limit=_ALL) if session.id.startswith(session_id)]
+    matches = [session.id for session in ledger.sessions(limit=_ALL, id_begins=session_id)]
     if not matches:
         raise IdentityError(f"No session has an id that begins with {session_id!r}. turntrace sessions lists them.")
     if len(matches) > 1:

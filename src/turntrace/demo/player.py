@@ -7,17 +7,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from sqlalchemy import Engine, delete
-
 from turntrace.demo.recorded import stage_for
 from turntrace.demo.recording import Exchange, Transcript
 from turntrace.errors import TranscriptError
 from turntrace.identity import derived_id, new_id
-from turntrace.ledger.engine import open_engine
-from turntrace.ledger.tables import open_turns
 from turntrace.lifecycle import Conversation, SessionTracker, Turn
 from turntrace.records import SessionSummary
-from turntrace.settings import read_settings
 
 CHANNEL: Final = "replay"
 """The channel of replayed sessions, which tells them apart from those of the app."""
@@ -77,8 +72,7 @@ class Player:
     """
 
     def __init__(self, ledger: str | None = None, **settings: Any) -> None:
-        self._engine: Engine = open_engine(ledger or read_settings().ledger)
-        self.tracker = SessionTracker(self._engine, ids=_next_id, **settings)
+        self.tracker = SessionTracker(ledger, ids=_next_id, **settings)
         self._stopping = threading.Event()
 
     def stop(self) -> None:
@@ -88,7 +82,6 @@ class Player:
     def close(self) -> None:
         """Write down what has ended and close the ledger."""
         self.tracker.shutdown()
-        self._engine.dispose()
 
     def play(self, transcript: Transcript) -> Outcome:
         """Play a conversation, in this thread.
@@ -151,7 +144,8 @@ class Player:
                 "another ledger (--ledger sqlite:///other.db), or give it another conversation_id"
             )
         if len(done) < len(known):
-            _withdraw_open_turns(self._engine, session_id)
+            with ledger.writing() as writer:  # left open by a replay that was killed: played again, by the same ids
+                writer.withdraw_open_turns(session_id)
         session = ledger.session(session_id)
         has_ended = session is not None and session.ended_ns is not None
         return _Plan(session_id, turn_ids, shared, is_complete=shared == len(turn_ids) and has_ended)
@@ -167,12 +161,6 @@ class Player:
             return "stopped"  # perhaps after its last turn: then only the end is left for the next replay
         conversation.session.end(transcript.end_reason)
         return "continued" if plan.done else "played"
-
-
-def _withdraw_open_turns(engine: Engine, session_id: str) -> None:
-    """Take back turns that a killed replay left open, so that they are played again under the same ids and numbers."""
-    with engine.begin() as connection:
-        connection.execute(delete(open_turns).where(open_turns.c.session_id == session_id))
 
 
 def _facts(transcript: Transcript, plan: _Plan) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import logging
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from opentelemetry.sdk.trace.id_generator import IdGenerator, RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
 
 from turntrace.attributes import SCOPE_NAME, AttributeValue
+from turntrace.boundary import caught
 from turntrace.export.processor import TurnSpanProcessor, processor_of
 from turntrace.settings import LangfuseSettings, read_langfuse_settings
 
@@ -24,6 +26,7 @@ logger = logging.getLogger("turntrace")
 _own_providers: "weakref.WeakSet[TracerProvider]" = weakref.WeakSet()
 _lock = threading.Lock()
 _EMPTY = Context()
+_REQUESTS_REMEMBERED = 10_000
 
 
 class _Ids(RandomIdGenerator):
@@ -64,8 +67,10 @@ class SpanTarget:
         self.processor: TurnSpanProcessor | None = None
         if isinstance(provider, TracerProvider):
             self.processor = processor_of(provider)
-        if isinstance(self._tracer, SdkTracer):  # the tracer object is ours alone: get_tracer makes a new one
-            self._ids = self._tracer.id_generator = _Ids(self._tracer.id_generator)
+        self._requests: OrderedDict[int, None] = OrderedDict()
+        if isinstance(self._tracer, SdkTracer):  # the tracer of our name is ours, perhaps of several trackers
+            own = self._tracer.id_generator
+            self._ids = self._tracer.id_generator = own if isinstance(own, _Ids) else _Ids(own)
 
     def start(
         self, name: str, *, attributes: Mapping[str, AttributeValue], start_ns: int, parent: Context
@@ -78,7 +83,11 @@ class SpanTarget:
             start_ns: When it starts, in nanoseconds since 1970.
             parent: The context whose current span is its parent.
         """
-        return self._tracer.start_span(name, context=parent, attributes=attributes, start_time=start_ns)
+        try:
+            return self._tracer.start_span(name, context=parent, attributes=attributes, start_time=start_ns)
+        except Exception as error:  # of a span processor of the app's: the step goes on without its span
+            caught("starting a span: a span processor of the app raised an error", error)
+            return trace.NonRecordingSpan(trace.get_current_span(parent).get_span_context())
 
     def start_root(
         self,
@@ -87,6 +96,7 @@ class SpanTarget:
         attributes: Mapping[str, AttributeValue],
         start_ns: int,
         ids: tuple[int, int],
+        below: trace.Span | None = None,
         around: trace.Span | None = None,
     ) -> trace.Span:
         """Start the root of a trace, or what stands below the span of a request.
@@ -96,19 +106,40 @@ class SpanTarget:
             attributes: Its attributes at the start.
             start_ns: When it starts, in nanoseconds since 1970.
             ids: The ids of its trace and of the span, where the provider lets us choose them.
-            around: The span of other code that is current. One that serves a request (of kind SERVER) is its parent;
-                any other is only linked, so that a turn stays one trace.
+            below: The span of the request that the turn serves, which is its parent then (see `claim_request`).
+            around: The span of other code that is current: it is linked, so that a turn stays one trace.
         """
         parent = _EMPTY
         links: tuple[trace.Link, ...] = ()
-        if around is not None and around.get_span_context().is_valid:
-            if serves_request(around):
-                parent = trace.set_span_in_context(around, _EMPTY)
-            else:
-                links = (trace.Link(around.get_span_context()),)
+        if below is not None:
+            parent = trace.set_span_in_context(below, _EMPTY)
+        elif around is not None and around.get_span_context().is_valid:
+            links = (trace.Link(around.get_span_context()),)
         if self._ids is not None:
             self._ids.next_ids(*ids)
-        return self._tracer.start_span(name, context=parent, attributes=attributes, start_time=start_ns, links=links)
+        try:
+            return self._tracer.start_span(
+                name, context=parent, attributes=attributes, start_time=start_ns, links=links
+            )
+        except Exception as error:  # of a span processor of the app's: the turn goes on without its spans
+            caught("starting a span: a span processor of the app raised an error", error)
+            return trace.NonRecordingSpan(trace.SpanContext(*ids, is_remote=False))
+
+    def claim_request(self, span: trace.Span) -> bool:
+        """Tell whether a turn is to stand below a span: one that serves a request (of kind SERVER), for its first turn.
+
+        A second turn in the same request has a trace of its own, since a turn is one trace.
+        """
+        context = span.get_span_context()
+        if getattr(span, "kind", None) is not trace.SpanKind.SERVER or not context.is_valid:
+            return False
+        with _lock:
+            if context.span_id in self._requests:
+                return False
+            self._requests[context.span_id] = None
+            if len(self._requests) > _REQUESTS_REMEMBERED:
+                self._requests.popitem(last=False)
+        return True
 
     @contextmanager
     def capturing(self) -> Iterator[list[ReadableSpan]]:
@@ -172,7 +203,11 @@ def _langfuse_provider(settings: LangfuseSettings) -> trace.TracerProvider:
     if isinstance(found, TracerProvider):
         with _lock:
             _own_providers.discard(found)
-        Langfuse(tracer_provider=found)
+        client = Langfuse(tracer_provider=found)
+        # A client that the app had made before with a provider of its own keeps it, and names it nowhere else.
+        resources = getattr(client, "_resources", None)
+        used = getattr(resources, "tracer_provider", None)
+        found = used if isinstance(used, TracerProvider) else found
     else:
         logger.warning(
             "turntrace: the tracer provider of this process (%s) is not one of the OpenTelemetry SDK, so Langfuse's "
@@ -180,11 +215,6 @@ def _langfuse_provider(settings: LangfuseSettings) -> trace.TracerProvider:
             type(found).__name__,
         )
     return found
-
-
-def serves_request(span: trace.Span) -> bool:
-    """Tell whether a span is that of a request which the app serves: of kind SERVER."""
-    return getattr(span, "kind", None) is trace.SpanKind.SERVER and span.get_span_context().is_valid
 
 
 def ids_of(span: trace.Span) -> tuple[str, str]:

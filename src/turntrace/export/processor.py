@@ -34,9 +34,13 @@ class TurnSpanProcessor(SpanProcessor):
     What a user's code, Langfuse's ``@observe`` or an instrumentation starts inside a node or a tool gets the ids of
     the turn at its start. On spans of Langfuse's own SDK they are also set as metadata, because its server drops
     unknown attributes there.
+
+    Args:
+        provider: The provider that it is added to.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, provider: TracerProvider) -> None:
+        self._provider = weakref.ref(provider)
         self._running: dict[int, CollectingTurn] = {}
         self._captured = threading.local()
         self._flushers: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -99,8 +103,17 @@ class TurnSpanProcessor(SpanProcessor):
             self._captured.spans = None
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
-        """Write down what has ended."""
+        """Write down what has ended; then have the processors before this one flush the spans that ended by it."""
+        if getattr(self._captured, "flushing", False):
+            return True
         written = [writer.drain(timeout_millis / 1000) for writer in list(self._flushers)]
+        provider = self._provider()
+        if provider is not None and any(written):
+            self._captured.flushing = True
+            try:
+                provider.force_flush(timeout_millis)
+            finally:
+                self._captured.flushing = False
         return all(written)
 
 
@@ -113,6 +126,6 @@ def processor_of(provider: TracerProvider) -> TurnSpanProcessor:
     with _processors_lock:
         processor = _processors.get(provider)
         if processor is None:
-            processor = _processors[provider] = TurnSpanProcessor()
+            processor = _processors[provider] = TurnSpanProcessor(provider)
             provider.add_span_processor(processor)
         return processor

@@ -137,7 +137,9 @@ class Database:
         self._in_memory = self._is_sqlite and is_memory(self.engine.url)
         self._lock = threading.RLock()
         self._writer: Connection | None = None
-        self._inherited: object = None
+        self._gate = threading.Condition()
+        self._readers = 0
+        self._forking = False
         _at_fork(self)
 
     @property
@@ -177,10 +179,23 @@ class Database:
                 with self._lock, self.engine.connect() as connection:
                     yield connection
             else:
-                with self.engine.connect() as connection:
+                with self._counted(), self.engine.connect() as connection:
                     if self._is_sqlite:
                         connection.exec_driver_sql("BEGIN")
                     yield connection
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count a reader, for whom a fork waits."""
+        with self._gate:
+            self._gate.wait_for(lambda: not self._forking)
+            self._readers += 1
+        try:
+            yield
+        finally:
+            with self._gate:
+                self._readers -= 1
+                self._gate.notify_all()
 
     def run_fast(self, statement: Prepared, values: Mapping[str, Any]) -> Any:
         """Run one statement on the driver's own cursor, by itself, and return its first row or None.
@@ -210,17 +225,27 @@ class Database:
     def _before_fork(self) -> None:
         # SQLite's locks belong to a process: one that a transaction holds at the fork would be the child's for ever.
         self._lock.acquire()
+        with self._gate:
+            self._forking = True
+            self._gate.wait_for(lambda: self._readers == 0, timeout=BUSY_TIMEOUT_MS / 1000)
 
     def _after_fork_in_parent(self) -> None:
+        self._forking = False
+        with self._gate:
+            self._gate.notify_all()
         self._lock.release()
 
     def _after_fork_in_child(self) -> None:
         self._lock = threading.RLock()
+        self._gate = threading.Condition()
+        self._forking, self._readers = False, 0
         if self._in_memory:
             return  # a copy of the parent's memory, which is the child's own
-        self._inherited = (self._writer, self.engine.pool)  # the parent's: never to be used, or closed, here
-        self._writer = None
-        self.engine.dispose(close=False)
+        # What is inherited is closed before anything new is opened: SQLite would take the parent's locks for ours.
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        self.engine.dispose(close=self._owns_engine)
 
 
 def _at_fork(database: Database) -> None:

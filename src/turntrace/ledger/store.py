@@ -42,11 +42,13 @@ class SessionOpened:
     Attributes:
         session: The session, begun or continued.
         is_new: Whether it began now.
+        is_announced: Whether its ``session.start`` is on record: not so when the process was killed before.
         expired_id: The session of the same user and channel that had been silent too long and is to be ended.
     """
 
     session: SessionFacts
     is_new: bool
+    is_announced: bool = False
     expired_id: str | None = None
 
 
@@ -132,13 +134,13 @@ class Ledger:
             if given_id:
                 row = first_session(connection, sessions.c.id == wanted.id)
                 if row is not None:
-                    return SessionOpened(continue_session(connection, row, wanted), is_new=False)
+                    return SessionOpened(continue_session(connection, row, wanted), False, row["announced"])
             else:
                 row = self._open_session_of(connection, wanted, conversation_id)
                 if row is not None and (
                     wanted.started_ns - row["last_activity_ns"] <= idle_ns or has_open_turn(connection, row["id"])
                 ):
-                    return SessionOpened(session_facts(row), is_new=False)
+                    return SessionOpened(session_facts(row), False, row["announced"])
             expired = None if given_id or row is None else str(row["id"])
             return SessionOpened(self._begin_session(connection, wanted), is_new=True, expired_id=expired)
 
@@ -249,11 +251,21 @@ class Ledger:
             row = first_session(connection, sessions.c.id == session_id)
             return None if row is None else full_summary(connection, row)
 
-    def sessions(self, *, limit: int = 50, ids: Sequence[str] | None = None) -> list[SessionSummary]:
-        """Return the latest sessions, the newest first, without the figures of their users."""
+    def sessions(
+        self, *, limit: int = 50, ids: Sequence[str] | None = None, id_begins: str | None = None
+    ) -> list[SessionSummary]:
+        """Return the latest sessions, the newest first, without the figures of their users.
+
+        Args:
+            limit: How many at most.
+            ids: Only those of these ids.
+            id_begins: Only those whose id begins so.
+        """
         query = select(sessions).order_by(sessions.c.started_ns.desc(), sessions.c.id).limit(limit)
         if ids is not None:
             query = query.where(sessions.c.id.in_(ids))
+        if id_begins is not None:
+            query = query.where(sessions.c.id.startswith(id_begins, autoescape=True))
         with self._asking() as connection:
             return [plain_summary(row) for row in connection.execute(query).mappings()]
 

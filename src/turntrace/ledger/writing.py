@@ -7,7 +7,7 @@ from sqlalchemy import Connection, delete, update
 
 from turntrace.ledger.rows import first_session, full_summary, steps_text
 from turntrace.ledger.statements import TURN_COLUMNS, Statements
-from turntrace.ledger.tables import outbox, sessions, turns
+from turntrace.ledger.tables import open_turns, outbox, sessions, turns
 from turntrace.records import SessionSummary, Step, TurnSummary
 
 
@@ -78,6 +78,10 @@ class LedgerWriter:
         """Return a session that has ended, with its totals as they are now; None when it has not."""
         row = first_session(self._connection, sessions.c.id == session_id, sessions.c.ended_ns.is_not(None))
         return None if row is None else full_summary(self._connection, row)
+
+    def withdraw_open_turns(self, session_id: str) -> int:
+        """Take back the turns of a session that have begun and not ended, as if they had not begun; return how many."""
+        return self._connection.execute(delete(open_turns).where(open_turns.c.session_id == session_id)).rowcount
 
     def announced(self, session_id: str) -> bool:
         """Note that the start of a session has its span; tell whether it had none before."""

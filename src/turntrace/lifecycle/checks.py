@@ -26,6 +26,7 @@ class UserHasher:
         self._known: dict[str, str] = {}
 
     def __call__(self, user_id: str | int) -> str:
+        """Return the hash that stands for a user."""
         known = self._known.get(user_id) if isinstance(user_id, str) else None
         if known is None:
             known = hash_user(user_id, self._key)

@@ -67,8 +67,9 @@ class SettleTurn(_SpanJob):
         steps, others = turn.take_ended()
         with self._tracker.target.capturing() as ended:
             for step in steps:
+                account.spans += step.span.is_recording()
                 _end_step(turn, step, account)
-        account.spans += len(steps) + len(others)
+        account.spans += len(others)
         return ended + others
 
     def write(self, ledger: LedgerWriter) -> None:
@@ -98,12 +99,13 @@ class FinishTurn(SettleTurn):
         turn.account.is_closed = True
         question, answer = read_message(turn.message), read_message(turn.answer)
         self._summary = _sum_up(turn, self._status, self._ended_ns, question, answer)
+        self._steps = list(turn.account.steps)
+        self._count = turn.account.spans + turn.root.is_recording()
         with self._tracker.target.capturing() as ended:
             turn.root.set_attributes({**self._summary.attributes(), **_content(turn, self._summary, question, answer)})
             if self._status in ("failed", "abandoned"):
                 _mark_failed(turn.root, self._summary.error or self._status, None, failed=self._status == "failed")
-            turn.root.end(self._ended_ns)
-        self._steps, self._count = list(turn.account.steps), turn.account.spans + 1
+            _end_span(turn.root, self._ended_ns)
         self._keep(spans + ended)
 
     def write(self, ledger: LedgerWriter) -> None:
@@ -126,17 +128,11 @@ class AnnounceSession(_SpanJob):
         super().__init__(tracker)
         self._session = session
 
-    def prepare(self) -> None:
-        """Make the span."""
-        session = self._session
-        asked = {"channel": session.channel, "type": session.type, "locale": session.locale}
-        known = {"previous_session": session.previous_id, "sessions_total": session.sessions_total}
-        words = session.attributes()
-        self._keep(_session_span(self._tracker, a.SPAN_SESSION_START, words, session.started_ns, asked, known))
-
     def write(self, ledger: LedgerWriter) -> None:
         """Put the span into the outbox, once for the session."""
         if ledger.announced(self._session.id):
+            if not self._spans:
+                self._keep(_session_start(self._tracker, self._session))
             self._put_spans(ledger)
 
 
@@ -167,8 +163,21 @@ class EndSession(_SpanJob):
         if ended is None:
             return
         if not self._spans:
+            if ledger.announced(self._session_id):  # the process that began it was killed before it could say so
+                self._keep(_session_start(self._tracker, _facts_of(ended)))
             self._keep(_session_end(self._tracker, ended))
         self._put_spans(ledger)
+
+
+def _facts_of(session: SessionSummary) -> SessionFacts:
+    facts = {name: getattr(session, name) for name in SessionFacts.__slots__ if name != "sessions_total"}
+    return SessionFacts(**facts, sessions_total=session.user_sessions_total)
+
+
+def _session_start(tracker: "SessionTracker", session: SessionFacts) -> list[ReadableSpan]:
+    asked = {"channel": session.channel, "type": session.type, "locale": session.locale}
+    known = {"previous_session": session.previous_id, "sessions_total": session.sessions_total}
+    return _session_span(tracker, a.SPAN_SESSION_START, session.attributes(), session.started_ns, asked, known)
 
 
 def _session_end(tracker: "SessionTracker", ended: SessionSummary) -> list[ReadableSpan]:
@@ -212,7 +221,7 @@ def _session_span(
         span = tracker.target.start_root(
             name, attributes={**attributes, **shown}, start_ns=at_ns, ids=(int(trace_id, 16), int(span_id[:16], 16))
         )
-        span.end(at_ns)
+        _end_span(span, at_ns)
     return ended
 
 
@@ -238,7 +247,7 @@ def _end_step(turn: "Turn", step: OpenStep, account: TurnAccount) -> None:
     if step.error is not None or step.abandoned:
         text = None if step.error_text is None else turn.tracker.content.clean(step.error_text)
         _mark_failed(step.span, step.error or "abandoned", text, failed=not step.abandoned)
-    step.span.end(step.end_ns)
+    _end_span(step.span, step.end_ns)
     if len(account.steps) < _MAX_STEPS_KEPT:
         account.steps.append(_as_record(turn, step, cost))
 
@@ -256,6 +265,11 @@ def _add_call(account: TurnAccount, call: LLMCall) -> float | None:
     else:
         account.cost_usd += cost
     return cost
+
+
+@never_breaks("ending a span: a span processor of the app raised an error")
+def _end_span(span: Span, end_ns: int | None) -> None:
+    span.end(end_ns)
 
 
 _cost_of = never_breaks("looking up the price of a model")(cost_usd)
@@ -287,7 +301,7 @@ def _as_record(turn: "Turn", step: OpenStep, cost: float | None) -> Step:
 
 def _sum_up(turn: "Turn", status: str, ended_ns: int, question: Message | None, answer: Message | None) -> TurnSummary:
     account = turn.account
-    trace_id, root_span_id = ids_of(turn.root)
+    trace_id, root_span_id = ids_of(turn.root) if turn.root.get_span_context().is_valid else turn.planned_ids
     has_answer = turn.answer is not None and status != "failed"
     output_type = {"failed": "error", "interrupted": "interrupt"}.get(status)
     if output_type is None and has_answer:

@@ -44,7 +44,7 @@ class Sittings:
         )
         if opened.expired_id is not None:
             self._writer.submit(EndSession(self._tracker, opened.expired_id, "inactive_timeout", wanted.started_ns))
-        if opened.is_new:
+        if not opened.is_announced:
             self._writer.submit(AnnounceSession(self._tracker, opened.session))
         return Session(self._tracker, opened.session)
 

@@ -13,7 +13,7 @@ from sqlalchemy import Engine
 from turntrace import attributes as a
 from turntrace.content import ContentLevel, ContentPolicy, classify_input
 from turntrace.errors import StateError
-from turntrace.export import SpanTarget, ids_of, open_target, serves_request
+from turntrace.export import SpanTarget, ids_of, open_target
 from turntrace.identity import check_id, check_text, derived_id, is_trace_id, new_id, new_span_id
 from turntrace.ledger import Ledger
 from turntrace.lifecycle.checks import (
@@ -246,9 +246,10 @@ class SessionTracker:
         self._sittings.wait_for_end(session.id)
         turn_id = self.new_id()
         around = trace.get_current_span()
+        request_span = around if self.target.claim_request(around) else None
         trace_id = turn_id if is_trace_id(turn_id) else derived_id("trace", turn_id)
-        if serves_request(around):
-            trace_id = ids_of(around)[0]
+        if request_span is not None:
+            trace_id = ids_of(request_span)[0]
         span_id = new_span_id()
         started_ns = self.clock()
         number = self.ledger.begin_turn(
@@ -283,8 +284,10 @@ class SessionTracker:
                 attributes=root_attributes(tags, session, request),
                 start_ns=started_ns,
                 ids=(int(trace_id, 16), int(span_id, 16)),
+                below=request_span,
                 around=around,
             ),
+            planned_ids=(trace_id, span_id),
             started_ns=started_ns,
             message=message,
             role=role,

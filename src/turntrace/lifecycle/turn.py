@@ -49,6 +49,7 @@ class Turn:
         tags: TurnTags,
         *,
         root: trace.Span,
+        planned_ids: tuple[str, str],
         started_ns: int,
         message: Any,
         role: str,
@@ -60,6 +61,7 @@ class Turn:
         self.role = role
         self.message = message
         self.root = root
+        self.planned_ids = planned_ids
         self.agent_runs = 0
         self.intent: str | None = None
         self.answer: Any = None
@@ -100,14 +102,14 @@ class Turn:
         return self._finished
 
     @property
-    def input(self) -> dict[str, Any]:
+    def input(self) -> Any:
         """The input for the graph: the user's message under ``messages``; empty when the turn was given none."""
         if self.message is None:
             return {}
         return {"messages": [("user", self.message) if isinstance(self.message, str) else self.message]}
 
     @property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Any:
         """The config for the graph: the thread, the callback, and what makes the run join this turn.
 
         It is needed where the turn's block does not reach: in other threads, or with `Conversation.start_turn`.
