@@ -62,6 +62,11 @@ def named(spans: Capture | list[CapturedSpan], name: str) -> list[CapturedSpan]:
     return [span for span in seen if span.name == name]
 
 
+def ordered(capture: Capture) -> list[CapturedSpan]:
+    """Return all spans in the order of their starts; that of their export is nobody's business."""
+    return sorted(captured_spans(capture.spans()), key=lambda span: (span.start_ns, span.name == a.SPAN_SESSION_END))
+
+
 def words(span: CapturedSpan) -> dict[str, Any]:
     """Return a span's attributes without those whose names are others'."""
     return {name: value for name, value in span.attributes.items() if not name.startswith(OTHERS)}
@@ -163,7 +168,7 @@ WAYS: dict[str, Callable[[SessionTracker, Clock], None]] = {
 def test_the_spans_of_a_session_whole(way: str, capture: Capture, tracker: SessionTracker, clock: Clock) -> None:
     start = clock.now_ns
     WAYS[way](tracker, clock)
-    spans = captured_spans(capture.spans())
+    spans = ordered(capture)
     assert [span.name for span in spans] == ["session.start", "conversation.turn", "conversation.turn", "session.end"]
     begin, first, second, end = spans
     user = tracker.hash_user("alice")
@@ -271,13 +276,13 @@ def test_all_ways_to_write_it_give_the_same_spans() -> None:
         with Capture() as capture:
             clock = Clock()
             way(capture.tracker(clock=clock, ids=Ids()), clock)
-            seen.append([replace(span, span_id="") for span in captured_spans(capture.spans())])
+            seen.append([replace(span, span_id="") for span in ordered(capture)])
     assert seen[0] == seen[1] == seen[2] == seen[3]
 
 
 def test_every_span_is_the_root_of_a_trace_of_its_own(capture: Capture, tracker: SessionTracker, clock: Clock) -> None:
     play(tracker, clock)
-    spans = captured_spans(capture.spans())
+    spans = ordered(capture)
     assert [span.parent_id for span in spans] == [None] * 4
     assert len({span.trace_id for span in spans}) == 4
     assert [span.trace_id for span in spans[1:3]] == [SECOND_ID, THIRD]  # a turn's id is its trace's
@@ -289,7 +294,7 @@ def test_what_langfuse_shows_of_a_span_holds_no_content(
     capture: Capture, tracker: SessionTracker, clock: Clock
 ) -> None:
     play(tracker, clock)
-    begin, first, second, end = captured_spans(capture.spans())
+    begin, first, second, end = ordered(capture)
     assert [span.attributes["langfuse.observation.type"] for span in (begin, first, second, end)] == [
         "event",
         "agent",
@@ -355,7 +360,7 @@ def test_a_session_that_little_is_known_of(capture: Capture, tracker: SessionTra
     start = clock.now_ns
     with tracker.session():
         pass
-    begin, end = captured_spans(capture.spans())
+    begin, end = ordered(capture)
     assert words(begin) == {
         "session.id": FIRST,
         "session.channel": "unknown",
