@@ -128,11 +128,13 @@ class AnnounceSession(_SpanJob):
         super().__init__(tracker)
         self._session = session
 
+    def prepare(self) -> None:
+        """Make the span."""
+        self._keep(_session_start(self._tracker, self._session))
+
     def write(self, ledger: LedgerWriter) -> None:
         """Put the span into the outbox, once for the session."""
         if ledger.announced(self._session.id):
-            if not self._spans:
-                self._keep(_session_start(self._tracker, self._session))
             self._put_spans(ledger)
 
 

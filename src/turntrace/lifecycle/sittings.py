@@ -33,6 +33,7 @@ class Sittings:
         self._tracker = tracker
         self._writer = writer
         self._known: OrderedDict[Hashable, Session] = OrderedDict()
+        self._announced: OrderedDict[str, None] = OrderedDict()
         self._ending: set[str] = set()
         self._lock = threading.Lock()
 
@@ -44,9 +45,19 @@ class Sittings:
         )
         if opened.expired_id is not None:
             self._writer.submit(EndSession(self._tracker, opened.expired_id, "inactive_timeout", wanted.started_ns))
-        if not opened.is_announced:
+        if not opened.is_announced and self._first_said(opened.session.id):
             self._writer.submit(AnnounceSession(self._tracker, opened.session))
         return Session(self._tracker, opened.session)
+
+    def _first_said(self, session_id: str) -> bool:
+        """Tell whether the start of a session was not said by this process yet, and note that it is now."""
+        with self._lock:
+            if session_id in self._announced:
+                return False
+            self._announced[session_id] = None
+            if len(self._announced) > _REMEMBERED:
+                self._announced.popitem(last=False)
+        return True
 
     def known(self, key: Hashable) -> Session | None:
         """Return the session that runs of this key fell into last, or None."""
