@@ -1,20 +1,21 @@
 """The app that the benchmarks run: route, agent, tools in a third of the turns, agent.
 
-A user's message has 40 words, an answer 150, a tool's result 300: about as many tokens.
+A user's message has 40 words, an answer 150, a tool's result 300: about as many tokens. The system prompt has 1,200
+words, as agents have that use tools.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
 from langchain_core.language_models.chat_models import BaseChatModel
-from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, MessagesState, StateGraph
 from langgraph.prebuilt import ToolNode
 
-QUESTION, ANSWER, RESULT = "word " * 40, "word " * 150, "word " * 300
+SYSTEM, QUESTION, ANSWER, RESULT = "word " * 1200, "word " * 40, "word " * 150, "word " * 300
 USAGE = {"input_tokens": 400, "output_tokens": 150, "total_tokens": 550}
 TOOL_TURN = "look: "
 
@@ -39,7 +40,7 @@ class ScriptedModel(BaseChatModel):
         last = messages[-1]
         if isinstance(last, HumanMessage) and str(last.content).startswith(TOOL_TURN):
             call = {"name": "look_up", "args": {"query": "a"}, "id": "call-1"}
-            message = AIMessage("", tool_calls=[call], usage_metadata=USAGE)
+            message = AIMessage(ANSWER, tool_calls=[call], usage_metadata=USAGE)
         else:
             message = AIMessage(ANSWER, usage_metadata=USAGE)
         message.response_metadata = {"model_name": "gpt-4o"}
@@ -76,11 +77,12 @@ def question(number: int) -> str:
 
 
 def history(turns: int) -> Iterator[BaseMessage]:
-    """Yield the messages of the turns before."""
+    """Yield the system prompt and the messages of the turns before."""
+    yield SystemMessage(SYSTEM)
     for number in range(1, turns + 1):
         yield HumanMessage(question(number))
         if number % 3 == 0:
             call = {"name": "look_up", "args": {"query": "a"}, "id": f"call-{number}"}
-            yield AIMessage("", tool_calls=[call])
+            yield AIMessage(ANSWER, tool_calls=[call])
             yield ToolMessage(RESULT, tool_call_id=f"call-{number}")
         yield AIMessage(ANSWER)
