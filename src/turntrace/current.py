@@ -30,18 +30,26 @@ class CurrentTurn(Protocol):
         """What every span of the turn carries."""
 
 
+class Step(Protocol):
+    """What a scope stands for."""
+
+    @property
+    def span(self) -> trace.Span:
+        """Its span; it need not have been started before somebody asks for it."""
+
+
 class Scope(trace.Span):
-    """A span of ours while it runs; afterwards whatever was current before.
+    """The span of a step of ours while it runs; afterwards whatever was current before.
 
     Args:
-        turn: The turn that the span belongs to.
-        span: The span to stand for.
+        turn: The turn that the step belongs to.
+        step: The step to stand for.
         parent: The context in which the scope is made.
     """
 
-    def __init__(self, turn: CurrentTurn, span: trace.Span, parent: Context) -> None:
+    def __init__(self, turn: CurrentTurn, step: Step, parent: Context) -> None:
         self._turn: CurrentTurn | None = turn
-        self._span: trace.Span = span
+        self._step: Step | None = step
         before = otel_context.get_value(_SCOPE_KEY, parent)
         self._before_scope = before.settled() if isinstance(before, Scope) else None
         current = trace.get_current_span(parent)
@@ -60,6 +68,11 @@ class Scope(trace.Span):
         """Whether the span that this stands for is still running."""
         return self._turn is not None
 
+    @property
+    def before(self) -> trace.Span:
+        """What was current before."""
+        return self._before_span
+
     def settled(self) -> "Scope | None":
         """Return the nearest scope that still runs: this one, or one that was current before it."""
         scope: Scope | None = self
@@ -71,17 +84,18 @@ class Scope(trace.Span):
         """Return the span that this stands for now."""
         span: trace.Span = self
         while isinstance(span, Scope):
-            span = span._span if span._turn is not None else span._before_span
+            step = span._step
+            span = span._before_span if step is None else step.span
         return span
 
-    def stands_for(self, span: trace.Span) -> bool:
-        """Tell whether this stands for that span now."""
-        return self._span is span
+    @property
+    def step(self) -> Step | None:
+        """The step that this stands for, or None when that has ended."""
+        return self._step
 
     def close(self) -> None:
-        """Stop standing for the span."""
-        self._turn = None
-        self._span = trace.INVALID_SPAN
+        """Stop standing for the step."""
+        self._turn = self._step = None
 
     # --- the interface of a span: all but its end goes to the span that this stands for -------------------------------
     def end(self, end_time: int | None = None) -> None:
@@ -135,14 +149,22 @@ def current_scope(context: Context | None = None) -> Scope | None:
     return scope.settled() if isinstance(scope, Scope) else None
 
 
-def enter(turn: CurrentTurn, span: trace.Span) -> tuple[Scope, Context, Context]:
-    """Make a span current.
+def current_span() -> trace.Span:
+    """Return the current span as it is: a scope that runs, or a span of other code."""
+    span = trace.get_current_span()
+    while isinstance(span, Scope) and not span.is_live:
+        span = span.before
+    return span
+
+
+def enter(turn: CurrentTurn, step: Step) -> tuple[Scope, Context, Context]:
+    """Make a step's span current.
 
     Returns:
         The scope, the context as it now is, and the one before: what `leave` takes.
     """
     before = otel_context.get_current()
-    scope = Scope(turn, span, before)
+    scope = Scope(turn, step, before)
     after = otel_context.set_value(_SCOPE_KEY, scope, trace.set_span_in_context(scope, before))
     otel_context.attach(after)
     return scope, after, before

@@ -97,7 +97,7 @@ class SpanTarget:
         start_ns: int,
         ids: tuple[int, int],
         below: trace.Span | None = None,
-        around: trace.Span | None = None,
+        linked: trace.SpanContext | None = None,
     ) -> trace.Span:
         """Start the root of a trace, or what stands below the span of a request.
 
@@ -107,14 +107,15 @@ class SpanTarget:
             start_ns: When it starts, in nanoseconds since 1970.
             ids: The ids of its trace and of the span, where the provider lets us choose them.
             below: The span of the request that the turn serves, which is its parent then (see `claim_request`).
-            around: The span of other code that is current: it is linked, so that a turn stays one trace.
+            linked: The span of other code that was current: it is linked, not the parent, so that a turn stays one
+                trace.
         """
         parent = _EMPTY
         links: tuple[trace.Link, ...] = ()
         if below is not None:
             parent = trace.set_span_in_context(below, _EMPTY)
-        elif around is not None and around.get_span_context().is_valid:
-            links = (trace.Link(around.get_span_context()),)
+        elif linked is not None:
+            links = (trace.Link(linked),)
         if self._ids is not None:
             self._ids.next_ids(*ids)
         try:

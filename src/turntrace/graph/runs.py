@@ -12,14 +12,13 @@ from uuid import UUID
 from weakref import WeakKeyDictionary
 
 from langchain_core.outputs import LLMResult
-from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.context import Context
 
 from turntrace import attributes as a
 from turntrace.attributes import AttributeValue
 from turntrace.content import to_json
-from turntrace.current import Scope, current_scope, enter, leave
+from turntrace.current import Scope, current_scope, current_span, enter, leave
 from turntrace.graph import extract
 from turntrace.lifecycle import SessionTracker, Turn
 from turntrace.lifecycle.steps import OpenStep, StepKind
@@ -35,15 +34,17 @@ class Root:
 
     Attributes:
         turn: The turn that it opened or joined.
-        context: Where it began inside a span of a turn that runs: the context whose span is above it.
+        context: Where it began inside a span of other code in a turn that runs: the context of that span.
+        above: Where it began inside a step of that turn: the step.
         owns_turn: Whether the turn ends with it.
         below: The runs below it that have not ended.
         interrupted: Whether it stopped to wait for a person.
     """
 
     turn: Turn
-    context: Context | None
     owns_turn: bool
+    context: Context | None = None
+    above: OpenStep | None = None
     below: set[UUID] = field(default_factory=set)
     interrupted: bool = False
 
@@ -77,6 +78,16 @@ class Run:
 
 # One for all handlers of a tracker: a run that two of them hear is one run.
 _runs_of: "WeakKeyDictionary[SessionTracker, dict[UUID, Run]]" = WeakKeyDictionary()
+
+
+def _joined(turn: Turn, scope: Scope) -> Root:
+    """Return the root of a run that begins inside a turn that runs: below its step, or a span of other code in it."""
+    span = current_span()
+    step = scope.step
+    if not isinstance(span, Scope) and span.get_span_context().trace_id == turn.trace_id:
+        return Root(turn, owns_turn=False, context=trace.set_span_in_context(span, Context()))
+    above = step if isinstance(step, OpenStep) and step is not turn.root else None
+    return Root(turn, owns_turn=False, above=above)
 
 
 class RunRegistry:
@@ -181,10 +192,8 @@ class RunRegistry:
         kind: StepKind,
         known: Mapping[str, AttributeValue],
     ) -> Run:
-        if parent is None:
-            step = root.turn.open_step(name, kind, context=root.context, attributes=known)
-        else:
-            step = root.turn.open_step(name, kind, parent=parent.step, attributes=known)
+        above, context = (root.above, root.context) if parent is None else (parent.step, None)
+        step = root.turn.open_step(name, kind, parent=above, context=context, attributes=known)
         run = Run(root, step, is_step=True, is_root=parent is None)
         self._note(run_id, run)
         return run
@@ -216,17 +225,14 @@ class RunRegistry:
         scope = current_scope()
         running: Any = None if scope is None else scope.turn
         if named is not None and named is not running:
-            return Root(named, None, owns_turn=False)
+            return Root(named, owns_turn=False)
         if scope is not None and isinstance(running, Turn) and running.tracker is self._tracker:
-            here = otel_context.get_current()
-            if trace.get_current_span(here).get_span_context().trace_id != running.trace_id:
-                here = trace.set_span_in_context(scope.resolved(), here)  # below a trace that the app began anew
-            return Root(running, here, owns_turn=False)
+            return _joined(running, scope)
         if parent_id is not None and extract.is_inside_graph(metadata):
             return None  # what is left of a run that has ended: its turn is over
         request = extract.request_of(metadata or {})
         message = extract.message_in(inputs, self._messages_key)
-        return Root(self._tracker.begin_turn(request, message), None, owns_turn=True)
+        return Root(self._tracker.begin_turn(request, message), owns_turn=True)
 
     # --- what ends ----------------------------------------------------------------------------------------------------
     def chain_ended(self, run_id: UUID, outputs: Any) -> None:
@@ -318,8 +324,8 @@ class RunRegistry:
         if run.step is None:
             return
         scope = current_scope()
-        if scope is None or not scope.stands_for(run.step.span):
-            run.entered = enter(run.root.turn, run.step.span)
+        if scope is None or scope.step is not run.step:
+            run.entered = enter(run.root.turn, run.step)
 
     def _leave(self, run: Run) -> None:
         entered, run.entered = run.entered, None

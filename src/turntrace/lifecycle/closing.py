@@ -1,6 +1,7 @@
 """What the writer does when steps, turns and sessions end: it ends their spans and writes their rows together."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry.sdk.trace import ReadableSpan
@@ -60,17 +61,10 @@ class SettleTurn(_SpanJob):
         """End the spans of the steps."""
         if self._turn.account.is_closed:
             self._late = TurnAccount()
-        self._keep(self._end_steps(self._late or self._turn.account))
-
-    def _end_steps(self, account: TurnAccount) -> list[ReadableSpan]:
-        turn = self._turn
-        steps, others = turn.take_ended()
-        with self._tracker.target.capturing() as ended:
-            for step in steps:
-                account.spans += step.span.is_recording()
-                _end_step(turn, step, account)
+        account = self._late or self._turn.account
+        steps, others = self._turn.take_ended()
+        self._keep(_end_steps(self._turn, _add_up(steps, account), account) + others)
         account.spans += len(others)
-        return ended + others
 
     def write(self, ledger: LedgerWriter) -> None:
         """Put the spans into the outbox; what ended after its turn is added to the turn and its session."""
@@ -94,19 +88,24 @@ class FinishTurn(SettleTurn):
 
     def prepare(self) -> None:
         """Sum the turn up, and end its spans, the root last."""
-        turn = self._turn
-        spans = self._end_steps(turn.account)
-        turn.account.is_closed = True
+        turn, account = self._turn, self._turn.account
+        steps, others = turn.take_ended()
+        added = _add_up(steps, account)
+        account.is_closed = True
         question, answer = read_message(turn.message), read_message(turn.answer)
-        self._summary = _sum_up(turn, self._status, self._ended_ns, question, answer)
-        self._steps = list(turn.account.steps)
-        self._count = turn.account.spans + turn.root.is_recording()
+        summary = _sum_up(turn, self._status, self._ended_ns, question, answer)
+        failure = None
+        if self._status in ("failed", "abandoned"):
+            failure = _Failure(summary.error or self._status, None, self._status == "failed")
+        root = turn.root.start(summary.attributes() | _content(turn, summary, question, answer) | _words_of(failure))
+        spans = _end_steps(turn, added, account)
         with self._tracker.target.capturing() as ended:
-            turn.root.set_attributes({**self._summary.attributes(), **_content(turn, self._summary, question, answer)})
-            if self._status in ("failed", "abandoned"):
-                _mark_failed(turn.root, self._summary.error or self._status, None, failed=self._status == "failed")
-            _end_span(turn.root, self._ended_ns)
-        self._keep(spans + ended)
+            self._count = account.spans + len(others) + root.is_recording()
+            _end_span(root, self._ended_ns, failure)
+        self._keep(spans + others + ended)
+        self._steps = list(account.steps)
+        trace_id, root_span_id = ids_of(root) if root.get_span_context().is_valid else turn.planned_ids
+        self._summary = replace(summary, trace_id=trace_id, root_span_id=root_span_id)
 
     def write(self, ledger: LedgerWriter) -> None:
         """Put the spans into the outbox and end the row of the turn, in one transaction."""
@@ -223,11 +222,37 @@ def _session_span(
         span = tracker.target.start_root(
             name, attributes={**attributes, **shown}, start_ns=at_ns, ids=(int(trace_id, 16), int(span_id[:16], 16))
         )
-        _end_span(span, at_ns)
+        _end_span(span, at_ns, None)
     return ended
 
 
-def _end_step(turn: "Turn", step: OpenStep, account: TurnAccount) -> None:
+@dataclass(slots=True)
+class _Failure:
+    """How a step or a turn went wrong: the class of the error, and what may be recorded of its text."""
+
+    error: str
+    text: str | None
+    failed: bool
+
+    @property
+    def message(self) -> str:
+        return self.error if self.text is None else f"{self.error}: {self.text}"
+
+
+@dataclass(slots=True)
+class _Ended:
+    """A step that has ended, with what is known of it only now."""
+
+    step: OpenStep
+    late: dict[str, AttributeValue]
+    cost: float | None
+
+
+def _add_up(steps: list[OpenStep], account: TurnAccount) -> list[_Ended]:
+    return [_add_step(step, account) for step in steps]
+
+
+def _add_step(step: OpenStep, account: TurnAccount) -> _Ended:
     late: dict[str, AttributeValue] = {} if step.extra is None else dict(step.extra)
     cost: float | None = None
     if step.kind == "generation":
@@ -244,14 +269,39 @@ def _end_step(turn: "Turn", step: OpenStep, account: TurnAccount) -> None:
         cost = _add_call(account, step.call)
         if cost is not None:
             late[a.LANGFUSE_COST_DETAILS] = to_json({"total": cost})
-    if late:
-        step.span.set_attributes(late)
-    if step.error is not None or step.abandoned:
-        text = None if step.error_text is None else turn.tracker.content.clean(step.error_text)
-        _mark_failed(step.span, step.error or "abandoned", text, failed=not step.abandoned)
-    _end_span(step.span, step.end_ns)
-    if len(account.steps) < _MAX_STEPS_KEPT:
-        account.steps.append(_as_record(turn, step, cost))
+    return _Ended(step, late, cost)
+
+
+def _end_steps(turn: "Turn", ended: list[_Ended], account: TurnAccount) -> list[ReadableSpan]:
+    """End the spans of steps. They are started in the order in which the steps began, parents first."""
+    failures = [_failure_of(turn, each.step) for each in ended]
+    begun = sorted(zip(ended, failures, strict=True), key=lambda pair: pair[0].step.start_ns)
+    for each, failure in begun:
+        each.step.start(each.late | _words_of(failure))
+    with turn.tracker.target.capturing() as spans:
+        for each, failure in zip(ended, failures, strict=True):
+            account.spans += each.step.span.is_recording()
+            _end_span(each.step.span, each.step.end_ns, failure)
+            if len(account.steps) < _MAX_STEPS_KEPT:
+                account.steps.append(_as_record(turn, each.step, each.cost))
+    return spans
+
+
+def _failure_of(turn: "Turn", step: OpenStep) -> _Failure | None:
+    if step.error is None and not step.abandoned:
+        return None
+    text = None if step.error_text is None else turn.tracker.content.clean(step.error_text)
+    return _Failure(step.error or "abandoned", text, failed=not step.abandoned)
+
+
+def _words_of(failure: _Failure | None) -> dict[str, AttributeValue]:
+    if failure is None:
+        return {}
+    return {
+        a.ERROR_TYPE: failure.error,
+        a.LANGFUSE_OBSERVATION_LEVEL: "ERROR" if failure.failed else "WARNING",
+        a.LANGFUSE_STATUS_MESSAGE: failure.message,
+    }
 
 
 def _add_call(account: TurnAccount, call: LLMCall) -> float | None:
@@ -270,7 +320,9 @@ def _add_call(account: TurnAccount, call: LLMCall) -> float | None:
 
 
 @never_breaks("ending a span: a span processor of the app raised an error")
-def _end_span(span: Span, end_ns: int | None) -> None:
+def _end_span(span: Span, end_ns: int | None, failure: _Failure | None) -> None:
+    if failure is not None and failure.failed:
+        span.set_status(StatusCode.ERROR, failure.message)
     span.end(end_ns)
 
 
@@ -286,7 +338,7 @@ def _as_record(turn: "Turn", step: OpenStep, cost: float | None) -> Step:
     usage = None if step.call is None else step.call.usage
     above = getattr(step.span, "parent", None)  # which may be a span of other code
     if above is None:
-        above = (turn.root if step.parent is None else step.parent.span).get_span_context()
+        above = (turn.root if step.parent is None else step.parent).span.get_span_context()
     return Step(
         span_id=ids_of(step.span)[1],
         parent_id=format_span_id(above.span_id),
@@ -303,7 +355,6 @@ def _as_record(turn: "Turn", step: OpenStep, cost: float | None) -> Step:
 
 def _sum_up(turn: "Turn", status: str, ended_ns: int, question: Message | None, answer: Message | None) -> TurnSummary:
     account = turn.account
-    trace_id, root_span_id = ids_of(turn.root) if turn.root.get_span_context().is_valid else turn.planned_ids
     has_answer = turn.answer is not None and status != "failed"
     output_type = {"failed": "error", "interrupted": "interrupt"}.get(status)
     if output_type is None and has_answer:
@@ -337,8 +388,6 @@ def _sum_up(turn: "Turn", status: str, ended_ns: int, question: Message | None, 
         ),
         model=account.model,
         error=turn.error,
-        trace_id=trace_id,
-        root_span_id=root_span_id,
     )
 
 
@@ -361,16 +410,3 @@ def _content(
 
 def _known(facts: Any) -> Any:
     return {name: value for name, value in facts.items() if value is not None} if isinstance(facts, dict) else facts
-
-
-def _mark_failed(span: Span, error: str, text: str | None, *, failed: bool) -> None:
-    message = error if text is None else f"{error}: {text}"
-    span.set_attributes(
-        {
-            a.ERROR_TYPE: error,
-            a.LANGFUSE_OBSERVATION_LEVEL: "ERROR" if failed else "WARNING",
-            a.LANGFUSE_STATUS_MESSAGE: message,
-        }
-    )
-    if failed:
-        span.set_status(StatusCode.ERROR, message)

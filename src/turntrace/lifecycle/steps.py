@@ -1,9 +1,11 @@
 """The steps of a turn while it runs: open spans, and what the turn's writer is told when they end."""
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final, Literal, TypeAlias
 
+from opentelemetry.context import Context
 from opentelemetry.trace import Span
 
 from turntrace.attributes import AttributeValue
@@ -15,28 +17,42 @@ OPERATION_OF: Final[Mapping[str, str]] = {"agent": "invoke_agent", "generation":
 """The ``gen_ai.operation.name`` of a kind of step, where OpenTelemetry defines one."""
 
 
+Starter: TypeAlias = "Callable[[OpenStep, Mapping[str, AttributeValue]], Span]"
+"""Starts the span of a step, with attributes that came to be known late."""
+
+
 @dataclass(slots=True, eq=False)
 class OpenStep:
     """A step that has begun.
 
+    Its span is started when somebody needs it: user code that runs inside and starts spans or asks which is current,
+    else the writer, when the step has ended. So a step costs the app's thread next to nothing, and the span is started
+    with all that is known of it, at its true time.
+
     Attributes:
-        span: Its span.
+        starter: Starts its span.
+        lock: Held while the span is started: by the writer, or by user code inside.
         name: Name of the node, the model, the tool or the graph.
         kind: What it is, as Langfuse's observation type.
         start_ns: When it began, in nanoseconds since 1970.
-        end_ns: When it ended; None while it runs.
         parent: The step above it; None right below the root or below a span of other code.
+        context: The context of that span of other code.
+        known: What is known at its start.
+        end_ns: When it ended; None while it runs.
         call: What is known of the call, for a generation.
         extra: Attributes that came to be known while it ran.
         error: Class of the error that ended it.
         error_text: What may be recorded of that error's text.
     """
 
-    span: Span
+    starter: Starter
+    lock: threading.RLock
     name: str
     kind: StepKind
     start_ns: int
     parent: "OpenStep | None" = None
+    context: Context | None = None
+    known: Mapping[str, AttributeValue] | None = None
     end_ns: int | None = None
     call: LLMCall | None = None
     first_token_ns: int | None = None
@@ -44,6 +60,22 @@ class OpenStep:
     error: str | None = None
     error_text: str | None = None
     abandoned: bool = False
+    started: Span | None = None
+
+    @property
+    def span(self) -> Span:
+        """Its span; it is started when it has not been."""
+        return self.started or self.start({})
+
+    def start(self, late: Mapping[str, AttributeValue]) -> Span:
+        """Start its span with what came to be known late; where it has been started, set that."""
+        with self.lock:
+            if self.started is None:
+                self.started = self.starter(self, late)
+                return self.started
+        if late:
+            self.started.set_attributes(late)
+        return self.started
 
     def add(self, name: str, value: AttributeValue) -> None:
         """Note an attribute, to be set when the step has ended."""

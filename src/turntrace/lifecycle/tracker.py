@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, ClassVar, Final, Self, TypeVar
 
@@ -11,6 +11,7 @@ from opentelemetry import trace
 from sqlalchemy import Engine
 
 from turntrace import attributes as a
+from turntrace.attributes import AttributeValue
 from turntrace.content import ContentLevel, ContentPolicy, classify_input
 from turntrace.errors import StateError
 from turntrace.export import SpanTarget, ids_of, open_target
@@ -27,6 +28,7 @@ from turntrace.lifecycle.checks import (
 from turntrace.lifecycle.closing import FinishTurn, SettleTurn
 from turntrace.lifecycle.session import Conversation, Session, SessionBlock
 from turntrace.lifecycle.sittings import Sittings, key_of_run
+from turntrace.lifecycle.steps import OpenStep
 from turntrace.lifecycle.turn import Turn, root_attributes
 from turntrace.lifecycle.writer import Writer
 from turntrace.records import SessionFacts, SessionSummary, TurnRequest, TurnTags
@@ -246,10 +248,10 @@ class SessionTracker:
         self._sittings.wait_for_end(session.id)
         turn_id = self.new_id()
         around = trace.get_current_span()
-        request_span = around if self.target.claim_request(around) else None
+        below = around if self.target.claim_request(around) else None
         trace_id = turn_id if is_trace_id(turn_id) else derived_id("trace", turn_id)
-        if request_span is not None:
-            trace_id = ids_of(request_span)[0]
+        if below is not None:
+            trace_id = ids_of(below)[0]
         span_id = new_span_id()
         started_ns = self.clock()
         number = self.ledger.begin_turn(
@@ -276,17 +278,22 @@ class SessionTracker:
             org_id=request.org_id or session.org_id,
             topic=conversation.topic,
         )
+        linked = around.get_span_context()
+
+        def start_root(_: OpenStep, late: Mapping[str, AttributeValue]) -> trace.Span:
+            return self.target.start_root(
+                a.SPAN_TURN,
+                attributes={**root_attributes(tags, session, request), **late},
+                start_ns=started_ns,
+                ids=(int(trace_id, 16), int(span_id, 16)),
+                below=below,
+                linked=linked if linked.is_valid else None,
+            )
+
         turn = Turn(
             conversation,
             tags,
-            root=self.target.start_root(
-                a.SPAN_TURN,
-                attributes=root_attributes(tags, session, request),
-                start_ns=started_ns,
-                ids=(int(trace_id, 16), int(span_id, 16)),
-                below=request_span,
-                around=around,
-            ),
+            start_root=start_root,
             planned_ids=(trace_id, span_id),
             started_ns=started_ns,
             message=message,

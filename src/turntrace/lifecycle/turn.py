@@ -17,7 +17,7 @@ from turntrace.content import last_message, read_message, text_of
 from turntrace.current import Scope, current_scope, enter, leave
 from turntrace.errors import StateError
 from turntrace.identity import safe_text
-from turntrace.lifecycle.steps import OPERATION_OF, OpenStep, StepKind, TurnAccount
+from turntrace.lifecycle.steps import OPERATION_OF, OpenStep, Starter, StepKind, TurnAccount
 from turntrace.records import LLMCall, SessionFacts, TurnRequest, TurnTags
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Turn:
         conversation: "Conversation",
         tags: TurnTags,
         *,
-        root: trace.Span,
+        start_root: Starter,
         planned_ids: tuple[str, str],
         started_ns: int,
         message: Any,
@@ -60,21 +60,22 @@ class Turn:
         self.started_ns = started_ns
         self.role = role
         self.message = message
-        self.root = root
+        self._lock = threading.RLock()
+        self.root = OpenStep(start_root, self._lock, a.SPAN_TURN, "agent", started_ns)
         self.planned_ids = planned_ids
         self.agent_runs = 0
         self.intent: str | None = None
         self.answer: Any = None
         self.error: str | None = None
         self.interrupted = False
-        self._tags = tags.attributes()
+        self._words = tags
+        self._tags: Mapping[str, AttributeValue] | None = None
         self._tracker: SessionTracker = conversation.session.tracker
         self._clock = self._tracker.clock
         self.account = TurnAccount()
         self._running: dict[int, OpenStep] = {}
         self._ended: deque[OpenStep] = deque()
         self._foreign: deque[ReadableSpan] = deque()
-        self._lock = threading.Lock()
         self._finished = False
         self._entered: tuple[Scope, Context, Context] | None = None
 
@@ -89,12 +90,14 @@ class Turn:
     @property
     def tags(self) -> Mapping[str, AttributeValue]:
         """What every span of the turn carries, by attribute name."""
+        if self._tags is None:
+            self._tags = MappingProxyType(self._words.attributes())
         return self._tags
 
     @property
     def trace_id(self) -> int:
         """Id of its trace."""
-        return self.root.get_span_context().trace_id
+        return self.root.span.get_span_context().trace_id
 
     @property
     def is_finished(self) -> bool:
@@ -176,7 +179,7 @@ class Turn:
         attributes: Mapping[str, AttributeValue] | None = None,
         start_ns: int | None = None,
     ) -> OpenStep:
-        """Begin a step of the turn with a span of its own.
+        """Begin a step of the turn; its span is started when somebody needs it (see `OpenStep`).
 
         Args:
             name: Name of the node, the model, the tool or the graph.
@@ -187,19 +190,24 @@ class Turn:
             start_ns: When it began, in nanoseconds since 1970; now by default.
         """
         started = self._clock() if start_ns is None else start_ns
-        if context is None:
-            context = trace.set_span_in_context(self.root if parent is None else parent.span, _EMPTY)
-        begun = dict(self._tags)
-        begun[a.LANGFUSE_OBSERVATION_TYPE] = kind
-        operation = OPERATION_OF.get(kind)
-        if operation is not None:
-            begun[a.GEN_AI_OPERATION_NAME] = operation
-        if attributes is not None:
-            begun.update(attributes)
-        span = self._tracker.target.start(name, attributes=begun, start_ns=started, parent=context)
-        step = OpenStep(span, name, kind, started, parent)
+        step = OpenStep(self._start_span, self._lock, name, kind, started, parent, context, attributes)
         self._running[id(step)] = step
         return step
+
+    def _start_span(self, step: OpenStep, late: Mapping[str, AttributeValue]) -> trace.Span:
+        context = step.context
+        if context is None:
+            above = self.root if step.parent is None else step.parent
+            context = trace.set_span_in_context(above.span, _EMPTY)
+        begun = dict(self.tags)
+        begun[a.LANGFUSE_OBSERVATION_TYPE] = step.kind
+        operation = OPERATION_OF.get(step.kind)
+        if operation is not None:
+            begun[a.GEN_AI_OPERATION_NAME] = operation
+        if step.known is not None:
+            begun.update(step.known)
+        begun.update(late)
+        return self._tracker.target.start(step.name, attributes=begun, start_ns=step.start_ns, parent=context)
 
     def close_step(
         self,
@@ -358,10 +366,10 @@ def current_turn() -> Turn:
 def current_step(turn: Turn, step: OpenStep) -> Iterator[None]:
     """Make a step's span current for the time of a block, unless it is already."""
     scope = current_scope()
-    if scope is not None and scope.stands_for(step.span):
+    if scope is not None and scope.step is step:
         yield
         return
-    entered = enter(turn, step.span)
+    entered = enter(turn, step)
     try:
         yield
     finally:
