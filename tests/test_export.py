@@ -295,7 +295,7 @@ def test_trackers_share_a_provider() -> None:
         trackers = [SessionTracker("sqlite://", tracer_provider=provider) for _ in range(3)]
         for n, tracker in enumerate(trackers):
             with tracker.session(session_id=f"s{n}") as session, session.conversation("c").turn("Hello") as turn:
-                assert ids_of(turn.root)[0] == turn.id
+                assert ids_of(turn.root.span)[0] == turn.id
             tracker.flush()
         sessions = [span.attributes[a.SESSION_ID] for span in captured_spans(exporter.get_finished_spans())]
         assert sessions == [f"s{n}" for n in range(3) for _ in NAMES]
