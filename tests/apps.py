@@ -6,9 +6,10 @@ import operator
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import cache
 from typing import Annotated, Any, NotRequired, Protocol
 
-from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, BaseCallbackHandler, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LangSmithParams
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, ToolMessage
 from langchain_core.messages.ai import UsageMetadata
@@ -330,3 +331,30 @@ def single(node: Any, name: str = "work", schema: Any = State) -> Builder:
 def config_of(thread: str | None = None, **metadata: Any) -> dict[str, Any]:
     """Return a config with a thread, and what the metadata is to say."""
     return {"configurable": {"thread_id": thread or new_thread()}, "metadata": metadata}
+
+
+class _Heard(BaseCallbackHandler):
+    def __init__(self) -> None:
+        self.starts = 0
+
+    def on_chain_start(self, *_: Any, **__: Any) -> None:
+        self.starts += 1
+
+
+@cache
+def events_reach_bound_callbacks() -> bool:
+    """Tell whether this LangGraph calls handlers of ``with_config`` in ``astream_events``; older ones forget them."""
+    heard = _Heard()
+    graph: Any = single(lambda state: None).compile().with_config(callbacks=[heard])
+
+    async def run() -> None:
+        async for _ in graph.astream_events(asks(), version="v2"):
+            pass
+
+    asyncio.run(run())
+    return heard.starts > 0
+
+
+def for_events(handler: BaseCallbackHandler) -> dict[str, Any]:
+    """Return what the config of ``astream_events`` needs beside the handler that the graph has by ``with_config``."""
+    return {} if events_reach_bound_callbacks() else {"callbacks": [handler]}

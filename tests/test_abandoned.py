@@ -18,7 +18,7 @@ from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
 
-from apps import App, Builder, FakeModel, State, asks, calls_a_tool_first, config_of, single
+from apps import App, Builder, FakeModel, State, asks, calls_a_tool_first, config_of, for_events, single
 from turntrace import SessionCallbackHandler, SessionTracker, current_turn, track_graph
 from turntrace import attributes as a
 from turntrace.records import Step, TurnSummary
@@ -174,7 +174,8 @@ def test_a_stream_of_events_that_is_left(bench: Bench) -> None:
     graph = bench.compile(App(is_async=True).tools())
 
     async def main() -> None:
-        events = graph.astream_events(asks(), config_of(user_id="ann"), version="v2")
+        config = config_of(user_id="ann") | for_events(bench.handler)
+        events = graph.astream_events(asks(), config, version="v2")
         async for event in events:
             if event["event"] == "on_chat_model_start":
                 break

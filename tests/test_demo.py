@@ -121,7 +121,11 @@ main()
     kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
     environment = {**kept, "HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path / "data")}
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=environment, timeout=60
+        [sys.executable, "-W", "error", "-W", "ignore:AgentStatePydantic has been moved", "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=60,
     )
     assert (done.returncode, done.stderr) == (0, "")
     [ledger] = tmp_path.rglob("ledger.db")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -422,9 +423,10 @@ def test_with_keys_spans_go_to_langfuse_through_its_client(server: Server, url: 
     secret = base64.b64encode(b"pk-lf-1:sk-lf-2").decode()
     for request in server.traces():
         assert request.headers["authorization"] == f"Basic {secret}"
-        assert request.headers["x-langfuse-ingestion-version"] == "4"
         assert request.headers["content-type"] == "application/x-protobuf"
-        assert request.headers["content-encoding"] == "gzip"
+        if int(version("langfuse").partition(".")[0]) >= 5:  # older SDKs say neither
+            assert request.headers["x-langfuse-ingestion-version"] == "4"
+            assert request.headers["content-encoding"] == "gzip"
         assert b"alice" not in request.body
     for resource in server.resources():
         assert resource_of(resource)["langfuse.environment"] == "staging"

@@ -10,7 +10,7 @@ from langfuse import Langfuse
 from langgraph.checkpoint.memory import InMemorySaver
 from opentelemetry import trace
 
-from apps import App, Builder, asks, new_thread, own_spans
+from apps import App, Builder, asks, for_events, new_thread, own_spans
 from turntrace import SessionCallbackHandler, SessionTracker, current_turn, track_graph
 from turntrace import attributes as a
 from turntrace.testing import Capture, CapturedSpan, assert_all_tagged, captured_spans, format_tree, span_tree
@@ -158,14 +158,15 @@ class Running(NamedTuple):
     converse: Callable[[Way, int], None]
 
 
-def by_config(graph: Graph) -> Callable[[Way, int], None]:
+def by_config(graph: Graph, handler: SessionCallbackHandler) -> Callable[[Way, int], None]:
     """Run threads of a user each, told apart by their configs."""
 
     def converse(way: Way, conversations: int) -> None:
         threads = [new_thread() for _ in range(conversations)]
+        more = for_events(handler) if way is ASYNC_WAYS["astream_events"] else {}
         for run in way:
             calls = [
-                (asks(), {"configurable": {"thread_id": thread}, "metadata": {"user_id": f"user of {thread}"}})
+                (asks(), {"configurable": {"thread_id": thread}, "metadata": {"user_id": f"user of {thread}"}} | more)
                 for thread in threads
             ]
             run(graph, calls)
@@ -201,7 +202,7 @@ def attach(request: pytest.FixtureRequest, capture: Capture, langfuse_client: La
         if "block" in request.param:
             return Running(capture, tracker, handler, graph, by_block(tracker, graph))
         graph = graph.with_config(callbacks=[handler])
-        return Running(capture, tracker, handler, graph, by_config(graph))
+        return Running(capture, tracker, handler, graph, by_config(graph, handler))
 
     return attached
 

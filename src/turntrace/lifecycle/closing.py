@@ -69,8 +69,8 @@ class SettleTurn(_SpanJob):
     def write(self, ledger: LedgerWriter) -> None:
         """Put the spans into the outbox; what ended after its turn is added to the turn and its session."""
         self._put_spans(ledger)
-        if self._late is not None and self._late.spans:
-            late = {name: getattr(self._late, name) for name in LATE_SUMS}
+        late = {} if self._late is None else {name: getattr(self._late, name) for name in LATE_SUMS}
+        if any(late.values()):
             ledger.add_to_turn(self._turn.id, self._turn.conversation.session.id, late)
 
 
