@@ -75,7 +75,8 @@ class Ledger:
 
     Args:
         engine_or_url: A SQLAlchemy URL such as ``sqlite:////var/lib/app/turntrace.db`` (``sqlite://`` for one in
-            memory), or an engine of the app's, which then stays the app's to close.
+            memory), or an engine of the app's, which then stays the app's to close, and to dispose of in a process
+            that was forked.
 
     Attributes:
         settle: Called before a question is asked, with the seconds that it may take: writes down what still waits.

@@ -1,11 +1,10 @@
 """What the writer does when steps, turns and sessions end: it ends their spans and writes their rows together."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.trace import Span, StatusCode, format_span_id
 
 from turntrace import attributes as a
 from turntrace.attributes import AttributeValue
@@ -14,16 +13,13 @@ from turntrace.content import Message, classify_output, read_message, to_json
 from turntrace.export import ids_of, to_otlp
 from turntrace.identity import derived_id, safe_text
 from turntrace.ledger import LATE_SUMS, LedgerWriter, TurnEnd
-from turntrace.lifecycle.pricing import cost_usd
-from turntrace.lifecycle.steps import OpenStep, TurnAccount
-from turntrace.records import LLMCall, SessionFacts, SessionSummary, Step, TurnSummary, elapsed_ms, iso_time
+from turntrace.lifecycle.ending import Failure, add_up, end_span, end_steps, words_of
+from turntrace.lifecycle.steps import TurnAccount
+from turntrace.records import SessionFacts, SessionSummary, Step, TurnSummary, elapsed_ms
 
 if TYPE_CHECKING:
     from turntrace.lifecycle.tracker import SessionTracker
     from turntrace.lifecycle.turn import Turn
-
-_MAX_STEPS_KEPT: Final = 1_000
-"""Steps of a turn that the ledger keeps for looking at; the spans have all of them."""
 
 _KIND_SPANS: Final = "spans"
 
@@ -63,7 +59,7 @@ class SettleTurn(_SpanJob):
             self._late = TurnAccount()
         account = self._late or self._turn.account
         steps, others = self._turn.take_ended()
-        self._keep(_end_steps(self._turn, _add_up(steps, account), account) + others)
+        self._keep(end_steps(self._turn, add_up(steps, account), account) + others)
         account.spans += len(others)
 
     def write(self, ledger: LedgerWriter) -> None:
@@ -90,18 +86,18 @@ class FinishTurn(SettleTurn):
         """Sum the turn up, and end its spans, the root last."""
         turn, account = self._turn, self._turn.account
         steps, others = turn.take_ended()
-        added = _add_up(steps, account)
+        added = add_up(steps, account)
         account.is_closed = True
         question, answer = read_message(turn.message), read_message(turn.answer)
         summary = _sum_up(turn, self._status, self._ended_ns, question, answer)
         failure = None
         if self._status in ("failed", "abandoned"):
-            failure = _Failure(summary.error or self._status, None, self._status == "failed")
-        root = turn.root.start(summary.attributes() | _content(turn, summary, question, answer) | _words_of(failure))
-        spans = _end_steps(turn, added, account)
+            failure = Failure(summary.error or self._status, None, self._status == "failed")
+        root = turn.root.start(summary.attributes() | _content(turn, summary, question, answer) | words_of(failure))
+        spans = end_steps(turn, added, account)
         with self._tracker.target.capturing() as ended:
             self._count = account.spans + len(others) + root.is_recording()
-            _end_span(root, self._ended_ns, failure)
+            end_span(root, self._ended_ns, failure)
         self._keep(spans + others + ended)
         self._steps = list(account.steps)
         trace_id, root_span_id = ids_of(root) if root.get_span_context().is_valid else turn.planned_ids
@@ -222,135 +218,13 @@ def _session_span(
         span = tracker.target.start_root(
             name, attributes={**attributes, **shown}, start_ns=at_ns, ids=(int(trace_id, 16), int(span_id[:16], 16))
         )
-        _end_span(span, at_ns, None)
+        end_span(span, at_ns, None)
     return ended
-
-
-@dataclass(slots=True)
-class _Failure:
-    """How a step or a turn went wrong: the class of the error, and what may be recorded of its text."""
-
-    error: str
-    text: str | None
-    failed: bool
-
-    @property
-    def message(self) -> str:
-        return self.error if self.text is None else f"{self.error}: {self.text}"
-
-
-@dataclass(slots=True)
-class _Ended:
-    """A step that has ended, with what is known of it only now."""
-
-    step: OpenStep
-    late: dict[str, AttributeValue]
-    cost: float | None
-
-
-def _add_up(steps: list[OpenStep], account: TurnAccount) -> list[_Ended]:
-    return [_add_step(step, account) for step in steps]
-
-
-def _add_step(step: OpenStep, account: TurnAccount) -> _Ended:
-    late: dict[str, AttributeValue] = {} if step.extra is None else dict(step.extra)
-    cost: float | None = None
-    if step.kind == "generation":
-        account.llm_calls += 1
-    elif step.kind == "tool":
-        account.tool_calls += 1
-    if step.first_token_ns is not None:
-        late[a.LANGFUSE_COMPLETION_START_TIME] = iso_time(step.first_token_ns)
-        late[a.TURN_TIME_TO_FIRST_TOKEN_MS] = elapsed_ms(step.start_ns, step.first_token_ns)
-        if account.first_token_ns is None or step.first_token_ns < account.first_token_ns:
-            account.first_token_ns = step.first_token_ns
-    if step.call is not None:
-        late.update(step.call.attributes())
-        cost = _add_call(account, step.call)
-        if cost is not None:
-            late[a.LANGFUSE_COST_DETAILS] = to_json({"total": cost})
-    return _Ended(step, late, cost)
-
-
-def _end_steps(turn: "Turn", ended: list[_Ended], account: TurnAccount) -> list[ReadableSpan]:
-    """End the spans of steps. They are started in the order in which the steps began, parents first."""
-    failures = [_failure_of(turn, each.step) for each in ended]
-    begun = sorted(zip(ended, failures, strict=True), key=lambda pair: pair[0].step.start_ns)
-    for each, failure in begun:
-        each.step.start(each.late | _words_of(failure))
-    with turn.tracker.target.capturing() as spans:
-        for each, failure in zip(ended, failures, strict=True):
-            account.spans += each.step.span.is_recording()
-            _end_span(each.step.span, each.step.end_ns, failure)
-            if len(account.steps) < _MAX_STEPS_KEPT:
-                account.steps.append(_as_record(turn, each.step, each.cost))
-    return spans
-
-
-def _failure_of(turn: "Turn", step: OpenStep) -> _Failure | None:
-    if step.error is None and not step.abandoned:
-        return None
-    text = None if step.error_text is None else turn.tracker.content.clean(step.error_text)
-    return _Failure(step.error or "abandoned", text, failed=not step.abandoned)
-
-
-def _words_of(failure: _Failure | None) -> dict[str, AttributeValue]:
-    if failure is None:
-        return {}
-    return {
-        a.ERROR_TYPE: failure.error,
-        a.LANGFUSE_OBSERVATION_LEVEL: "ERROR" if failure.failed else "WARNING",
-        a.LANGFUSE_STATUS_MESSAGE: failure.message,
-    }
-
-
-def _add_call(account: TurnAccount, call: LLMCall) -> float | None:
-    """Add the tokens and the cost of a call; return its cost, or None when that is not known."""
-    account.model = call.model or account.model
-    cost: float | None = None
-    if call.usage is not None:
-        account.input_tokens += call.usage.input_tokens
-        account.output_tokens += call.usage.output_tokens
-        cost = _cost_of(call.model, call.provider, call.usage)
-    if cost is None:
-        account.unpriced_calls += 1
-    else:
-        account.cost_usd += cost
-    return cost
-
-
-@never_breaks("ending a span: a span processor of the app raised an error")
-def _end_span(span: Span, end_ns: int | None, failure: _Failure | None) -> None:
-    if failure is not None and failure.failed:
-        span.set_status(StatusCode.ERROR, failure.message)
-    span.end(end_ns)
-
-
-_cost_of = never_breaks("looking up the price of a model")(cost_usd)
 
 
 @never_breaks("classifying what the user said by classify=...")
 def _input_type(turn: "Turn", question: Message) -> str:
     return safe_text(turn.tracker.classify(question.text))
-
-
-def _as_record(turn: "Turn", step: OpenStep, cost: float | None) -> Step:
-    usage = None if step.call is None else step.call.usage
-    above = getattr(step.span, "parent", None)  # which may be a span of other code
-    if above is None:
-        above = (turn.root if step.parent is None else step.parent).span.get_span_context()
-    return Step(
-        span_id=ids_of(step.span)[1],
-        parent_id=format_span_id(above.span_id),
-        name=step.name,
-        kind=step.kind,
-        start_ms=elapsed_ms(turn.started_ns, step.start_ns),
-        duration_ms=elapsed_ms(step.start_ns, step.end_ns or step.start_ns),
-        input_tokens=None if usage is None else usage.input_tokens,
-        output_tokens=None if usage is None else usage.output_tokens,
-        cost_usd=cost,
-        error=step.error or ("abandoned" if step.abandoned else None),
-    )
 
 
 def _sum_up(turn: "Turn", status: str, ended_ns: int, question: Message | None, answer: Message | None) -> TurnSummary:
