@@ -172,9 +172,9 @@ def test_an_async_stream_that_is_dropped(bench: Bench) -> None:
 
 def test_a_stream_of_events_that_is_left(bench: Bench) -> None:
     graph = bench.compile(App(is_async=True).tools())
+    config = config_of(user_id="ann") | for_events(bench.handler)
 
     async def main() -> None:
-        config = config_of(user_id="ann") | for_events(bench.handler)
         events = graph.astream_events(asks(), config, version="v2")
         async for event in events:
             if event["event"] == "on_chat_model_start":
