@@ -171,7 +171,8 @@ def test_a_classifier_that_raises_costs_the_turn_its_type_only(
 def test_a_price_list_that_raises_costs_the_turn_its_cost_only(
     capture: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("turntrace.lifecycle.closing.cost_usd", Broken(lambda *_: None))
+    monkeypatch.setattr("genai_prices.calc_price", Broken(lambda *_, **__: None))
+    monkeypatch.setattr("turntrace.lifecycle.pricing._prices", {})  # what other tests looked up
     tracker = capture.tracker()
     compiled(tracker).invoke(asks(), config_of("c-1", user_id="ann"))
 
