@@ -27,7 +27,7 @@ class IdentityError(TurntraceError, ValueError):
 
 
 class StateError(TurntraceError, RuntimeError):
-    """A call that does not fit the state of its object, as a turn that is ended twice with different results."""
+    """A call that does not fit the state of its object, as a turn's block that is entered twice."""
 
 
 class TranscriptError(TurntraceError, ValueError):

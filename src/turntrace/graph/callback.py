@@ -17,7 +17,7 @@ from turntrace.lifecycle import SessionTracker, Turn, default_tracker
 
 try:
     from langgraph.callbacks import GraphCallbackHandler
-except ImportError:  # langgraph before 1.1.7 tells of an interrupt only by the error of the node
+except ImportError:  # an older langgraph tells of an interrupt only by the error of the node
     GraphCallbackHandler = BaseCallbackHandler  # type: ignore[assignment, misc]
 
 
