@@ -1,7 +1,6 @@
 """The app that the benchmarks run: route, agent, tools in a third of the turns, agent.
 
-A user's message has 40 words, an answer 150, a tool's result 300: about as many tokens. The system prompt has 1,200
-words, as agents have that use tools.
+A user's message has 40 words, an answer 150, a tool's result 300: about as many tokens.
 """
 
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, MessagesState, StateGraph
 from langgraph.prebuilt import ToolNode
 
-SYSTEM, QUESTION, ANSWER, RESULT = "word " * 1200, "word " * 40, "word " * 150, "word " * 300
+QUESTION, ANSWER, RESULT = "word " * 40, "word " * 150, "word " * 300
 USAGE = {"input_tokens": 400, "output_tokens": 150, "total_tokens": 550}
 TOOL_TURN = "look: "
 
@@ -76,9 +75,10 @@ def question(number: int) -> str:
     return (TOOL_TURN if number % 3 == 0 else "") + QUESTION
 
 
-def history(turns: int) -> Iterator[BaseMessage]:
-    """Yield the system prompt and the messages of the turns before."""
-    yield SystemMessage(SYSTEM)
+def history(turns: int, system_words: int = 0) -> Iterator[BaseMessage]:
+    """Yield a system prompt of so many words, if any, and the messages of the turns before."""
+    if system_words:
+        yield SystemMessage("word " * system_words)
     for number in range(1, turns + 1):
         yield HumanMessage(question(number))
         if number % 3 == 0:

@@ -8,7 +8,7 @@ in the background is done. Three figures a variant:
   around each call, so it does not carry the noise of the graph, which at turn 400 is several times as much;
 - process CPU: what it adds to the CPU time of the whole process until its background work is done.
 
-    python benchmarks/turn_overhead.py [--rounds 40] [--turns 1 50 100 200 400] [--json FILE]
+    python benchmarks/turn_overhead.py [--rounds 40] [--turns 1 50 100 200 400] [--system-words 0] [--json FILE]
 """
 
 import argparse
@@ -166,9 +166,9 @@ def make_variants(folder: Path) -> list[Variant]:
     ]
 
 
-def measure(variants: list[Variant], clock: CallbackClock, turn: int, rounds: int) -> None:
+def measure(variants: list[Variant], clock: CallbackClock, turn: int, rounds: int, system_words: int) -> None:
     """Run `rounds` turns of this number with every variant, each on a conversation that has the turns before."""
-    before = list(history(turn - 1))
+    before = list(history(turn - 1, system_words))
     order = random.Random(turn)
     saver = InMemorySaver()
     app = build_app(saver)
@@ -177,7 +177,8 @@ def measure(variants: list[Variant], clock: CallbackClock, turn: int, rounds: in
         gc.disable()
         for variant in order.sample(variants, len(variants)):
             thread = {"configurable": {"thread_id": f"{turn}-{round_}"}}
-            app.update_state(thread, {"messages": before}, as_node="route")
+            if before:
+                app.update_state(thread, {"messages": before}, as_node="route")
             config: Any = thread | {
                 "metadata": {"user_id": "a user", "langfuse_session_id": f"session-{turn}"},
                 "callbacks": [] if variant.handler is None else [variant.handler],
@@ -207,6 +208,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--rounds", type=int, default=42)
     arguments.add_argument("--turns", type=int, nargs="+", default=[1, 50, 100, 200, 400])
+    arguments.add_argument("--system-words", type=int, default=0, help="words of a system prompt; none by default")
     arguments.add_argument("--json", type=Path)
     options = arguments.parse_args()
     console = Console(width=140)
@@ -219,7 +221,7 @@ def main() -> None:
         for turn in options.turns:
             for variant in variants:
                 variant.caller_ms, variant.callbacks_ms, variant.process_ms, variant.bytes = [], [], [], []
-            measure(variants, clock, turn, options.rounds)
+            measure(variants, clock, turn, options.rounds, options.system_words)
             bare = variants[0]
             table.add_section()
             for variant in variants:
