@@ -1,6 +1,8 @@
 """Session, conversation and turn tracking for LangGraph agents in Langfuse."""
 
 from turntrace.content import ContentPolicy
+from turntrace.context import ContextTracker
+from turntrace.decisions import PruningDecision
 from turntrace.errors import TurntraceError
 from turntrace.graph import ConversationState, SessionCallbackHandler, track_graph, track_node
 from turntrace.lifecycle import Conversation, Session, SessionTracker, Turn, current_turn
@@ -8,8 +10,10 @@ from turntrace.records import SessionSummary
 
 __all__ = [
     "ContentPolicy",
+    "ContextTracker",
     "Conversation",
     "ConversationState",
+    "PruningDecision",
     "Session",
     "SessionCallbackHandler",
     "SessionSummary",

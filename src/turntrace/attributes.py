@@ -21,6 +21,7 @@ SCOPE_NAME: Final = "turntrace"
 SPAN_SESSION_START: Final = "session.start"
 SPAN_SESSION_END: Final = "session.end"
 SPAN_TURN: Final = "conversation.turn"
+SPAN_PRUNE: Final = "context.prune"
 TRACE_NAME_TURN: Final = "chat_turn"
 
 
@@ -147,6 +148,28 @@ TURN_STEP: Final = _name("turn.step", int, "node", "LangGraph's step")
 
 # --- the context window -----------------------------------------------------------------------------------------------
 CONTEXT_TOKENS: Final = _name("context.tokens", int, "node", "the state's context_tokens, on tracked nodes")
+CONTEXT_CURRENT_TOKENS: Final = _name(
+    "context.current_tokens", int, "generation, context.prune", "tokens counted in what the model is given"
+)
+CONTEXT_NEW_TOKENS: Final = _name(
+    "context.new_tokens", int, "generation, context.prune", "of them in messages that came since the model's last call"
+)
+CONTEXT_LIMIT: Final = _name("context.limit", int, "generation, context.prune", "tokens that the model can be given")
+CONTEXT_PRUNED: Final = _name("context.pruned", bool, "turn, generation, context.prune", "whether something was pruned")
+CONTEXT_MESSAGES_PRUNED: Final = _name(
+    "context.messages_pruned", int, "turn, context.prune", "messages that were dropped or replaced"
+)
+CONTEXT_TOKENS_PRUNED: Final = _name(
+    "context.tokens_pruned", int, "turn, context.prune", "tokens that pruning took out of what the model is given"
+)
+CONTEXT_STRATEGY: Final = _name("context.strategy", str, "context.prune", "what chose the messages to prune")
+CONTEXT_TRIGGER: Final = _name("context.trigger", str, "context.prune", "threshold, limit or external")
+CONTEXT_TOKENIZER: Final = _name(
+    "context.tokenizer", str, "context.prune", "what counted: an encoding, an encoding as an ~estimate, or provider"
+)
+CONTEXT_ESTIMATE_ERROR_PCT: Final = _name(
+    "context.estimate_error_pct", float, "generation", "our count against the provider's input tokens", unit="percent"
+)
 
 # --- names of others that we set --------------------------------------------------------------------------------------
 LANGFUSE_TRACE_NAME: Final = _name("langfuse.trace.name", str, "turn", "name of the trace", source="Langfuse")

@@ -112,7 +112,7 @@ def _note_failure(error: Exception) -> None:
 _ATTACHMENT_TYPES: Final = (
     *("image", "image_url", "input_image", "audio", "input_audio", "video", "file", "input_file", "document", "media"),
 )
-_ROLES: Final = {
+ROLES: Final = {
     "human": "user",
     "HumanMessageChunk": "user",
     "ai": "assistant",
@@ -155,7 +155,7 @@ def read_message(message: Any) -> Message | None:
 
 
 def _message(role: str, content: Any) -> Message:
-    role = _ROLES.get(role, role)
+    role = ROLES.get(role, role)
     if isinstance(content, str):
         return Message(role, content)
     if not isinstance(content, list | tuple):

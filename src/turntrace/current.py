@@ -8,14 +8,26 @@ Nothing breaks when a scope is never taken out again, as happens where LangChain
 context than its start: every look-up goes through the scope, and an ended one answers with what was before it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.context import Context
 
+from turntrace.decisions import PruningDecision
+
 _SCOPE_KEY = otel_context.create_key("turntrace.scope")
+
+
+class ContextMeter(Protocol):
+    """What counts the tokens that a model is given, and learns from what its provider counted."""
+
+    def count(self, messages: Sequence[Any], *, tools: Sequence[Any] = ()) -> int:
+        """Return the tokens of messages and tools, the reply's priming included."""
+
+    def calibrate(self, counted: int, provided: int) -> None:
+        """Set a count against what the provider counted of the same."""
 
 
 class CurrentTurn(Protocol):
@@ -28,6 +40,9 @@ class CurrentTurn(Protocol):
     @property
     def tags(self) -> Mapping[str, Any]:
         """What every span of the turn carries."""
+
+    def note_fit(self, decision: PruningDecision, window: Sequence[Any], meter: ContextMeter) -> None:
+        """Note how messages were fitted into the model's window: the decision, what came out, and what counted."""
 
 
 class Step(Protocol):

@@ -7,6 +7,8 @@
     ├── IdentityError        an id that Langfuse would refuse or that means two things
     ├── StateError           a call that does not fit the state of its object
     ├── TranscriptError      a recorded conversation that cannot be read
+    ├── ContextError         messages that cannot be counted or fitted
+    │   └── ContextOverflowError   messages that stay too many tokens, whatever is pruned
     └── LedgerError          the ledger cannot be opened, read or written
 
 Each message says what was passed, what is allowed, and what to type instead. Inside the callback and the node wrapper
@@ -32,6 +34,31 @@ class StateError(TurntraceError, RuntimeError):
 
 class TranscriptError(TurntraceError, ValueError):
     """A recorded conversation that cannot be read."""
+
+
+class ContextError(TurntraceError, ValueError):
+    """Messages that cannot be counted or fitted into a model's window."""
+
+
+class ContextOverflowError(ContextError):
+    """Messages that stay too many tokens for the model, whatever the strategy prunes.
+
+    Attributes:
+        tokens: Tokens of what is left.
+        limit: Tokens that fit.
+        biggest: The biggest messages of what is left: position in what was given, role, tokens.
+    """
+
+    def __init__(self, message: str, *, tokens: int, limit: int, biggest: tuple[tuple[int, str, int], ...]) -> None:
+        super().__init__(message)
+        self.tokens = tokens
+        self.limit = limit
+        self.biggest = biggest
+
+    @property
+    def over_by(self) -> int:
+        """Tokens too many."""
+        return self.tokens - self.limit
 
 
 class LedgerError(TurntraceError, RuntimeError):

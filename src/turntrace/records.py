@@ -51,6 +51,11 @@ def iso_time(ns: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest // 1000).isoformat(timespec="microseconds")
 
 
+def share_of(tokens: int | None, limit: int | None) -> float | None:
+    """Return which share of a window tokens take; None when one of them is not known."""
+    return tokens / limit if tokens is not None and limit else None
+
+
 def elapsed_ms(start_ns: int, end_ns: int) -> int:
     """Return whole milliseconds from one time to another; 0 when the clock went back in between."""
     return max(0, end_ns - start_ns) // NS_PER_MS
@@ -183,6 +188,12 @@ class TurnSummary(Record):
         ended_ns: When it ended; None while it is open.
         unpriced_calls: Calls of models whose price is not known: they are not in ``cost_usd``.
         error: Class of the error that ended it; never its text.
+        context_tokens: Tokens that the model was given when its window was fullest.
+        context_messages: Messages that it was given then.
+        context_limit: Tokens that it can be given.
+        prunings: How often something was pruned from what a model was given.
+        messages_pruned: Messages that were dropped or replaced.
+        tokens_pruned: Tokens of them, as far as they were counted.
     """
 
     id: str
@@ -214,6 +225,28 @@ class TurnSummary(Record):
     error: str | None = None
     trace_id: str | None = None
     root_span_id: str | None = None
+    context_tokens: int | None = word(a.CONVERSATION_CONTEXT_TOKENS)
+    context_messages: int | None = word(a.CONVERSATION_MESSAGES_IN_CONTEXT)
+    context_limit: int | None = None
+    prunings: int = 0
+    messages_pruned: int = 0
+    tokens_pruned: int = 0
+
+    @property
+    def context_window_pct(self) -> float | None:
+        """How full the model's window was at its fullest, from 0 to 1; None when that is not known."""
+        return share_of(self.context_tokens, self.context_limit)
+
+    def attributes(self) -> dict[str, AttributeValue]:
+        """Return the attributes of the turn's root; those of the context window where a model was called."""
+        rendered = Record.attributes(self)
+        if (share := self.context_window_pct) is not None:
+            rendered[a.CONVERSATION_CONTEXT_WINDOW_PCT] = share
+        if self.prunings or self.context_messages is not None:
+            rendered[a.CONTEXT_PRUNED] = self.prunings > 0
+            rendered[a.CONTEXT_MESSAGES_PRUNED] = self.messages_pruned
+            rendered[a.CONTEXT_TOKENS_PRUNED] = self.tokens_pruned
+        return rendered
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +261,8 @@ class Step:
         start_ms: From the start of the turn, in milliseconds.
         duration_ms: How long it ran, in milliseconds.
         error: Class of the error that ended it.
+        context_tokens: Tokens that the model was given, for a generation.
+        context_limit: Tokens that it can be given.
     """
 
     span_id: str
@@ -240,6 +275,8 @@ class Step:
     output_tokens: int | None = None
     cost_usd: float | None = None
     error: str | None = None
+    context_tokens: int | None = None
+    context_limit: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +316,7 @@ class SessionSummary(Record):
     unpriced_calls: int = 0
     active_ms: int = word(a.SESSION_ACTIVE_MS, default=0)
     wait_ms: int = word(a.SESSION_WAIT_MS, default=0)
+    prunings: int = 0
     user_sessions_total: int | None = word(a.USER_SESSIONS_TOTAL)
     user_avg_session_length: float | None = word(a.USER_AVG_SESSION_LENGTH)
     user_retention_days: int | None = word(a.USER_RETENTION_DAYS)

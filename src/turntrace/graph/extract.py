@@ -14,6 +14,7 @@ from turntrace.records import LLMCall, TurnRequest, Usage
 
 HIDDEN_TAG: Final = "langsmith:hidden"
 _STEP_TAG: Final = "graph:step:"
+_SENT: Final = "__pregel_push"
 _TEXTS: Final = frozenset({"channel", "topic", "tier", "org_id", "locale", "client_version"})
 _REQUEST_KEYS: Final = _TEXTS | {
     *("session_id", "user_id", "conversation_id", "thread_id"),
@@ -63,6 +64,28 @@ def is_hidden(tags: Sequence[str] | None) -> bool:
 def is_inside_graph(metadata: Mapping[str, Any] | None) -> bool:
     """Tell whether a run is below a node of a graph."""
     return metadata is not None and "langgraph_node" in metadata
+
+
+def messages_of_state(inputs: Any, key: str, metadata: Mapping[str, Any] | None) -> list[Any] | None:
+    """Return the messages of the state that a node was given; None when it was given something of its own."""
+    path = (metadata or {}).get("langgraph_path")
+    if isinstance(path, tuple | list) and path and path[0] == _SENT:
+        return None
+    messages = inputs.get(key) if isinstance(inputs, Mapping) else getattr(inputs, key, None)
+    return messages if isinstance(messages, list) and messages else None
+
+
+def namespace_of(metadata: Mapping[str, Any] | None) -> str:
+    """Return LangGraph's checkpoint namespace of a node: ``outer:id|inner:id``; empty outside of nodes."""
+    namespace = (metadata or {}).get("langgraph_checkpoint_ns")
+    return namespace if isinstance(namespace, str) else ""
+
+
+def tools_of(options: Mapping[str, Any]) -> Sequence[Any]:
+    """Return the schemas of the tools that a call of a model is given."""
+    params = options.get("invocation_params")
+    tools = params.get("tools") if isinstance(params, Mapping) else None
+    return tools if isinstance(tools, list | tuple) else ()
 
 
 def message_in(inputs: Any, key: str = "messages") -> Any:

@@ -18,7 +18,7 @@ from turntrace.boundary import caught
 from turntrace.current import current_scope
 from turntrace.errors import ConfigurationError
 from turntrace.graph.callback import SessionCallbackHandler
-from turntrace.graph.state import STATE_IDS
+from turntrace.graph.state import CONTEXT_FIELD, FIELDS, STATE_IDS
 from turntrace.lifecycle import Turn
 from turntrace.lifecycle.steps import OpenStep
 from turntrace.lifecycle.turn import current_step
@@ -26,6 +26,7 @@ from turntrace.lifecycle.turn import current_step
 B = TypeVar("B", bound=StateGraph[Any, Any, Any, Any])
 
 _TRACKED = "__turntrace_tracked__"
+_IDS = frozenset(STATE_IDS)
 
 
 def track_graph(builder: B) -> B:
@@ -56,10 +57,10 @@ def track_graph(builder: B) -> B:
         raise ConfigurationError(
             "track_graph was given a graph without nodes: add them first, and call track_graph(builder).compile() last."
         )
-    has_ids = all(name in builder.channels for name in STATE_IDS)
+    fields = frozenset(name for name in FIELDS if name in builder.channels)
     for name, spec in builder.nodes.items():
         if not getattr(spec.runnable, _TRACKED, False):
-            tracked = _TrackedRunnable(spec.runnable, writes_ids=has_ids)  # type: ignore[arg-type]
+            tracked = _TrackedRunnable(spec.runnable, fields)  # type: ignore[arg-type]
             builder.nodes[name] = dataclasses.replace(spec, runnable=tracked)
     return builder
 
@@ -87,23 +88,23 @@ def track_node(node: Any = None, *, state_schema: type | None = None) -> Any:
     if getattr(node, _TRACKED, False):
         return node
     if isinstance(node, Runnable):
-        return _TrackedRunnable(node, writes_ids=_has_ids(state_schema))
+        return _TrackedRunnable(node, _tracked_fields(state_schema))
     if not callable(node):
         raise ConfigurationError(
             f"track_node takes a function, a coroutine function, a callable object or a Runnable, and got a "
             f"{type(node).__name__}: track_node(agent)."
         )
-    return _tracked_function(node, writes_ids=_has_ids(state_schema or _hinted_schema(node)))
+    return _tracked_function(node, _tracked_fields(state_schema or _hinted_schema(node)))
 
 
-def _tracked_function(node: Callable[..., Any], *, writes_ids: bool) -> Callable[..., Any]:
+def _tracked_function(node: Callable[..., Any], fields: frozenset[str]) -> Callable[..., Any]:
     called = _called(node)
     shell: Callable[..., Any]
     if inspect.isasyncgenfunction(called):
 
         @wraps(called)
         async def shell(state: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-            with _tracked(state, writes_ids) as track:
+            with _tracked(state, fields) as track:
                 async for update in called(state, *args, **kwargs):
                     yield track.finished(update)
 
@@ -111,7 +112,7 @@ def _tracked_function(node: Callable[..., Any], *, writes_ids: bool) -> Callable
 
         @wraps(called)
         def shell(state: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
-            with _tracked(state, writes_ids) as track:
+            with _tracked(state, fields) as track:
                 for update in called(state, *args, **kwargs):
                     yield track.finished(update)
 
@@ -119,14 +120,14 @@ def _tracked_function(node: Callable[..., Any], *, writes_ids: bool) -> Callable
 
         @wraps(called)
         async def shell(state: Any, *args: Any, **kwargs: Any) -> Any:
-            with _tracked(state, writes_ids) as track:
+            with _tracked(state, fields) as track:
                 return track.finished(await called(state, *args, **kwargs))
 
     else:
 
         @wraps(called)
         def shell(state: Any, *args: Any, **kwargs: Any) -> Any:
-            with _tracked(state, writes_ids) as track:
+            with _tracked(state, fields) as track:
                 return track.finished(called(state, *args, **kwargs))
 
     shell.__name__ = getattr(node, "__name__", type(node).__name__)  # by which LangGraph names a node
@@ -149,9 +150,9 @@ class _TrackedRunnable(RunnableLambda[Any, Any]):
     ``afunc`` for whether it can be cancelled; it makes no run of its own.
     """
 
-    def __init__(self, inner: Runnable[Any, Any], *, writes_ids: bool) -> None:
+    def __init__(self, inner: Runnable[Any, Any], fields: frozenset[str]) -> None:
         self.inner = inner
-        self.writes_ids = writes_ids
+        self.fields = fields
         self.name = inner.get_name()
         self.func = inner.invoke
         if _has_native_async(inner):
@@ -171,11 +172,11 @@ class _TrackedRunnable(RunnableLambda[Any, Any]):
         return [self.inner]
 
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        with _tracked(input, self.writes_ids) as track:
+        with _tracked(input, self.fields) as track:
             return track.finished(self.inner.invoke(input, config, **kwargs))
 
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        with _tracked(input, self.writes_ids) as track:
+        with _tracked(input, self.fields) as track:
             return track.finished(await self.inner.ainvoke(input, config, **kwargs))
 
     stream = Runnable.stream
@@ -200,35 +201,45 @@ def _has_native_async(runnable: Any) -> bool:
 class _Track:
     """One run of a tracked node."""
 
-    __slots__ = ("_state", "_writes_ids", "step", "turn")
+    __slots__ = ("_fields", "_state", "step", "turn")
 
-    def __init__(self, turn: Turn | None, step: OpenStep | None, state: Any, writes_ids: bool) -> None:
+    def __init__(self, turn: Turn | None, step: OpenStep | None, state: Any, fields: frozenset[str]) -> None:
         self.turn = turn
         self.step = step
         self._state = state
-        self._writes_ids = writes_ids
+        self._fields = fields
 
     def finished(self, update: Any) -> Any:
-        """Return what the node returned, with the ids where the state does not have them yet."""
+        """Return what the node returned, with the ids where the state does not have them yet, and the tokens fitted."""
         if self.turn is None:
             return update
         try:
-            if self.step is not None and isinstance(update, Mapping):
-                tokens = update.get("context_tokens")
-                if isinstance(tokens, int):
-                    self.step.add(a.CONTEXT_TOKENS, tokens)
-            if self._writes_ids and _read(self._state, "turn_id") != self.turn.id:
-                return _with_ids(update, self.turn)
+            return self._with_fields(update, self.turn)
         except Exception as error:
             caught("writing the ids into the state", error)
         return update
 
+    def _with_fields(self, update: Any, turn: Turn) -> Any:
+        fit = None if self.step is None else self.step.fit
+        tokens = None if fit is None else fit.decision.tokens_after
+        told = update.get(CONTEXT_FIELD) if isinstance(update, Mapping) else None
+        if isinstance(told, int):
+            tokens = told
+        if tokens is not None and self.step is not None:
+            self.step.add(a.CONTEXT_TOKENS, tokens)
+        fields: dict[str, Any] = {}
+        if tokens is not None and told is None and CONTEXT_FIELD in self._fields:
+            fields[CONTEXT_FIELD] = tokens
+        if self._fields >= _IDS and _read(self._state, "turn_id") != turn.id:
+            fields |= _ids_of(turn)
+        return _with(update, fields) if fields else update
+
 
 @contextmanager
-def _tracked(state: Any, writes_ids: bool) -> Iterator[_Track]:
+def _tracked(state: Any, fields: frozenset[str]) -> Iterator[_Track]:
     """What happens around the run of a node, sync or async: its step is current in the node's own frame."""
     turn, step = _place()
-    track = _Track(turn, step, state, writes_ids)
+    track = _Track(turn, step, state, fields)
     if turn is None or step is None:
         yield track
     else:
@@ -255,23 +266,26 @@ def _place() -> tuple[Turn | None, OpenStep | None]:
     return (turn, None) if isinstance(turn, Turn) else (None, None)
 
 
-def _with_ids(update: Any, turn: Turn) -> Any:
-    ids = {
+def _ids_of(turn: Turn) -> dict[str, Any]:
+    return {
         "session_id": turn.conversation.session.id,
         "conversation_id": turn.conversation.id,
         "turn_id": turn.id,
         "turn_number": turn.number,
     }
+
+
+def _with(update: Any, fields: dict[str, Any]) -> Any:
     if update is None:
-        return ids
+        return fields
     if isinstance(update, Command):
         if update.graph is not None or not (update.update is None or isinstance(update.update, Mapping)):
             return update  # it is for the parent's state, or of a form that ids cannot be put into
-        return dataclasses.replace(update, update={**(update.update or {}), **ids})
+        return dataclasses.replace(update, update={**(update.update or {}), **fields})
     if isinstance(update, Mapping):
-        return {**update, **ids}  # over those of a state that the node gave back whole
+        return {**update, **fields}  # over the ids of a state that the node gave back whole
     if isinstance(update, list) and all(isinstance(part, Command | Mapping) for part in update):
-        return [*update, ids]
+        return [*update, fields]
     return update
 
 
@@ -279,8 +293,8 @@ def _read(state: Any, name: str) -> Any:
     return state.get(name) if isinstance(state, Mapping) else getattr(state, name, None)
 
 
-def _has_ids(schema: type | None) -> bool:
-    return schema is not None and all(name in _fields(schema) for name in STATE_IDS)
+def _tracked_fields(schema: type | None) -> frozenset[str]:
+    return frozenset() if schema is None else frozenset(FIELDS) & _fields(schema)
 
 
 def _fields(schema: type) -> set[str]:

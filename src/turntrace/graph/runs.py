@@ -134,6 +134,9 @@ class RunRegistry:
         else:
             self._make_graph(parent)
             run = self._step_began(run_id, parent.root, parent, name or "node", "chain", {a.TURN_STEP: number})
+            messages = extract.messages_of_state(inputs, self._messages_key, metadata)
+            if messages is not None and run.step is not None:
+                run.root.turn.note_state(run.step, messages, extract.namespace_of(metadata))
         self._enter(run)
 
     def llm_started(
@@ -148,8 +151,11 @@ class RunRegistry:
             known[a.GEN_AI_PROVIDER_NAME] = provider
         name = model or options.get("name") or "model"
         run = self._call_began(run_id, parent_id, name, "generation", known, messages, metadata)
-        if run is not None:
+        if run is not None and run.step is not None:
             run.model, run.provider = model, provider
+            if isinstance(messages, list):
+                tools = extract.tools_of(options)
+                run.root.turn.note_sent(run.step, messages, tools, extract.namespace_of(metadata))
 
     def tool_started(
         self, run_id: UUID, parent_id: UUID | None, name: str | None, arguments: Any, metadata: Metadata

@@ -24,7 +24,7 @@ class ConversationState(MessagesState):
         conversation_id: The conversation: LangGraph's ``thread_id``.
         turn_id: The turn that runs, or ran last.
         turn_number: Its number in the conversation, from 1.
-        context_tokens: Tokens that the model was given last, when the app counts them.
+        context_tokens: Tokens that the model was given last, when a `turntrace.ContextTracker` fits them.
     """
 
     session_id: NotRequired[Annotated[str, latest]]
@@ -35,4 +35,10 @@ class ConversationState(MessagesState):
 
 
 STATE_IDS = ("session_id", "conversation_id", "turn_id", "turn_number")
+"""The fields of `ConversationState` with the ids of the turn."""
+
+CONTEXT_FIELD = "context_tokens"
+"""Its field with the tokens that the model was given."""
+
+FIELDS = (*STATE_IDS, CONTEXT_FIELD)
 """The fields of `ConversationState` that tracked nodes write."""

@@ -7,8 +7,10 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, RowMapping, func, select, update
 
+from turntrace.decisions import PruningDecision
 from turntrace.errors import IdentityError
-from turntrace.ledger.tables import open_turns, sessions, turns
+from turntrace.identity import safe_text
+from turntrace.ledger.tables import decisions, open_turns, sessions, turns
 from turntrace.records import SessionFacts, SessionSummary, Step, TurnSummary
 
 _DAY_NS: Final = 86_400 * 1_000_000_000
@@ -83,6 +85,28 @@ def full_summary(connection: Connection, row: RowMapping) -> SessionSummary:
 def turn_summary(row: RowMapping) -> TurnSummary:
     """Read a turn."""
     return TurnSummary(**{name: row[name] for name in _TURN_COLUMNS})
+
+
+_DECISION_COLUMNS: Final = tuple(name for name in PruningDecision.__slots__ if name in decisions.c)
+_DECISION_LISTS: Final = ("dropped", "replaced", "added")
+
+
+def decision_values(decision: PruningDecision, dropped: Sequence[str]) -> dict[str, Any]:
+    """Return the columns of a decision, of whose dropped messages these are kept."""
+    values = {name: getattr(decision, name) for name in _DECISION_COLUMNS}
+    values |= {name: ids_text(values[name]) for name in _DECISION_LISTS}
+    return values | {"dropped": ids_text(dropped), "messages_pruned": decision.messages_pruned}
+
+
+def ids_text(ids: Sequence[str]) -> str | None:
+    """Write ids as the ledger keeps them."""
+    return json.dumps([safe_text(each) for each in ids], separators=(",", ":")) if ids else None
+
+
+def decision_from(row: RowMapping) -> PruningDecision:
+    """Read a decision."""
+    values = {name: row[name] for name in _DECISION_COLUMNS}
+    return PruningDecision(**values | {name: tuple(json.loads(row[name] or "[]")) for name in _DECISION_LISTS})
 
 
 _STEP_FIELDS: Final = Step.__slots__

@@ -1,17 +1,35 @@
 """Creating the ledger's tables and bringing those of an older version up."""
 
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
-from sqlalchemy import Connection, Table, inspect, select, update
+from sqlalchemy import Column, Connection, Table, inspect, select, update
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.schema import CreateColumn
 
 from turntrace.errors import LedgerError
-from turntrace.ledger.tables import SCHEMA_VERSION, meta, metadata
+from turntrace.ledger.tables import SCHEMA_VERSION, decisions, meta, metadata, sessions, turns
 
 _VERSION_KEY: Final = "schema_version"
 
-MIGRATIONS: Final[dict[int, Callable[[Connection], None]]] = {}
+
+def _add_columns(connection: Connection, table: Table, *names: str) -> None:
+    for name in names:
+        column: Column[Any] = table.c[name]
+        connection.exec_driver_sql(
+            f"ALTER TABLE {table.name} ADD COLUMN {CreateColumn(column).compile(dialect=connection.dialect)}"
+        )
+
+
+def _to_2(connection: Connection) -> None:
+    """Add the context window: how full it was, and the decisions about it."""
+    _add_columns(connection, sessions, "prunings")
+    sizes = ("context_tokens", "context_messages", "context_limit")
+    _add_columns(connection, turns, *sizes, "prunings", "messages_pruned", "tokens_pruned")
+    decisions.create(connection)
+
+
+MIGRATIONS: Final[dict[int, Callable[[Connection], None]]] = {1: _to_2}
 """By version: what brings a ledger of that version to the next. Each only adds, and runs in one transaction."""
 
 

@@ -10,7 +10,7 @@ from sqlalchemy.engine import Dialect
 
 from turntrace.ledger.engine import Prepared
 from turntrace.ledger.schema import insert_for
-from turntrace.ledger.tables import conversations, open_turns, outbox, sessions, turns
+from turntrace.ledger.tables import conversations, decisions, open_turns, outbox, sessions, turns
 
 OPEN: Final = "open"
 """Status of a turn that has begun and has not ended."""
@@ -19,7 +19,7 @@ TURN_COLUMNS: Final = tuple(column.name for column in turns.c if column.name not
 """Columns of a turn that are named as the fields of `turntrace.records.TurnSummary`."""
 
 LATE_SUMS: Final = (
-    *("spans", "tool_calls", "llm_calls", "input_tokens", "output_tokens", "cost_usd", "unpriced_calls"),
+    *("spans", "tool_calls", "llm_calls", "input_tokens", "output_tokens", "cost_usd", "unpriced_calls", "prunings"),
 )
 """What steps that end after their turn add to it."""
 
@@ -34,6 +34,7 @@ class Statements:
     def __init__(self, dialect: Dialect) -> None:
         self.begin_turn = Prepared(_begin_turn(), dialect)
         self.put = Prepared(_put(), dialect)
+        self.put_decision = Prepared(_put_decision(), dialect)
         self.close_turn = Prepared(_close_turn(), dialect)
         self.insert_turn = Prepared(_insert_turn(), dialect)
         self.add_to_session = Prepared(_add_to_session(), dialect)
@@ -74,6 +75,10 @@ def _put() -> Any:
     return insert(outbox).values(row | {"attempts": 0, "next_try_ns": 0, "leased_until_ns": 0})
 
 
+def _put_decision() -> Any:
+    return insert(decisions).values({c.name: _parameter(f"new_{c.name}", c) for c in decisions.c if c.name != "id"})
+
+
 def _close_turn() -> Any:
     return delete(open_turns).where(
         open_turns.c.conversation_id == bindparam("new_conversation_id"),
@@ -87,7 +92,8 @@ def _insert_turn() -> Any:
 
 
 def _add_to_session() -> Any:
-    sums = {name: name for name in ("llm_calls", "tool_calls", "input_tokens", "output_tokens", "unpriced_calls")}
+    same = ("llm_calls", "tool_calls", "input_tokens", "output_tokens", "unpriced_calls", "prunings")
+    sums = {name: name for name in same}
     sums |= {"total_cost_usd": "cost_usd", "active_ms": "latency_ms", "wait_ms": "wait_ms", "failed_turns": "failed"}
     added = {column: sessions.c[column] + bindparam(f"new_{name}") for column, name in sums.items()}
     return (

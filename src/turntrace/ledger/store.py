@@ -13,11 +13,13 @@ from typing import Any, Final
 from sqlalchemy import Connection, Engine, RowMapping, insert, select, union_all
 from sqlalchemy.engine import URL
 
+from turntrace.decisions import PruningDecision
 from turntrace.identity import new_hash_key
 from turntrace.ledger import schema
 from turntrace.ledger.engine import Database
 from turntrace.ledger.rows import (
     continue_session,
+    decision_from,
     first_session,
     full_summary,
     has_open_turn,
@@ -27,7 +29,7 @@ from turntrace.ledger.rows import (
     turn_summary,
 )
 from turntrace.ledger.statements import OPEN, Statements
-from turntrace.ledger.tables import open_turns, outbox, sessions, turns
+from turntrace.ledger.tables import decisions, open_turns, outbox, sessions, turns
 from turntrace.ledger.writing import LedgerWriter
 from turntrace.records import SessionFacts, SessionSummary, Step, TurnSummary
 
@@ -281,6 +283,16 @@ class Ledger:
             found = [(turn_summary(row), steps_from(row["steps"])) for row in connection.execute(ended).mappings()]
             found += [(TurnSummary(**row, status=OPEN), []) for row in connection.execute(running).mappings()]
         return sorted(found, key=lambda turn: (turn[0].started_ns, turn[0].conversation_id, turn[0].number))
+
+    def decisions(self, session_id: str) -> list[tuple[str, PruningDecision]]:
+        """Return the decisions about models' windows in a session, each with the id of its turn, in order.
+
+        In ``dropped`` are the ids of the messages that a decision was the first to drop; ``messages_before`` and
+        ``messages_after`` tell of all.
+        """
+        query = select(decisions).where(decisions.c.session_id == session_id).order_by(decisions.c.id)
+        with self._asking() as connection:
+            return [(row["turn_id"], decision_from(row)) for row in connection.execute(query).mappings()]
 
     def turn_numbers(self, conversation_id: str) -> list[int]:
         """Return the numbers of the turns of a conversation that have ended, in order."""

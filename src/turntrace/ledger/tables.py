@@ -22,7 +22,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 """Version of the tables below; a change of them raises it and adds a migration to `turntrace.ledger.schema`."""
 
 metadata = MetaData()
@@ -62,6 +62,7 @@ sessions = Table(
     Column("unpriced_calls", Integer, nullable=False, default=0),
     Column("active_ms", BigInteger, nullable=False, default=0),
     Column("wait_ms", BigInteger, nullable=False, default=0),
+    Column("prunings", Integer, nullable=False, default=0, server_default="0"),
     Index("turntrace_sessions_user", "user_id", "channel", "started_ns"),
     Index("turntrace_sessions_started", "started_ns"),
     Index("turntrace_sessions_open", "ended_ns", "last_activity_ns"),
@@ -130,8 +131,43 @@ turns = Table(
     Column("error", String(200)),
     Column("spans", Integer, nullable=False, default=0),
     Column("steps", Text),
+    Column("context_tokens", Integer),
+    Column("context_messages", Integer),
+    Column("context_limit", Integer),
+    Column("prunings", Integer, nullable=False, default=0, server_default="0"),
+    Column("messages_pruned", Integer, nullable=False, default=0, server_default="0"),
+    Column("tokens_pruned", Integer, nullable=False, default=0, server_default="0"),
     UniqueConstraint("conversation_id", "number", name="turntrace_turns_number"),
     Index("turntrace_turns_session", "session_id", "started_ns"),
+)
+
+# Every decision about a model's window, a row each. In `dropped` stand, as JSON, the ids of the messages that this
+# decision was the first to drop: one that prunes only what the model is given drops the same ones at every call.
+decisions = Table(
+    "turntrace_decisions",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("turn_id", String(200), nullable=False),
+    Column("session_id", String(200), nullable=False),
+    Column("conversation_id", String(200), nullable=False),
+    Column("turn_number", Integer, nullable=False),
+    Column("at_ns", BigInteger, nullable=False),
+    Column("trigger", String(20)),
+    Column("strategy", String(200)),
+    Column("tokenizer", String(40)),
+    Column("model", String(200)),
+    Column("limit", Integer),
+    Column("tokens_before", Integer),
+    Column("tokens_after", Integer),
+    Column("new_tokens", Integer),
+    Column("messages_before", Integer, nullable=False),
+    Column("messages_after", Integer, nullable=False),
+    Column("messages_pruned", Integer, nullable=False),
+    Column("dropped", Text),
+    Column("replaced", Text),
+    Column("added", Text),
+    Column("duration_us", Integer, nullable=False),
+    Index("turntrace_decisions_session", "session_id", "at_ns"),
 )
 
 outbox = Table(

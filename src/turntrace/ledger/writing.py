@@ -5,10 +5,11 @@ from enum import IntEnum
 
 from sqlalchemy import Connection, delete, update
 
-from turntrace.ledger.rows import first_session, full_summary, steps_text
+from turntrace.decisions import PruningDecision
+from turntrace.ledger.rows import decision_values, first_session, full_summary, steps_text
 from turntrace.ledger.statements import TURN_COLUMNS, Statements
 from turntrace.ledger.tables import open_turns, outbox, sessions, turns
-from turntrace.records import SessionSummary, Step, TurnSummary
+from turntrace.records import SessionSummary, Step, TurnSummary, TurnTags
 
 
 class TurnEnd(IntEnum):
@@ -35,6 +36,22 @@ class LedgerWriter:
     def remove(self, item_id: int) -> None:
         """Take something out of the outbox."""
         self._connection.execute(delete(outbox).where(outbox.c.id == item_id))
+
+    def put_decision(self, decision: PruningDecision, dropped: Sequence[str], turn: TurnTags) -> None:
+        """Write down a decision about a model's window.
+
+        Args:
+            decision: The decision.
+            dropped: Ids of the messages that it was the first to drop.
+            turn: The turn in which it was made.
+        """
+        values = decision_values(decision, dropped) | {
+            "turn_id": turn.turn_id,
+            "session_id": turn.session_id,
+            "conversation_id": turn.conversation_id,
+            "turn_number": turn.number,
+        }
+        self._statements.put_decision.run(self._cursor, {f"new_{name}": value for name, value in values.items()})
 
     def finish_turn(self, turn: TurnSummary, steps: Sequence[Step], *, spans: int, topic: str | None = None) -> TurnEnd:
         """Write down how a turn ended, and add it to its session.

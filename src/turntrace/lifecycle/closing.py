@@ -13,8 +13,9 @@ from turntrace.content import Message, classify_output, read_message, to_json
 from turntrace.export import ids_of, to_otlp
 from turntrace.identity import derived_id, safe_text
 from turntrace.ledger import LATE_SUMS, LedgerWriter, TurnEnd
-from turntrace.lifecycle.ending import Failure, add_up, end_span, end_steps, words_of
+from turntrace.lifecycle.ending import EndedStep, Failure, add_up, end_span, end_steps, words_of
 from turntrace.lifecycle.steps import TurnAccount
+from turntrace.lifecycle.windows import Noted, add_given
 from turntrace.records import SessionFacts, SessionSummary, Step, TurnSummary, elapsed_ms
 
 if TYPE_CHECKING:
@@ -52,22 +53,36 @@ class SettleTurn(_SpanJob):
         super().__init__(turn.tracker)
         self._turn = turn
         self._late: TurnAccount | None = None
+        self._noted: list[Noted] = []
 
     def prepare(self) -> None:
         """End the spans of the steps."""
         if self._turn.account.is_closed:
             self._late = TurnAccount()
         account = self._late or self._turn.account
-        steps, others = self._turn.take_ended()
-        self._keep(end_steps(self._turn, add_up(steps, account), account) + others)
+        added, others = self._take_ended(account)
+        self._keep(end_steps(self._turn, added, account) + others)
         account.spans += len(others)
+
+    def _take_ended(self, account: TurnAccount) -> tuple[list[EndedStep], list[ReadableSpan]]:
+        """Add up what has ended, with an event for each time that something was pruned."""
+        steps, others, noted = self._turn.take_ended()
+        self._noted = self._tracker.windows.decisions(self._turn, noted, account) if noted else []
+        events = [each.step for each in self._noted if each.step is not None]
+        return add_up(steps + events, account), others
 
     def write(self, ledger: LedgerWriter) -> None:
         """Put the spans into the outbox; what ended after its turn is added to the turn and its session."""
         self._put_spans(ledger)
+        self._put_decisions(ledger)
         late = {} if self._late is None else {name: getattr(self._late, name) for name in LATE_SUMS}
         if any(late.values()):
             ledger.add_to_turn(self._turn.id, self._turn.conversation.session.id, late)
+
+    def _put_decisions(self, ledger: LedgerWriter) -> None:
+        tags = self._turn.words
+        for noted in self._noted:
+            ledger.put_decision(noted.decision, noted.dropped, tags)
 
 
 class FinishTurn(SettleTurn):
@@ -85,8 +100,7 @@ class FinishTurn(SettleTurn):
     def prepare(self) -> None:
         """Sum the turn up, and end its spans, the root last."""
         turn, account = self._turn, self._turn.account
-        steps, others = turn.take_ended()
-        added = add_up(steps, account)
+        added, others = self._take_ended(account)
         account.is_closed = True
         question, answer = read_message(turn.message), read_message(turn.answer)
         summary = _sum_up(turn, self._status, self._ended_ns, question, answer)
@@ -108,6 +122,7 @@ class FinishTurn(SettleTurn):
         if self._summary is None:
             return
         self._put_spans(ledger)
+        self._put_decisions(ledger)
         topic = self._turn.conversation.topic
         end = ledger.finish_turn(self._summary, self._steps, spans=self._count, topic=topic)
         if end is TurnEnd.ENDED_AFTER_SESSION:
@@ -229,6 +244,8 @@ def _input_type(turn: "Turn", question: Message) -> str:
 
 def _sum_up(turn: "Turn", status: str, ended_ns: int, question: Message | None, answer: Message | None) -> TurnSummary:
     account = turn.account
+    if account.context_messages is None and account.fitted is not None:
+        add_given(account, account.fitted)
     has_answer = turn.answer is not None and status != "failed"
     output_type = {"failed": "error", "interrupted": "interrupt"}.get(status)
     if output_type is None and has_answer:
@@ -262,6 +279,12 @@ def _sum_up(turn: "Turn", status: str, ended_ns: int, question: Message | None, 
         ),
         model=account.model,
         error=turn.error,
+        context_tokens=account.context_tokens,
+        context_messages=account.context_messages,
+        context_limit=account.context_limit,
+        prunings=account.prunings,
+        messages_pruned=account.messages_pruned,
+        tokens_pruned=account.tokens_pruned,
     )
 
 

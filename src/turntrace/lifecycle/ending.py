@@ -10,9 +10,11 @@ from turntrace import attributes as a
 from turntrace.attributes import AttributeValue
 from turntrace.boundary import never_breaks
 from turntrace.content import to_json
+from turntrace.decisions import ContextGiven
 from turntrace.export import ids_of
 from turntrace.lifecycle.pricing import cost_usd
 from turntrace.lifecycle.steps import OpenStep, TurnAccount
+from turntrace.lifecycle.windows import add_given, given_to
 from turntrace.records import LLMCall, Step, elapsed_ms, iso_time
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ class EndedStep:
     step: OpenStep
     late: dict[str, AttributeValue]
     cost: float | None
+    given: ContextGiven | None = None
 
 
 def add_up(steps: list[OpenStep], account: TurnAccount) -> list[EndedStep]:
@@ -53,8 +56,13 @@ def add_up(steps: list[OpenStep], account: TurnAccount) -> list[EndedStep]:
 def _add_step(step: OpenStep, account: TurnAccount) -> EndedStep:
     late: dict[str, AttributeValue] = {} if step.extra is None else dict(step.extra)
     cost: float | None = None
+    given: ContextGiven | None = None
     if step.kind == "generation":
         account.llm_calls += 1
+        given = given_to(step)
+        if given is not None:
+            late.update(given.attributes())
+            add_given(account, given)
     elif step.kind == "tool":
         account.tool_calls += 1
     if step.first_token_ns is not None:
@@ -67,7 +75,7 @@ def _add_step(step: OpenStep, account: TurnAccount) -> EndedStep:
         cost = _add_call(account, step.call)
         if cost is not None:
             late[a.LANGFUSE_COST_DETAILS] = to_json({"total": cost})
-    return EndedStep(step, late, cost)
+    return EndedStep(step, late, cost, given)
 
 
 def end_steps(turn: "Turn", ended: list[EndedStep], account: TurnAccount) -> list[ReadableSpan]:
@@ -81,7 +89,7 @@ def end_steps(turn: "Turn", ended: list[EndedStep], account: TurnAccount) -> lis
             account.spans += each.step.span.is_recording()
             end_span(each.step.span, each.step.end_ns, failure)
             if len(account.steps) < _MAX_STEPS_KEPT:
-                account.steps.append(_as_record(turn, each.step, each.cost))
+                account.steps.append(_as_record(turn, each))
     return spans
 
 
@@ -129,7 +137,8 @@ def end_span(span: Span, end_ns: int | None, failure: Failure | None) -> None:
 _cost_of = never_breaks("looking up the price of a model")(cost_usd)
 
 
-def _as_record(turn: "Turn", step: OpenStep, cost: float | None) -> Step:
+def _as_record(turn: "Turn", ended: EndedStep) -> Step:
+    step, given = ended.step, ended.given
     usage = None if step.call is None else step.call.usage
     above = getattr(step.span, "parent", None)  # which may be a span of other code
     if above is None:
@@ -143,6 +152,8 @@ def _as_record(turn: "Turn", step: OpenStep, cost: float | None) -> Step:
         duration_ms=elapsed_ms(step.start_ns, step.end_ns or step.start_ns),
         input_tokens=None if usage is None else usage.input_tokens,
         output_tokens=None if usage is None else usage.output_tokens,
-        cost_usd=cost,
+        cost_usd=ended.cost,
         error=step.error or ("abandoned" if step.abandoned else None),
+        context_tokens=None if given is None else given.tokens,
+        context_limit=None if given is None else given.limit,
     )

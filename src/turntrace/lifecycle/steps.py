@@ -1,17 +1,19 @@
 """The steps of a turn while it runs: open spans, and what the turn's writer is told when they end."""
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from opentelemetry.context import Context
 from opentelemetry.trace import Span
 
 from turntrace.attributes import AttributeValue
+from turntrace.current import ContextMeter
+from turntrace.decisions import ContextGiven, PruningDecision
 from turntrace.records import LLMCall, Step
 
-StepKind = Literal["agent", "chain", "generation", "tool", "retriever"]
+StepKind = Literal["agent", "chain", "generation", "tool", "retriever", "event"]
 
 OPERATION_OF: Final[Mapping[str, str]] = {"agent": "invoke_agent", "generation": "chat", "tool": "execute_tool"}
 """The ``gen_ai.operation.name`` of a kind of step, where OpenTelemetry defines one."""
@@ -19,6 +21,56 @@ OPERATION_OF: Final[Mapping[str, str]] = {"agent": "invoke_agent", "generation":
 
 Starter: TypeAlias = "Callable[[OpenStep, Mapping[str, AttributeValue]], Span]"
 """Starts the span of a step, with attributes that came to be known late."""
+
+
+class Fit(NamedTuple):
+    """How messages were fitted into a model's window.
+
+    Attributes:
+        decision: What was decided.
+        window: The messages that came out.
+        meter: What counted them.
+        step: The step in which it was.
+        at_ns: When it was done, in nanoseconds since 1970.
+    """
+
+    decision: PruningDecision
+    window: Sequence[Any]
+    meter: ContextMeter
+    step: "OpenStep | None"
+    at_ns: int
+
+
+class Sent(NamedTuple):
+    """What a model was sent.
+
+    Attributes:
+        messages: The messages.
+        tools: The schemas of the tools.
+        fit: How messages had been fitted last, in the step around the call, else in the turn.
+    """
+
+    messages: Sequence[Any]
+    tools: Sequence[Any]
+    fit: Fit | None
+
+
+class Glimpse(NamedTuple):
+    """Messages of a conversation as a node found them in its state, or as a model was sent them.
+
+    Attributes:
+        messages: The messages.
+        step: The node, or the call of the model.
+        namespace: LangGraph's checkpoint namespace of the node.
+        is_call: Whether a model was sent them.
+        at_ns: When, in nanoseconds since 1970.
+    """
+
+    messages: Sequence[Any]
+    step: "OpenStep"
+    namespace: str
+    is_call: bool
+    at_ns: int
 
 
 @dataclass(slots=True, eq=False)
@@ -43,6 +95,8 @@ class OpenStep:
         extra: Attributes that came to be known while it ran.
         error: Class of the error that ended it.
         error_text: What may be recorded of that error's text.
+        fit: How messages were fitted in it last.
+        sent: What the model was sent, for a generation.
     """
 
     starter: Starter
@@ -61,6 +115,8 @@ class OpenStep:
     error_text: str | None = None
     abandoned: bool = False
     started: Span | None = None
+    fit: Fit | None = None
+    sent: Sent | None = None
 
     @property
     def span(self) -> Span:
@@ -93,6 +149,15 @@ class TurnAccount:
         spans: Spans of the turn that have ended so far.
         first_token_ns: When the first token of the turn came, in nanoseconds since 1970.
         model: The model that was called last.
+        context_tokens: Tokens that a model was given when its window was fullest.
+        context_messages: Messages that it was given then.
+        context_limit: Tokens that it can be given.
+        prunings: Decisions that pruned something.
+        messages_pruned: Messages that were pruned; one that several decisions left out counts once.
+        tokens_pruned: Tokens of them, as far as they were counted.
+        left_out: Ids of what the latest decision left out.
+        left_out_tokens: Tokens that it left out.
+        fitted: The fullest window that messages were fitted into, for a turn whose calls of models nobody tells.
         is_closed: Whether the turn has been summed up: what ends from then on is added to its row.
     """
 
@@ -106,4 +171,13 @@ class TurnAccount:
     unpriced_calls: int = 0
     first_token_ns: int | None = None
     model: str | None = None
+    context_tokens: int | None = None
+    context_messages: int | None = None
+    context_limit: int | None = None
+    prunings: int = 0
+    messages_pruned: int = 0
+    tokens_pruned: int = 0
+    left_out: frozenset[str] = frozenset()
+    left_out_tokens: int = 0
+    fitted: ContextGiven | None = None
     is_closed: bool = False

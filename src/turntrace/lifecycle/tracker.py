@@ -30,6 +30,7 @@ from turntrace.lifecycle.session import Conversation, Session, SessionBlock
 from turntrace.lifecycle.sittings import Sittings, key_of_run
 from turntrace.lifecycle.steps import OpenStep
 from turntrace.lifecycle.turn import Turn, root_attributes
+from turntrace.lifecycle.windows import Windows
 from turntrace.lifecycle.writer import Writer
 from turntrace.records import SessionFacts, SessionSummary, TurnRequest, TurnTags
 from turntrace.settings import read_settings
@@ -99,6 +100,7 @@ class SessionTracker:
         if self.target.processor is not None:
             self.target.processor.flush_with(self._writer)
         self._sittings = Sittings(self, self._writer)
+        self.windows = Windows()
         self._turns: dict[str, Turn] = {}
         self._handler: Any = None
         self._lock = threading.Lock()

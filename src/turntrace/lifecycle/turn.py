@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
@@ -14,10 +14,20 @@ from opentelemetry.sdk.trace import ReadableSpan
 from turntrace import attributes as a
 from turntrace.attributes import AttributeValue
 from turntrace.content import last_message, read_message, text_of
-from turntrace.current import Scope, current_scope, enter, leave
+from turntrace.current import ContextMeter, Scope, current_scope, enter, leave
+from turntrace.decisions import PruningDecision
 from turntrace.errors import StateError
 from turntrace.identity import safe_text
-from turntrace.lifecycle.steps import OPERATION_OF, OpenStep, Starter, StepKind, TurnAccount
+from turntrace.lifecycle.steps import (
+    OPERATION_OF,
+    Fit,
+    Glimpse,
+    OpenStep,
+    Sent,
+    Starter,
+    StepKind,
+    TurnAccount,
+)
 from turntrace.records import LLMCall, SessionFacts, TurnRequest, TurnTags
 
 if TYPE_CHECKING:
@@ -76,6 +86,8 @@ class Turn:
         self._running: dict[int, OpenStep] = {}
         self._ended: deque[OpenStep] = deque()
         self._foreign: deque[ReadableSpan] = deque()
+        self._noted: deque[Fit | Glimpse] = deque()
+        self._fit: Fit | None = None
         self._finished = False
         self._entered: tuple[Scope, Context, Context] | None = None
 
@@ -93,6 +105,11 @@ class Turn:
         if self._tags is None:
             self._tags = MappingProxyType(self._words.attributes())
         return self._tags
+
+    @property
+    def words(self) -> TurnTags:
+        """What every span of the turn carries."""
+        return self._words
 
     @property
     def trace_id(self) -> int:
@@ -240,15 +257,49 @@ class Turn:
             step.end_ns = max(end_ns, step.start_ns)
             self._ended.append(step)
 
+    def event_step(
+        self, name: str, attributes: Mapping[str, AttributeValue], above: OpenStep | None, end_ns: int, took_ns: int
+    ) -> OpenStep:
+        """Make the step of something that has happened, for the writer; it is not one that runs."""
+        start_ns = max(self.started_ns, end_ns - took_ns)
+        step = OpenStep(self._start_span, self._lock, name, "event", start_ns, above, None, attributes)
+        step.end_ns = max(start_ns, end_ns)
+        return step
+
+    def note_fit(self, decision: PruningDecision, window: Sequence[Any], meter: ContextMeter) -> None:
+        """Note how messages were fitted into a model's window, in the step that runs here."""
+        scope = current_scope()
+        step = None if scope is None or scope.turn is not self else scope.step
+        inside = step if isinstance(step, OpenStep) and step is not self.root else None
+        fit = self._fit = Fit(decision, window, meter, inside, self._clock())
+        if inside is not None:
+            inside.fit = fit
+        self._note(fit)
+
+    def note_state(self, step: OpenStep, messages: Sequence[Any], namespace: str) -> None:
+        """Note the messages that a node found in its state."""
+        self._note(Glimpse(messages, step, namespace, False, step.start_ns))
+
+    def note_sent(self, step: OpenStep, messages: Sequence[Any], tools: Sequence[Any], namespace: str) -> None:
+        """Note what a model is sent."""
+        fit = None if step.parent is None else step.parent.fit
+        step.sent = Sent(messages, tools, fit or self._fit)
+        self._note(Glimpse(messages, step, namespace, True, step.start_ns))
+
+    def _note(self, seen: Fit | Glimpse) -> None:
+        self._noted.append(seen)
+        if self._finished:
+            self._tracker.settle(self)
+
     def collect(self, span: ReadableSpan) -> None:
         """Take a span of other code that ended in this turn, or after it."""
         self._foreign.append(span)
         if self._finished or len(self._foreign) >= _SETTLE_AT:
             self._tracker.settle(self)
 
-    def take_ended(self) -> tuple[list[OpenStep], list[ReadableSpan]]:
-        """Hand over the steps and the spans of others that have ended since the last time."""
-        return list(_drained(self._ended)), list(_drained(self._foreign))
+    def take_ended(self) -> tuple[list[OpenStep], list[ReadableSpan], list[Fit | Glimpse]]:
+        """Hand over the steps and the spans of others that have ended since the last time, and what was noted."""
+        return list(_drained(self._ended)), list(_drained(self._foreign)), list(_drained(self._noted))
 
     def note_answer(self, messages: Any) -> None:
         """Note the last message that a run of a graph gave back."""

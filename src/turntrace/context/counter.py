@@ -1,0 +1,256 @@
+"""Counting the tokens of messages: each message once, by what it says and how it is framed."""
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from operator import attrgetter
+from typing import Any, Final, TypeAlias
+
+from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, convert_to_messages
+
+from turntrace.boundary import caught
+from turntrace.content import ROLES
+from turntrace.context.encodings import DEFAULT_ENCODING, count_text, encoding, encoding_name
+from turntrace.context.images import IMAGE_TYPES, image_tokens, read_image
+from turntrace.context.schemas import ToolCounter
+from turntrace.errors import ConfigurationError, ContextError
+
+logger = logging.getLogger("turntrace")
+
+Counter: TypeAlias = Callable[[Sequence[BaseMessage]], int]
+"""A counter of the app's: from messages to their tokens."""
+
+REPLY_TOKENS: Final = 3
+"""What begins the reply, by OpenAI's rule."""
+
+_MESSAGE_TOKENS: Final = 3
+_NAME_TOKENS: Final = 1
+_CALL_TOKENS: Final = 3
+_DATA_TOKENS: Final = 85
+_DATA_LENGTH: Final = 256
+_TEXT_TYPES: Final = ("text", "input_text", "output_text")
+_CALL_TYPES: Final = ("tool_use", "tool_call", "function_call", "tool_call_chunk", "input_json_delta")
+_REMEMBERED: Final = 65_536
+_FACTS: Final = attrgetter("id", "type", "content", "name")
+_CALLS: Final = "calls"
+
+
+class MessageCounter:
+    """Counts the tokens of messages for one model, and remembers the counts.
+
+    A message is what OpenAI's rule says (https://cookbook.openai.com/examples/how_to_count_tokens_with_tiktoken): 3
+    tokens, its role, its content, and 1 more for a name and the name. Beyond that rule:
+
+    - A call of a tool is 3 tokens, its name, and its arguments as JSON, in the form in which LangChain sends them.
+    - An image is counted by OpenAI's rule for its size and detail (see `turntrace.context.images`).
+    - Any other block of content (audio, files, reasoning, citations) is an estimate: the tokens of its JSON without
+      what looks like data (a string of over 256 characters without a space), and 85 for each of those.
+
+    What was counted is remembered by the message's id and all that counts of it, up to 131,072 messages (about 16 MB),
+    so a history costs its new messages only. Threads may count at once.
+
+    Args:
+        model: Name of the model.
+        counter: A counter of the app's in place of tiktoken. It is asked for one message at a time, in a list, and its
+            answers are remembered and added up; what it says of a message includes the message's frame.
+
+    Attributes:
+        tokenizer: What counts: an encoding's name, ``o200k_base~estimate`` for a model that tiktoken does not know, or
+            ``custom``.
+
+    Raises:
+        ConfigurationError: If the counter cannot be called.
+    """
+
+    def __init__(self, model: str, counter: Counter | None = None) -> None:
+        if counter is not None and not callable(counter):
+            raise ConfigurationError(
+                f"counter is a {type(counter).__name__}, which cannot be called. Pass a function from a list of "
+                "messages to their tokens: counter=llm.get_num_tokens_from_messages, or none for tiktoken."
+            )
+        known = encoding_name(model)
+        self._model = model
+        self._counter = counter
+        self._encoding = encoding(known or DEFAULT_ENCODING)
+        self.tokenizer = "custom" if counter is not None else known or f"{DEFAULT_ENCODING}~estimate"
+        self.of_tools = ToolCounter(self._encoding.name, self.of_text)
+        self._of_role = lru_cache(maxsize=64)(self.of_text)
+        # Two generations: when the newer one is full it becomes the older one, which is forgotten.
+        self._new: dict[int, Any] = {}
+        self._old: dict[int, Any] = {}
+
+    @property
+    def is_estimate(self) -> bool:
+        """Whether tiktoken does not know the model."""
+        return self.tokenizer.endswith("~estimate")
+
+    def of_text(self, text: str) -> int:
+        """Return the tokens of a text."""
+        return count_text(text, self._encoding)
+
+    def counts(self, messages: Sequence[BaseMessage]) -> list[int]:
+        """Return the tokens of each message, its frame included."""
+        try:  # nearly always: what is looked at is one text a message
+            keys = list(map(hash, map(_FACTS, messages)))
+        except TypeError:  # a list of blocks
+            keys = [_key_of(message) for message in messages]
+        counts: list[Any] = list(map(self._new.get, keys))
+        for index in [index for index, tokens in enumerate(counts) if tokens.__class__ is not int]:
+            counts[index] = self._look_closer(keys[index], messages[index])
+        return counts
+
+    def count(self, message: BaseMessage) -> int:
+        """Return the tokens of one message, its frame included."""
+        return self.counts((message,))[0]
+
+    def _look_closer(self, key: int, message: BaseMessage) -> int:
+        """Return the tokens of a message that is new, was counted long ago, or calls tools."""
+        calls = _calls_of(message)
+        if calls:
+            self._remember(key, _CALLS)  # what it says alone does not tell
+            key = hash((key, _print_of_calls(calls)))
+        tokens = self._new.get(key)
+        if tokens is None:
+            tokens = self._old.get(key)
+            if tokens is None:
+                tokens = self._of_message(message)
+            self._remember(key, tokens)
+        return tokens
+
+    def _remember(self, key: int, tokens: Any) -> None:
+        if len(self._new) >= _REMEMBERED:
+            self._old, self._new = self._new, {}
+        self._new[key] = tokens
+
+    # --- one message --------------------------------------------------------------------------------------------------
+    def _of_message(self, message: BaseMessage) -> int:
+        if self._counter is not None:
+            tokens = self._by_the_app(self._counter, message)
+            if tokens is not None:
+                return tokens
+        tokens = _MESSAGE_TOKENS + self._of_role(role_of(message))
+        if message.name:
+            tokens += _NAME_TOKENS + self.of_text(message.name)
+        calls = _calls_of(message)
+        for call in calls:
+            tokens += _CALL_TOKENS + self.of_text(call.get("name") or "") + self.of_text(_arguments(call.get("args")))
+        content: Any = message.content
+        if isinstance(content, str):
+            return tokens + self.of_text(content)
+        return tokens + sum(self._of_block(block, has_calls=bool(calls)) for block in content)
+
+    def _by_the_app(self, counter: Counter, message: BaseMessage) -> int | None:
+        """Ask the app's counter; None when it fails, and tiktoken counts instead."""
+        try:
+            tokens: Any = counter([message])
+            if isinstance(tokens, int) and not isinstance(tokens, bool) and tokens >= 0:
+                return tokens
+            raise ContextError(
+                f"counter=... returned {tokens!r:.50}. Allowed is an int of 0 or more; tiktoken counts instead."
+            )
+        except Exception as error:
+            caught("counting tokens by counter=...", error)
+            return None
+
+    def _of_block(self, block: Any, *, has_calls: bool) -> int:
+        if isinstance(block, str):
+            return self.of_text(block)
+        if not isinstance(block, Mapping):
+            return self.of_text(str(block))
+        kind = block.get("type")
+        if kind in _TEXT_TYPES and isinstance(block.get("text"), str):
+            return self.of_text(block["text"])
+        if kind in IMAGE_TYPES:
+            return image_tokens(self._model, *read_image(block))
+        if has_calls and kind in _CALL_TYPES:
+            return 0  # the same calls stand in the message's tool_calls
+        return self._of_other(block)
+
+    def _of_other(self, value: Any) -> int:
+        text, data = _without_data(value)
+        return self.of_text(json.dumps(text, ensure_ascii=False, default=str)) + _DATA_TOKENS * data
+
+
+def read_messages(messages: Sequence[Any]) -> list[BaseMessage]:
+    """Return messages in any form that LangGraph takes as messages.
+
+    Raises:
+        ContextError: If one of them is none of these forms; it is named by its position.
+    """
+    if isinstance(messages, BaseMessage | str | Mapping) or not isinstance(messages, Sequence):
+        raise ContextError(
+            f"messages is a {type(messages).__name__}. Allowed is a list of messages: pass state['messages'], or "
+            "[message] for one."
+        )
+    read = list(messages)
+    for position, message in enumerate(read):
+        if not isinstance(message, BaseMessage):
+            read[position] = _read_message(message, position)
+    return read
+
+
+def _read_message(message: Any, position: int) -> BaseMessage:
+    try:
+        return convert_to_messages([message])[0]
+    except (ValueError, TypeError, NotImplementedError, KeyError, AttributeError) as error:
+        role = message.get("role", message.get("type")) if isinstance(message, Mapping) else None
+        what = f"a {type(message).__name__}" if role is None else f"a mapping with the role {role!r:.40}"
+        raise ContextError(
+            f"Message {position} cannot be read: it is {what}. Allowed are LangChain's messages, (role, content) "
+            'pairs, and mappings with role and content: {"role": "user", "content": "Hi"}, with a role of user, '
+            "assistant, system, developer, tool or function."
+        ) from error
+
+
+def role_of(message: BaseMessage) -> str:
+    """Return the role of a message, by the name that OpenAI gives it."""
+    if isinstance(message, ChatMessage):
+        return message.role
+    return ROLES.get(message.type, message.type)
+
+
+def _calls_of(message: BaseMessage) -> Sequence[Mapping[str, Any]]:
+    if not isinstance(message, AIMessage):
+        return ()
+    return [*message.tool_calls, *message.invalid_tool_calls] if message.invalid_tool_calls else message.tool_calls
+
+
+def _arguments(args: Any) -> str:
+    return args if isinstance(args, str) else json.dumps(args or {}, ensure_ascii=False, default=str)
+
+
+def _key_of(message: BaseMessage) -> int:
+    return hash((message.id, message.type, _print_of(message.content), message.name))
+
+
+def _print_of_calls(calls: Sequence[Mapping[str, Any]]) -> int:
+    try:
+        return hash(tuple([(call["name"], *call["args"].items()) for call in calls]))
+    except (TypeError, AttributeError, KeyError):  # arguments that are lists or mappings, or that are no JSON
+        return _print_of(calls)
+
+
+def _print_of(value: Any) -> int:
+    """Return a hash of a value of lists and mappings."""
+    kind = value.__class__
+    if kind is str:
+        return hash(value)
+    if kind is dict:
+        return hash(tuple([(key, _print_of(each)) for key, each in value.items()]))
+    if kind is list or kind is tuple:
+        return hash(tuple([_print_of(each) for each in value]))
+    return hash((kind, repr(value)))
+
+
+def _without_data(value: Any) -> tuple[Any, int]:
+    """Return a value with what looks like data left out, and how often that was."""
+    if isinstance(value, bytes) or (isinstance(value, str) and len(value) > _DATA_LENGTH and " " not in value):
+        return "", 1
+    if isinstance(value, Mapping):
+        parts = {str(key): _without_data(each) for key, each in value.items()}
+        return {key: part for key, (part, _) in parts.items()}, sum(data for _, data in parts.values())
+    if isinstance(value, list | tuple):
+        items = [_without_data(each) for each in value]
+        return [item for item, _ in items], sum(data for _, data in items)
+    return value, 0

@@ -1,0 +1,105 @@
+"""How many tokens an image is, by OpenAI's published rule.
+
+Source: https://platform.openai.com/docs/guides/images-vision#calculating-costs. Most models see an image in tiles:
+a base, plus a price for each square of 512 pixels that it covers once it is scaled into 2,048 by 2,048 pixels and then
+to at most 768 pixels on its shorter side. With ``detail: low`` it is the base alone. The small models see patches of 32
+pixels, at most 1,536 of them, times a factor.
+
+Models of other vendors have rules of their own; for them the rule of gpt-4o is the estimate.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+from turntrace.context.encodings import names_of
+
+IMAGE_TYPES: Final = ("image", "image_url", "input_image")
+
+UNKNOWN_SIZE: Final = (1024, 1024)
+"""Width and height in pixels that are assumed of an image behind a URL, which is not fetched."""
+
+_TILE, _SQUARE, _SHORTER = 512, 2048, 768
+_PATCH, _MOST_PATCHES = 32, 1536
+
+# The longest matching beginning of a model's name counts.
+_TILES: Final[Mapping[str, tuple[int, int]]] = {
+    "": (85, 170),
+    "gpt-4o-mini": (2833, 5667),
+    "gpt-5": (70, 140),
+    "o1": (75, 150),
+    "o3": (75, 150),
+    "computer-use-preview": (65, 129),
+}
+_PATCHES: Final[Mapping[str, float]] = {
+    "gpt-4.1-mini": 1.62,
+    "gpt-4.1-nano": 2.46,
+    "gpt-5-mini": 1.62,
+    "gpt-5-nano": 2.46,
+    "o4-mini": 1.72,
+}
+
+
+def image_tokens(model: str, size: tuple[int, int], detail: str = "auto") -> int:
+    """Return how many tokens an image is.
+
+    Args:
+        model: Name of the model.
+        size: Width and height in pixels.
+        detail: ``low``, ``high``, or ``auto``, which is counted as ``high``.
+    """
+    width, height = max(1, size[0]), max(1, size[1])
+    name = names_of(model)[-1]
+    factor = next((factor for start, factor in _PATCHES.items() if name.startswith(start)), None)
+    if factor is not None:
+        return math.ceil(_patches(width, height) * factor)
+    base, tile = _TILES[max((start for start in _TILES if name.startswith(start)), key=len)]
+    return base if detail == "low" else base + tile * _tiles(width, height)
+
+
+def _tiles(width: float, height: float) -> int:
+    shrink = min(1.0, _SQUARE / max(width, height))
+    shrink *= min(1.0, _SHORTER / (min(width, height) * shrink))
+    return math.ceil(round(width * shrink, 3) / _TILE) * math.ceil(round(height * shrink, 3) / _TILE)
+
+
+def _patches(width: int, height: int) -> int:
+    count = math.ceil(width / _PATCH) * math.ceil(height / _PATCH)
+    if count <= _MOST_PATCHES:
+        return count
+    shrink = math.sqrt(_PATCH * _PATCH * _MOST_PATCHES / (width * height))
+    across, down = width * shrink / _PATCH, height * shrink / _PATCH
+    shrink *= min(math.floor(across) / across, math.floor(down) / down) if min(across, down) >= 1 else 1.0
+    return min(_MOST_PATCHES, math.ceil(width * shrink / _PATCH) * math.ceil(height * shrink / _PATCH))
+
+
+def read_image(block: Mapping[str, Any]) -> tuple[tuple[int, int], str]:
+    """Return the size in pixels and the detail of an image block in any form that LangChain takes.
+
+    The size is read from the image's own header where the block holds its bytes (base64 or a data URL), else it is
+    `UNKNOWN_SIZE`: nothing is fetched.
+    """
+    detail = block.get("detail")
+    data: Any = block.get("base64") or block.get("data")
+    url: Any = block.get("image_url") or block.get("url")
+    if isinstance(url, Mapping):
+        detail, url = url.get("detail", detail), url.get("url")
+    source = block.get("source")
+    if isinstance(source, Mapping):
+        data, url = source.get("data", data), source.get("url", url)
+    if data is None and isinstance(url, str) and url.startswith("data:"):
+        data = url.partition(",")[2]
+    return _size_of(data), detail if isinstance(detail, str) else "auto"
+
+
+def _size_of(data: Any) -> tuple[int, int]:
+    import imagesize
+
+    try:
+        content = base64.b64decode(data) if isinstance(data, str) else bytes(data)
+        width, height = imagesize.get(io.BytesIO(content))
+    except Exception:  # whatever a broken header makes of the parser: an image is counted all the same
+        return UNKNOWN_SIZE
+    return (int(width), int(height)) if width > 0 and height > 0 else UNKNOWN_SIZE
