@@ -34,6 +34,8 @@ class PruningDecision(Record):
         dropped: Ids of the messages that went in and did not come out; one without an id by its position, as ``#3``.
         replaced: Ids of the messages whose content was replaced.
         added: Ids of the messages that came out and had not gone in.
+        messages_pruned: How many messages were dropped or replaced. (The ledger names in ``dropped`` only those that a
+            decision was the first to drop; this counts all.)
         duration_us: How long it took, in microseconds.
     """
 
@@ -51,17 +53,13 @@ class PruningDecision(Record):
     dropped: tuple[str, ...] = ()
     replaced: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
+    messages_pruned: int = word(a.CONTEXT_MESSAGES_PRUNED, default=0)
     duration_us: int = 0
 
     @property
     def pruned(self) -> bool:
         """Whether messages were dropped or replaced."""
-        return bool(self.dropped or self.replaced)
-
-    @property
-    def messages_pruned(self) -> int:
-        """How many messages were dropped or replaced."""
-        return len(self.dropped) + len(self.replaced)
+        return self.messages_pruned > 0
 
     @property
     def tokens_pruned(self) -> int | None:
@@ -74,7 +72,6 @@ class PruningDecision(Record):
         """Return the attributes of the event ``context.prune``."""
         rendered = Record.attributes(self)
         rendered[a.CONTEXT_PRUNED] = self.pruned
-        rendered[a.CONTEXT_MESSAGES_PRUNED] = self.messages_pruned
         if self.tokens_pruned is not None:
             rendered[a.CONTEXT_TOKENS_PRUNED] = self.tokens_pruned
         return rendered

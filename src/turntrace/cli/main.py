@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final
 import typer
 from rich.console import Console
 
-from turntrace.cli import render
+from turntrace.cli import render, window
 from turntrace.cli.lookup import find_session, open_existing
 from turntrace.errors import TurntraceError
 
@@ -113,6 +113,15 @@ def replay(
     concurrency: Annotated[
         int, typer.Option("--concurrency", "-n", min=1, max=1000, help="Conversations played at a time.")
     ] = 1,
+    context_limit: Annotated[
+        int | None,
+        typer.Option(
+            "--context-limit",
+            metavar="TOKENS",
+            min=1,
+            help="Fit what the model is given into so many tokens; by default it is given the whole history.",
+        ),
+    ] = None,
     ledger: LedgerOption = None,
 ) -> int:
     """Play recorded conversations through a LangGraph graph.
@@ -126,7 +135,7 @@ def replay(
     from turntrace.demo.transcripts import find_sources, read_lines
 
     sources = find_sources(files)
-    player = Player(ledger)
+    player = Player(ledger, context_limit=context_limit)
     try:
         with ReplayProgress(sources) as progress:
             playing = Replay(
@@ -159,6 +168,9 @@ def sessions(
 @_command
 def show(
     session_id: Annotated[str, typer.Argument(metavar="ID", help="Id of a session, or as much of it as is unique.")],
+    context: Annotated[
+        bool, typer.Option("--context", help="Draw how full the model's window was, turn by turn, prunings marked.")
+    ] = False,
     ledger: LedgerOption = None,
 ) -> int:
     """Show a session as a tree.
@@ -167,6 +179,10 @@ def show(
     """
     opened = open_existing(ledger)
     summary = find_session(opened, session_id)
+    if context:
+        turns = [turn for turn, _ in opened.turns(summary.id)]
+        window.context_chart(Console(), summary, turns, opened.decisions(summary.id))
+        return OK
     render.session_tree(Console(), summary, opened.turns(summary.id))
     return OK
 

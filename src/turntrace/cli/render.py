@@ -124,10 +124,7 @@ def _figures(session: SessionSummary) -> str:
 # --- one session ------------------------------------------------------------------------------------------------------
 def session_tree(console: Console, session: SessionSummary, turns: Sequence[tuple[TurnSummary, list[Step]]]) -> None:
     """Show a session as a tree: its turns, the runs of the graph, nodes, calls of models and tools."""
-    head = Text.assemble(
-        ("session ", "bold"), (safe(session.id), "bold"), f"  {safe(session.channel)}, user ", _user(session), "\n"
-    )
-    tree = Tree(Text.assemble(head, _figures(session), ", ", _end(session)), guide_style="dim")
+    tree = Tree(session_head(session), guide_style="dim")
     conversation = None
     for turn, steps in turns:
         if turn.conversation_id != conversation:
@@ -135,6 +132,14 @@ def session_tree(console: Console, session: SessionSummary, turns: Sequence[tupl
             branch = tree.add(Text(f"conversation {safe(conversation)}"))
         _add_steps(branch.add(_turn_line(turn)), turn, steps)
     console.print(tree)
+
+
+def session_head(session: SessionSummary) -> Text:
+    """Return the two lines that say which session it is and what it adds up to."""
+    head = Text.assemble(
+        ("session ", "bold"), (safe(session.id), "bold"), f"  {safe(session.channel)}, user ", _user(session), "\n"
+    )
+    return Text.assemble(head, _figures(session), ", ", _end(session))
 
 
 def _add_steps(branch: Tree, turn: TurnSummary, steps: Sequence[Step]) -> None:

@@ -256,6 +256,7 @@ class _Fitting:
             dropped=dropped,
             replaced=replaced,
             added=added,
+            messages_pruned=len(dropped) + len(replaced),
             duration_us=took // 1000,
         )
         return Window(after, tokens, decision, removed, put_in)

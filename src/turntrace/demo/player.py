@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from turntrace.context import ContextTracker
 from turntrace.demo.recorded import stage_for
 from turntrace.demo.recording import Exchange, Transcript
 from turntrace.errors import TranscriptError
@@ -64,6 +65,7 @@ class Player:
 
     Args:
         ledger: URL of the ledger. Default: ``TURNTRACE_LEDGER_URL``, else the one in the user's data folder.
+        context_limit: Tokens that models can be given; the history is fitted into them. Default: the history as it was.
         settings: What else `SessionTracker` takes.
 
     Raises:
@@ -71,8 +73,10 @@ class Player:
         LedgerError: If the ledger cannot be opened.
     """
 
-    def __init__(self, ledger: str | None = None, **settings: Any) -> None:
+    def __init__(self, ledger: str | None = None, *, context_limit: int | None = None, **settings: Any) -> None:
         self.tracker = SessionTracker(ledger, ids=_next_id, **settings)
+        self._context_limit = context_limit
+        self._contexts: dict[str, ContextTracker] = {}
         self._stopping = threading.Event()
 
     def stop(self) -> None:
@@ -93,7 +97,7 @@ class Player:
         plan = self._plan(transcript)
         if plan.is_complete:
             return "skipped"
-        stage = stage_for(transcript)
+        stage = stage_for(transcript, self._context_for(transcript))
         for exchange in transcript.exchanges[: plan.done]:
             stage.graph.invoke(stage.script.begin(exchange), _untracked(transcript, exchange))
         session = self.tracker.start_session(**_facts(transcript, plan))
@@ -108,7 +112,7 @@ class Player:
         plan = await self.tracker.run_off_loop(self._plan, transcript)
         if plan.is_complete:
             return "skipped"
-        stage = stage_for(transcript)
+        stage = stage_for(transcript, self._context_for(transcript))
         for exchange in transcript.exchanges[: plan.done]:
             await stage.graph.ainvoke(stage.script.begin(exchange), _untracked(transcript, exchange))
         session = await self.tracker.astart_session(**_facts(transcript, plan))
@@ -118,6 +122,12 @@ class Player:
                 async with conversation.turn(exchange.message, role=exchange.role) as turn:
                     await stage.graph.ainvoke(stage.script.begin(exchange), _tracked(turn, exchange))
         return self._ended(conversation, transcript, plan)
+
+    def _context_for(self, transcript: Transcript) -> ContextTracker | None:
+        model, limit = transcript.model, self._context_limit
+        if limit is not None and model not in self._contexts:
+            self._contexts[model] = ContextTracker(model, limit=limit)
+        return self._contexts.get(model)
 
     def summary(self, transcript: Transcript) -> SessionSummary | None:
         """Return what the ledger knows of a conversation's session, once all that has ended is written down."""

@@ -18,7 +18,7 @@ from langgraph.types import Send
 from pydantic import BaseModel
 from tiktoken.model import encoding_name_for_model
 
-from turntrace.context import encoding_for_model
+from turntrace.context import ContextTracker, encoding_for_model
 from turntrace.demo.json_lines import arguments_of
 from turntrace.demo.recording import Content, Exchange, RecordedReply, Transcript
 from turntrace.demo.tokens import TokenCount
@@ -149,17 +149,24 @@ class Stage:
     graph: CompiledStateGraph[Any, Any, Any, Any]
 
 
-def stage_for(transcript: Transcript) -> Stage:
-    """Build the graph for a recorded conversation. Calls of tools whose results the recording lacks are not made."""
+def stage_for(transcript: Transcript, context: ContextTracker | None = None) -> Stage:
+    """Build the graph for a recorded conversation. Calls of tools whose results the recording lacks are not made.
+
+    Args:
+        transcript: The conversation.
+        context: Fits what the model is given; without it the model is given the whole history, as it was recorded.
+    """
     script = Script()
     model = RecordedModel(model=transcript.model, script=script, count=TokenCount(encoding_for_model(transcript.model)))
     tools = [RecordedTool(name=name, script=script) for name in dict.fromkeys(call.name for call in transcript.calls)]
 
     def agent(state: ReplayState) -> dict[str, Any]:
-        return _update(model.invoke(state["messages"]))
+        given = state["messages"] if context is None else context.fit(state["messages"]).messages
+        return _update(model.invoke(given))
 
     async def aagent(state: ReplayState) -> dict[str, Any]:
-        return _update(await model.ainvoke(state["messages"]))
+        given = state["messages"] if context is None else (await context.afit(state["messages"])).messages
+        return _update(await model.ainvoke(given))
 
     def after_agent(state: ReplayState) -> str | Send:
         calls = state["messages"][-1].tool_calls  # type: ignore[union-attr]

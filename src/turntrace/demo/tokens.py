@@ -27,14 +27,14 @@ class TokenCount:
 
     def __init__(self, encoding: tiktoken.Encoding) -> None:
         self._encoding = encoding
-        self._messages = 0
-        self._tokens = 0
+        self._known: dict[str | None, int] = {}
 
     def of_prompt(self, messages: Sequence[BaseMessage]) -> int:
-        """Return the tokens of a prompt that begins with the one before."""
-        self._tokens += sum(self._of_message(message) for message in messages[self._messages :])
-        self._messages = len(messages)
-        return self._tokens + _REPLY_TOKENS
+        """Return the tokens of a prompt."""
+        for message in messages:
+            if message.id not in self._known or message.id is None:
+                self._known[message.id] = self._of_message(message)
+        return sum(self._known[message.id] for message in messages) + _REPLY_TOKENS
 
     def of_reply(self, reply: RecordedReply) -> int:
         """Return the tokens that a model wrote: its text, and the names and arguments of calls."""

@@ -18,7 +18,7 @@ from turntrace.boundary import caught
 from turntrace.current import current_scope
 from turntrace.errors import ConfigurationError
 from turntrace.graph.callback import SessionCallbackHandler
-from turntrace.graph.state import CONTEXT_FIELD, FIELDS, STATE_IDS
+from turntrace.graph.state import CONTEXT_FIELD, FIELDS, STATE_IDS, ids_of_turn
 from turntrace.lifecycle import Turn
 from turntrace.lifecycle.steps import OpenStep
 from turntrace.lifecycle.turn import current_step
@@ -231,7 +231,7 @@ class _Track:
         if tokens is not None and told is None and CONTEXT_FIELD in self._fields:
             fields[CONTEXT_FIELD] = tokens
         if self._fields >= _IDS and _read(self._state, "turn_id") != turn.id:
-            fields |= _ids_of(turn)
+            fields |= ids_of_turn(turn)
         return _with(update, fields) if fields else update
 
 
@@ -264,15 +264,6 @@ def _place() -> tuple[Turn | None, OpenStep | None]:
     scope = current_scope()
     turn = None if scope is None else scope.turn
     return (turn, None) if isinstance(turn, Turn) else (None, None)
-
-
-def _ids_of(turn: Turn) -> dict[str, Any]:
-    return {
-        "session_id": turn.conversation.session.id,
-        "conversation_id": turn.conversation.id,
-        "turn_id": turn.id,
-        "turn_number": turn.number,
-    }
 
 
 def _with(update: Any, fields: dict[str, Any]) -> Any:

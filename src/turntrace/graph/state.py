@@ -1,8 +1,10 @@
 """The state schema."""
 
-from typing import Annotated, NotRequired, TypeVar
+from typing import Annotated, Any, NotRequired, TypeVar
 
 from langgraph.graph import MessagesState
+
+from turntrace.lifecycle import Turn
 
 T = TypeVar("T")
 
@@ -42,3 +44,13 @@ CONTEXT_FIELD = "context_tokens"
 
 FIELDS = (*STATE_IDS, CONTEXT_FIELD)
 """The fields of `ConversationState` that tracked nodes write."""
+
+
+def ids_of_turn(turn: Turn) -> dict[str, Any]:
+    """Return the ids of a turn by the fields of `ConversationState`."""
+    return {
+        "session_id": turn.conversation.session.id,
+        "conversation_id": turn.conversation.id,
+        "turn_id": turn.id,
+        "turn_number": turn.number,
+    }

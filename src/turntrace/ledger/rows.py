@@ -95,7 +95,7 @@ def decision_values(decision: PruningDecision, dropped: Sequence[str]) -> dict[s
     """Return the columns of a decision, of whose dropped messages these are kept."""
     values = {name: getattr(decision, name) for name in _DECISION_COLUMNS}
     values |= {name: ids_text(values[name]) for name in _DECISION_LISTS}
-    return values | {"dropped": ids_text(dropped), "messages_pruned": decision.messages_pruned}
+    return values | {"dropped": ids_text(dropped)}
 
 
 def ids_text(ids: Sequence[str]) -> str | None:

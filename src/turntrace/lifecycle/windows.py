@@ -190,15 +190,17 @@ def _looked(turn: "Turn", glimpse: Glimpse, conversation: _Conversation) -> _Dec
     if not gone or not (overlaps or (same_run and place == _ROOT_STATE)):
         return None  # nothing is gone, or another list of messages altogether
     call = glimpse.step.call
+    provided = None if call is None or call.usage is None else call.usage.input_tokens
     decision = PruningDecision(
         at_ns=glimpse.at_ns,
         trigger="external",
         strategy=node if glimpse.is_call else before if same_run else None,
-        tokenizer="provider",
-        tokens_after=None if call is None or call.usage is None else call.usage.input_tokens,
+        tokenizer=None if provided is None else "provider",
+        tokens_after=provided,
         messages_before=count,
         messages_after=len(messages),
         dropped=gone,
+        messages_pruned=len(gone),
     )
     return decision, glimpse.step, gone
 

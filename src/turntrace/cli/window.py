@@ -1,0 +1,90 @@
+"""How full a model's window was, turn by turn, drawn in a terminal."""
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from turntrace.cli.render import safe, session_head
+from turntrace.decisions import PruningDecision
+from turntrace.records import SessionSummary, TurnSummary
+
+_NARROWEST: Final = 10
+_WIDEST: Final = 40
+_BESIDE: Final = 64
+_FULL: Final = 0.8
+_FILLING: Final = 0.6
+
+
+def context_chart(
+    console: Console,
+    session: SessionSummary,
+    turns: Sequence[TurnSummary],
+    decisions: Iterable[tuple[str, PruningDecision]],
+) -> None:
+    """Draw how full the window was at each turn's fullest call, with what was pruned.
+
+    Args:
+        console: Where to draw.
+        session: The session.
+        turns: Its turns, in order.
+        decisions: The decisions about its windows, each with the id of its turn.
+    """
+    console.print(session_head(session))
+    if all(turn.context_messages is None for turn in turns):
+        console.print("No model was called in this session, so there is no window to draw.")
+        return
+    by_turn: dict[str, list[PruningDecision]] = {}
+    for turn_id, decision in decisions:
+        if decision.pruned:
+            by_turn.setdefault(turn_id, []).append(decision)
+    width = min(_WIDEST, max(_NARROWEST, console.width - _BESIDE))
+    most = max((turn.context_tokens or 0 for turn in turns), default=0)
+    conversation = None
+    table = _table()
+    for turn in turns:
+        if turn.conversation_id != conversation:
+            if table.row_count:
+                console.print(table)
+                table = _table()
+            conversation = turn.conversation_id
+            console.print(Text(f"conversation {safe(conversation)}"))
+        bar = _bar(turn, width, most, is_plain=not console.encoding.lower().startswith("utf"))
+        table.add_row(f"turn {turn.number}", bar, *_figures(turn), _prunings(turn, by_turn.get(turn.id, [])))
+    console.print(table)
+    console.print(Text("The bar is the fullest call of the turn, as a share of what its model can be given.", "dim"))
+
+
+def _table() -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for justify in ("left", "left", "right", "right", "left"):
+        table.add_column(justify=justify, no_wrap=justify != "left")
+    return table
+
+
+def _bar(turn: TurnSummary, width: int, most: int, *, is_plain: bool) -> Text:
+    share = turn.context_window_pct
+    if share is None:  # no limit to draw it against: then against the fullest turn
+        share = (turn.context_tokens or 0) / most if most else 0.0
+    filled = min(width, round(share * width))
+    full, empty = ("#", ".") if is_plain else ("\u2588", "\u2591")
+    style = "red" if share > _FULL else "yellow" if share > _FILLING else "green"
+    return Text.assemble((full * filled, style), (empty * (width - filled), "dim"))
+
+
+def _figures(turn: TurnSummary) -> tuple[str, str]:
+    if turn.context_tokens is None:
+        return "-", ""
+    share = turn.context_window_pct
+    return f"{turn.context_tokens:,}", "" if share is None else f"{share:.0%} of {turn.context_limit:,}"
+
+
+def _prunings(turn: TurnSummary, decisions: Sequence[PruningDecision]) -> Text:
+    if not decisions:
+        return Text()
+    messages = f"{turn.messages_pruned:,} message" + ("" if turn.messages_pruned == 1 else "s")
+    tokens = f", {turn.tokens_pruned:,} tokens" if turn.tokens_pruned else ""
+    why = dict.fromkeys(f"{each.strategy or 'other code'}, {each.trigger}" for each in decisions)
+    return Text(f"pruned {messages}{tokens} ({safe('; '.join(why))})", style="magenta")
