@@ -11,7 +11,8 @@ from turntrace import attributes as a
 
 SOURCE = Path(turntrace.__file__).parent
 
-# The table "The words" of the design, for session, user, conversation and turn; `*` marks what every span carries.
+# The table "The words" of the design, for session, user, conversation, turn and context; `*` marks what every span
+# carries.
 WORDS = """
 session.id * str
 session.start_time str
@@ -68,10 +69,21 @@ turn.time_to_first_token_ms int
 turn.status str
 turn.intent str
 turn.step int
+context.current_tokens int
+context.new_tokens int
+context.limit int
+context.tokens int
+context.pruned bool
+context.messages_pruned int
+context.tokens_pruned int
+context.strategy str
+context.trigger str
+context.tokenizer str
+context.estimate_error_pct float
 """
 TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 TABLE = {(parts := line.split())[0]: (TYPES[parts[-1]], "*" in parts) for line in WORDS.split("\n") if line}
-OURS = ("session.", "user.", "conversation.", "turn.")
+OURS = ("session.", "user.", "conversation.", "turn.", "context.")
 
 # Names of OpenTelemetry and Langfuse that turntrace sets beside its own.
 FOREIGN = ("gen_ai.", "langfuse.", "error.")
@@ -89,7 +101,7 @@ def test_no_word_of_these_groups_is_there_that_the_design_does_not_know() -> Non
 
 
 def test_every_name_is_one_of_ours_or_of_a_standard() -> None:
-    groups = (*OURS, "context.", "journey.", "dropoff.")
+    groups = (*OURS, "journey.", "dropoff.")
     assert [name for name in a.ATTRIBUTES if not name.startswith((*groups, *FOREIGN))] == []
 
 

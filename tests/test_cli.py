@@ -312,3 +312,69 @@ def test_prices(usd: float, written: str) -> None:
 
 def test_what_is_not_printable_is_escaped() -> None:
     assert safe("a\x1b]0;x\x07\u202e\u200b\n\u00e9 \U0001f600") == "a\\x1b]0;x\\x07\\u202e\\u200b\\n\u00e9 \U0001f600"
+
+
+# --- the window -------------------------------------------------------------------------------------------------------
+def long_talk(turns: int) -> str:
+    """Write a recorded conversation whose messages have about 70 tokens each."""
+    messages = []
+    for number in range(turns):
+        messages.append({"role": "user", "content": f"{number} " + "tea " * 60})
+        messages.append({"role": "assistant", "content": f"{number} " + "cup " * 60})
+    return talk(messages=messages)
+
+
+@pytest.fixture
+def fitted(run: Run, url: str, tmp_path: Path) -> Result:
+    file = tmp_path / "talks.jsonl"
+    file.write_text(long_talk(6), encoding="utf-8")
+    return run("replay", str(file), "--ledger", url, "--context-limit", "500")
+
+
+def only_session(url: str) -> str:
+    from turntrace.ledger import Ledger
+
+    [session] = Ledger(url).sessions()
+    return session.id
+
+
+def test_the_window_is_drawn_turn_by_turn_with_its_prunings(run: Run, url: str, fitted: Result) -> None:
+    assert fitted.exit_code == 0
+    result = run("show", only_session(url), "--context", "--ledger", url, columns=140)
+    assert result.exit_code == 0
+    lines = [line for line in result.stdout.splitlines() if line.startswith("turn ")]
+    assert len(lines) == 6
+    shares = [int(re.findall(r"(\d+)% of 500", line)[0]) for line in lines]
+    assert shares[:3] == sorted(shares[:3])
+    assert max(shares) <= 80
+    bars = [len(re.findall("\u2588", line)) for line in lines]
+    assert bars == [round(share / 100 * 40) for share in shares]
+    assert ["pruned" in line for line in lines] == [False, False, False, True, True, True]
+    assert "pruned 2 messages, " in lines[3]
+    assert "(DropOldestTurns, " in lines[3]
+
+
+def test_the_window_in_a_narrow_terminal_stays_within_it(run: Run, url: str, fitted: Result) -> None:
+    result = run("show", only_session(url), "--context", "--ledger", url, columns=50)
+    assert all(len(line) <= 50 for line in result.stdout.splitlines())
+    assert "turn 6" in result.stdout
+
+
+def test_a_session_without_calls_of_a_model_says_that_there_is_no_window(run: Run, url: str) -> None:
+    with SessionTracker(url) as tracker, tracker.session() as session, session.conversation("c").turn("Hi"):
+        pass
+    result = run("show", session.id, "--context", "--ledger", url)
+    assert result.exit_code == 0
+    assert "No model was called in this session" in result.stdout
+
+
+def test_a_context_limit_of_nothing_is_a_mistake_of_the_caller(run: Run, url: str) -> None:
+    assert run("replay", "-", "--context-limit", "0", "--ledger", url, given=talk()).exit_code == 2
+
+
+def test_what_does_not_fit_is_said_by_line(run: Run, url: str, tmp_path: Path) -> None:
+    file = tmp_path / "talks.jsonl"
+    file.write_text(talk(), encoding="utf-8")
+    result = run("replay", str(file), "--context-limit", "10", "--ledger", url)
+    assert result.exit_code == 1
+    assert "10 fit" in result.output

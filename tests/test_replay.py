@@ -425,3 +425,68 @@ def recorded_as(message: dict[str, Any]) -> tuple[Any, ...]:
         for call in message.get("tool_calls") or []
     ]
     return kinds.get(message["role"], message["role"]), message["content"] or "", calls, message.get("tool_call_id")
+
+
+# --- fitted into a small window ---------------------------------------------------------------------------------------
+SMALL = 4_000
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["sync", "async"])
+def fitted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Replayed:
+    path = tmp_path_factory.mktemp("fitted") / "ledger.db"
+    return replayed(path, all_lines(), is_async=request.param, context_limit=SMALL)
+
+
+def test_every_call_of_the_model_fits_into_a_small_window(fitted: Replayed, played: Replayed) -> None:
+    assert fitted.problems == []
+    assert fitted.totals.turns == played.totals.turns
+    decided = rows(fitted.path, "SELECT tokens_before, tokens_after, trigger FROM turntrace_decisions")
+    assert len(decided) == fitted.totals.llm_calls
+    assert max(before for before, _, _ in decided) > SMALL >= max(after for _, after, _ in decided)
+    assert {trigger for _, _, trigger in decided} == {None, "threshold", "limit"}
+    # What the recorded model says it was given is counted by other code.
+    provided = rows(fitted.path, "SELECT max(context_tokens), sum(input_tokens) FROM turntrace_turns")[0]
+    assert provided[0] <= SMALL
+    assert provided[1] < rows(played.path, "SELECT sum(input_tokens) FROM turntrace_turns")[0][0]
+
+
+def test_prunings_are_spans_and_rows_and_their_sums_agree(fitted: Replayed) -> None:
+    found = list(outbox_spans(fitted.ledger))
+    assert_all_tagged(found)
+    query = """SELECT turn_id, trigger, messages_pruned, tokens_before - tokens_after, tokens_after, new_tokens
+        FROM turntrace_decisions WHERE messages_pruned > 0"""
+    words = (
+        *(a.TURN_ID, a.CONTEXT_TRIGGER, a.CONTEXT_MESSAGES_PRUNED, a.CONTEXT_TOKENS_PRUNED),
+        *(a.CONTEXT_CURRENT_TOKENS, a.CONTEXT_NEW_TOKENS),
+    )
+    events = [span for span in found if span.name == a.SPAN_PRUNE]
+    assert len(events) > 100
+    assert Counter(tuple(span.attributes[word] for word in words) for span in events) == Counter(
+        rows(fitted.path, query)
+    )
+    turns = {span.attributes[a.TURN_ID]: span.attributes for span in found if span.name == a.SPAN_TURN}
+    columns = "id, context_tokens, context_messages, prunings > 0, messages_pruned, tokens_pruned"
+    for turn_id, tokens, messages, pruned, left_out, tokens_out in rows(
+        fitted.path, f"SELECT {columns} FROM turntrace_turns"
+    ):
+        root = turns[turn_id]
+        assert root.get(a.CONVERSATION_CONTEXT_TOKENS) == tokens
+        assert root.get(a.CONVERSATION_MESSAGES_IN_CONTEXT) == messages
+        assert root.get(a.CONTEXT_PRUNED, False) == pruned
+        assert (root.get(a.CONTEXT_MESSAGES_PRUNED, 0), root.get(a.CONTEXT_TOKENS_PRUNED, 0)) == (left_out, tokens_out)
+    by_turn = rows(fitted.path, "SELECT session_id, sum(prunings) FROM turntrace_turns GROUP BY 1")
+    assert dict(by_turn) == dict(rows(fitted.path, "SELECT id, prunings FROM turntrace_sessions"))
+
+
+def test_our_count_is_near_what_the_recorded_model_counts(fitted: Replayed) -> None:
+    generations = [span.attributes for span in outbox_spans(fitted.ledger) if span.name == "gpt-4o"]
+    assert len(generations) == fitted.totals.llm_calls
+    # They differ in calls of tools: the recording has their arguments as written, LangChain sends them as its own JSON.
+    errors = [each[a.CONTEXT_ESTIMATE_ERROR_PCT] for each in generations]
+    assert 0 < sum(errors) / len(errors) < 2
+    assert 0 in errors
+    assert all(each[a.CONTEXT_CURRENT_TOKENS] <= SMALL for each in generations)
+
+
+def test_a_fitted_replay_stores_nothing_that_was_said(fitted: Replayed, recorded: list[dict[str, Any]]) -> None:
+    assert leaks(fitted, recorded) == set()

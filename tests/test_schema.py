@@ -250,3 +250,61 @@ def test_where_the_ledger_is_can_be_shown(url: str) -> None:
     assert ledger.url == url
     ledger.close()
     assert Ledger("sqlite://").url == "sqlite://"
+
+
+# --- older versions ---------------------------------------------------------------------------------------------------
+OLDEST = Path(__file__).parent / "data" / "ledger-schema-1.sql"
+
+
+def columns_of(path: Path) -> dict[str, list[tuple[Any, ...]]]:
+    with database(path) as connection:
+        return {
+            name: sorted(connection.execute(f"SELECT name, type, \"notnull\", pk FROM pragma_table_info('{name}')"))
+            for name in metadata.tables
+        }
+
+
+def test_a_ledger_of_the_first_schema_is_brought_up_without_loss(path: Path, url: str, tmp_path: Path) -> None:
+    with database(path) as connection:
+        connection.executescript(OLDEST.read_text(encoding="utf-8"))
+        tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        kept = {
+            name: connection.execute(f"SELECT * FROM {name} ORDER BY 1").fetchall()
+            for name in tables
+            if name.startswith("turntrace_") and name != "turntrace_meta"
+        }
+    ledger = Ledger(url)
+    assert version(path) == str(SCHEMA_VERSION)
+    with database(path) as connection:
+        for name, rows in kept.items():
+            now = connection.execute(f"SELECT * FROM {name} ORDER BY 1").fetchall()
+            assert [row[: len(before)] for row, before in zip(now, rows, strict=True)] == rows
+    Ledger(f"sqlite:///{tmp_path / 'new.db'}").close()
+    assert columns_of(path) == columns_of(tmp_path / "new.db")
+    [older, newer] = sorted(ledger.sessions(), key=lambda session: session.started_ns)
+    assert (older.total_turns, older.end_reason, older.prunings) == (2, "user_exit", 0)
+    assert newer.ended_ns is None
+    assert [turn.status for turn, _ in ledger.turns(newer.id)] == ["completed", "open"]
+    assert ledger.decisions(older.id) == []
+
+
+def test_turns_go_on_in_a_ledger_that_was_brought_up(path: Path, url: str) -> None:
+    with database(path) as connection:
+        connection.executescript(OLDEST.read_text(encoding="utf-8"))
+    tracker = SessionTracker(url)
+    with tracker.session(user_id="u") as session, session.conversation("c-1").turn("Again") as turn:
+        assert turn.number == 3
+    tracker.shutdown()
+    assert Ledger(url).turn_numbers("c-1") == [1, 2, 3]
+
+
+def test_a_step_up_that_fails_leaves_the_ledger_as_it_was(path: Path, url: str) -> None:
+    with database(path) as connection:
+        connection.executescript(OLDEST.read_text(encoding="utf-8"))
+        connection.execute("CREATE TABLE turntrace_decisions (mine TEXT)")  # in the way of the new table
+        before = connection.execute("SELECT name, sql FROM sqlite_master ORDER BY name").fetchall()
+    with pytest.raises(LedgerError):
+        Ledger(url)
+    with database(path) as connection:
+        assert connection.execute("SELECT name, sql FROM sqlite_master ORDER BY name").fetchall() == before
+    assert version(path) == "1"

@@ -1,7 +1,5 @@
 """Counting the tokens of messages: each message once, by what it says and how it is framed."""
 
-import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from operator import attrgetter
@@ -13,10 +11,8 @@ from turntrace.boundary import caught
 from turntrace.content import ROLES
 from turntrace.context.encodings import DEFAULT_ENCODING, count_text, encoding, encoding_name
 from turntrace.context.images import IMAGE_TYPES, image_tokens, read_image
-from turntrace.context.schemas import ToolCounter
+from turntrace.context.schemas import ToolCounter, as_json
 from turntrace.errors import ConfigurationError, ContextError
-
-logger = logging.getLogger("turntrace")
 
 Counter: TypeAlias = Callable[[Sequence[BaseMessage]], int]
 """A counter of the app's: from messages to their tokens."""
@@ -29,11 +25,11 @@ _NAME_TOKENS: Final = 1
 _CALL_TOKENS: Final = 3
 _DATA_TOKENS: Final = 85
 _DATA_LENGTH: Final = 256
-_TEXT_TYPES: Final = ("text", "input_text", "output_text")
+_TEXT_TYPES: Final = ("text", "input_text", "output_text", None)
 _CALL_TYPES: Final = ("tool_use", "tool_call", "function_call", "tool_call_chunk", "input_json_delta")
 _REMEMBERED: Final = 65_536
 _FACTS: Final = attrgetter("id", "type", "content", "name")
-_CALLS: Final = "calls"
+_SAID_BY_FACTS: Final = frozenset(("human", "system", "tool", "function"))
 
 
 class MessageCounter:
@@ -45,7 +41,7 @@ class MessageCounter:
     - A call of a tool is 3 tokens, its name, and its arguments as JSON, in the form in which LangChain sends them.
     - An image is counted by OpenAI's rule for its size and detail (see `turntrace.context.images`).
     - Any other block of content (audio, files, reasoning, citations) is an estimate: the tokens of its JSON without
-      what looks like data (a string of over 256 characters without a space), and 85 for each of those.
+      what looks like data (over 256 characters of ASCII without a space), and 85 for each of those.
 
     What was counted is remembered by the message's id and all that counts of it, up to 131,072 messages (about 16 MB),
     so a history costs its new messages only. Threads may count at once.
@@ -77,13 +73,18 @@ class MessageCounter:
         self.of_tools = ToolCounter(self._encoding.name, self.of_text)
         self._of_role = lru_cache(maxsize=64)(self.of_text)
         # Two generations: when the newer one is full it becomes the older one, which is forgotten.
-        self._new: dict[int, Any] = {}
-        self._old: dict[int, Any] = {}
+        self._new: dict[int, int] = {}
+        self._old: dict[int, int] = {}
 
     @property
     def is_estimate(self) -> bool:
         """Whether tiktoken does not know the model."""
         return self.tokenizer.endswith("~estimate")
+
+    @property
+    def remembered(self) -> int:
+        """How many counts are remembered."""
+        return len(self._new) + len(self._old)
 
     def of_text(self, text: str) -> int:
         """Return the tokens of a text."""
@@ -91,37 +92,25 @@ class MessageCounter:
 
     def counts(self, messages: Sequence[BaseMessage]) -> list[int]:
         """Return the tokens of each message, its frame included."""
-        try:  # nearly always: what is looked at is one text a message
-            keys = list(map(hash, map(_FACTS, messages)))
-        except TypeError:  # a list of blocks
-            keys = [_key_of(message) for message in messages]
-        counts: list[Any] = list(map(self._new.get, keys))
-        for index in [index for index, tokens in enumerate(counts) if tokens.__class__ is not int]:
-            counts[index] = self._look_closer(keys[index], messages[index])
-        return counts
+        keys = _keys_of(messages)
+        return [
+            self._look_closer(key, message) if tokens is None else tokens
+            for key, message, tokens in zip(keys, messages, map(self._new.get, keys), strict=True)
+        ]
 
     def count(self, message: BaseMessage) -> int:
         """Return the tokens of one message, its frame included."""
         return self.counts((message,))[0]
 
     def _look_closer(self, key: int, message: BaseMessage) -> int:
-        """Return the tokens of a message that is new, was counted long ago, or calls tools."""
-        calls = _calls_of(message)
-        if calls:
-            self._remember(key, _CALLS)  # what it says alone does not tell
-            key = hash((key, _print_of_calls(calls)))
-        tokens = self._new.get(key)
+        """Return the tokens of a message that is new, or was counted long ago."""
+        tokens = self._old.get(key)
         if tokens is None:
-            tokens = self._old.get(key)
-            if tokens is None:
-                tokens = self._of_message(message)
-            self._remember(key, tokens)
-        return tokens
-
-    def _remember(self, key: int, tokens: Any) -> None:
+            tokens = self._of_message(message)
         if len(self._new) >= _REMEMBERED:
             self._old, self._new = self._new, {}
         self._new[key] = tokens
+        return tokens
 
     # --- one message --------------------------------------------------------------------------------------------------
     def _of_message(self, message: BaseMessage) -> int:
@@ -157,7 +146,7 @@ class MessageCounter:
         if isinstance(block, str):
             return self.of_text(block)
         if not isinstance(block, Mapping):
-            return self.of_text(str(block))
+            return self._of_other(block)
         kind = block.get("type")
         if kind in _TEXT_TYPES and isinstance(block.get("text"), str):
             return self.of_text(block["text"])
@@ -169,7 +158,7 @@ class MessageCounter:
 
     def _of_other(self, value: Any) -> int:
         text, data = _without_data(value)
-        return self.of_text(json.dumps(text, ensure_ascii=False, default=str)) + _DATA_TOKENS * data
+        return self.of_text(as_json(text)) + _DATA_TOKENS * data
 
 
 def read_messages(messages: Sequence[Any]) -> list[BaseMessage]:
@@ -213,39 +202,54 @@ def role_of(message: BaseMessage) -> str:
 def _calls_of(message: BaseMessage) -> Sequence[Mapping[str, Any]]:
     if not isinstance(message, AIMessage):
         return ()
-    return [*message.tool_calls, *message.invalid_tool_calls] if message.invalid_tool_calls else message.tool_calls
+    if message.invalid_tool_calls:
+        return [*message.tool_calls, *message.invalid_tool_calls]
+    return message.tool_calls
 
 
 def _arguments(args: Any) -> str:
-    return args if isinstance(args, str) else json.dumps(args or {}, ensure_ascii=False, default=str)
+    return args if isinstance(args, str) else as_json(args or {})
 
 
-def _key_of(message: BaseMessage) -> int:
-    return hash((message.id, message.type, _print_of(message.content), message.name))
+def _keys_of(messages: Sequence[BaseMessage]) -> list[int]:
+    """Return a hash for each message of all that counts of it."""
+    try:  # nearly always: what is looked at is one text a message
+        keys = list(map(hash, map(_FACTS, messages)))
+    except TypeError:  # a list of blocks
+        keys = [hash((m.id, m.type, _hashable(m.content), m.name)) for m in messages]
+    for index, message in enumerate(messages):
+        if message.type not in _SAID_BY_FACTS and (more := _print_of_more(message)):
+            keys[index] = hash((keys[index], more))
+    return keys
 
 
-def _print_of_calls(calls: Sequence[Mapping[str, Any]]) -> int:
-    try:
-        return hash(tuple([(call["name"], *call["args"].items()) for call in calls]))
-    except (TypeError, AttributeError, KeyError):  # arguments that are lists or mappings, or that are no JSON
-        return _print_of(calls)
+def _print_of_more(message: BaseMessage) -> int:
+    """Return a hash of what a message says beside its content."""
+    if isinstance(message, AIMessage):
+        calls = _calls_of(message)
+        return hash(tuple([(call["name"], _print_of(call["args"])) for call in calls])) if calls else 0
+    return hash(message.role) if isinstance(message, ChatMessage) else 0
+
+
+def _hashable(value: Any) -> str | int:
+    return value if isinstance(value, str) else _print_of(value)
 
 
 def _print_of(value: Any) -> int:
-    """Return a hash of a value of lists and mappings."""
+    """Return a hash of a value of lists and mappings; 1, 1.0 and True are three values, as they are in JSON."""
     kind = value.__class__
-    if kind is str:
+    if kind is str or kind is bytes:
         return hash(value)
     if kind is dict:
-        return hash(tuple([(key, _print_of(each)) for key, each in value.items()]))
+        return hash((kind, *value, *[each if each.__class__ is str else _print_of(each) for each in value.values()]))
     if kind is list or kind is tuple:
-        return hash(tuple([_print_of(each) for each in value]))
+        return hash((kind, *[_print_of(each) for each in value]))
     return hash((kind, repr(value)))
 
 
 def _without_data(value: Any) -> tuple[Any, int]:
     """Return a value with what looks like data left out, and how often that was."""
-    if isinstance(value, bytes) or (isinstance(value, str) and len(value) > _DATA_LENGTH and " " not in value):
+    if isinstance(value, bytes | bytearray | memoryview) or (isinstance(value, str) and _is_data(value)):
         return "", 1
     if isinstance(value, Mapping):
         parts = {str(key): _without_data(each) for key, each in value.items()}
@@ -254,3 +258,7 @@ def _without_data(value: Any) -> tuple[Any, int]:
         items = [_without_data(each) for each in value]
         return [item for item, _ in items], sum(data for _, data in items)
     return value, 0
+
+
+def _is_data(text: str) -> bool:
+    return len(text) > _DATA_LENGTH and text.isascii() and " " not in text

@@ -113,9 +113,14 @@ def encoding_name(model: str) -> str | None:
 
 
 def names_of(model: str) -> tuple[str, ...]:
-    """Return the names that a model may be known by: as it is, and without what a router or LangChain puts before."""
+    """Return the names that a model may be known by: as it is, and without what is put around it.
+
+    Around it are a router's or LangChain's name of the vendor, ``ft:gpt-4o:org::id``, and ``gpt-4o:extended``.
+    """
     bare = model.rpartition("/")[2]
-    return tuple(dict.fromkeys((model, bare, bare.partition(":")[2] or bare)))
+    before, _, after = bare.partition(":")
+    names = (model, bare, after, after.partition(":")[0], before)
+    return tuple(dict.fromkeys(name for name in names if name)) or (model,)
 
 
 def encoding_for_model(model: str) -> "tiktoken.Encoding":

@@ -51,18 +51,22 @@ def image_tokens(model: str, size: tuple[int, int], detail: str = "auto") -> int
         detail: ``low``, ``high``, or ``auto``, which is counted as ``high``.
     """
     width, height = max(1, size[0]), max(1, size[1])
-    name = names_of(model)[-1]
-    factor = next((factor for start, factor in _PATCHES.items() if name.startswith(start)), None)
+    names = names_of(model)
+    factor = next((factor for start, factor in _PATCHES.items() if _any_starts(names, start)), None)
     if factor is not None:
         return math.ceil(_patches(width, height) * factor)
-    base, tile = _TILES[max((start for start in _TILES if name.startswith(start)), key=len)]
+    base, tile = _TILES[max((start for start in _TILES if _any_starts(names, start)), key=len)]
     return base if detail == "low" else base + tile * _tiles(width, height)
+
+
+def _any_starts(names: tuple[str, ...], start: str) -> bool:
+    return any(name.startswith(start) for name in names)
 
 
 def _tiles(width: float, height: float) -> int:
     shrink = min(1.0, _SQUARE / max(width, height))
     shrink *= min(1.0, _SHORTER / (min(width, height) * shrink))
-    return math.ceil(round(width * shrink, 3) / _TILE) * math.ceil(round(height * shrink, 3) / _TILE)
+    return _whole(width * shrink / _TILE) * _whole(height * shrink / _TILE)
 
 
 def _patches(width: int, height: int) -> int:
@@ -71,8 +75,14 @@ def _patches(width: int, height: int) -> int:
         return count
     shrink = math.sqrt(_PATCH * _PATCH * _MOST_PATCHES / (width * height))
     across, down = width * shrink / _PATCH, height * shrink / _PATCH
-    shrink *= min(math.floor(across) / across, math.floor(down) / down) if min(across, down) >= 1 else 1.0
-    return min(_MOST_PATCHES, math.ceil(width * shrink / _PATCH) * math.ceil(height * shrink / _PATCH))
+    if min(across, down) >= 1:
+        shrink *= min(math.floor(round(across, 6)) / across, math.floor(round(down, 6)) / down)
+    return min(_MOST_PATCHES, _whole(width * shrink / _PATCH) * _whole(height * shrink / _PATCH))
+
+
+def _whole(squares: float) -> int:
+    """Return squares rounded up, at least one; what a float is off by does not make one more."""
+    return max(1, math.ceil(round(squares, 6)))
 
 
 def read_image(block: Mapping[str, Any]) -> tuple[tuple[int, int], str]:
@@ -98,8 +108,7 @@ def _size_of(data: Any) -> tuple[int, int]:
     import imagesize
 
     try:
-        content = base64.b64decode(data) if isinstance(data, str) else bytes(data)
-        width, height = imagesize.get(io.BytesIO(content))
+        width, height = imagesize.get(io.BytesIO(base64.b64decode(data) if isinstance(data, str) else data))
     except Exception:  # whatever a broken header makes of the parser: an image is counted all the same
         return UNKNOWN_SIZE
     return (int(width), int(height)) if width > 0 and height > 0 else UNKNOWN_SIZE

@@ -1,8 +1,9 @@
 """Messages that are too many: what a strategy is given, and what must hold of what it gives back."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from operator import lt
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
 
@@ -14,6 +15,24 @@ SUMMARY_KEY: Final = "turntrace_summary"
 _SYSTEM_ROLES: Final = ("system", "developer")
 _USER_ROLES: Final = ("user", "human")
 
+_Places: TypeAlias = Sequence[int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What a strategy gave back, set against what it was given.
+
+    Attributes:
+        messages: The messages that it gave back.
+        places: Where each of them stood; None for one that was put in.
+        homes: The same, and for one that was put in the place of the message that it replaces: that of its id, or,
+            without an id, one like it between the places of its neighbours.
+    """
+
+    messages: Sequence[BaseMessage]
+    places: _Places
+    homes: _Places
+
 
 class Overfull:
     """Messages that are to become fewer tokens.
@@ -24,6 +43,9 @@ class Overfull:
         target: Tokens that the messages are to have at most.
         most: Tokens that they may have at most, when the target cannot be reached.
         count: Counts a message that is not among them, as a placeholder.
+        pinned: Indexes of the messages that stay: system messages, the user's newest message, summaries.
+        summaries: Indexes of the summaries of what was dropped before; they go only where all else is not enough.
+        turn_starts: Indexes of the user's messages.
     """
 
     def __init__(
@@ -35,12 +57,12 @@ class Overfull:
         most: int,
         count: Callable[[BaseMessage], int],
     ) -> None:
-        self.messages = messages
-        self.tokens = tokens
+        self.messages = tuple(messages)  # no strategy changes what the others are given
+        self.tokens = tuple(tokens)
         self.target = target
         self.most = most
         self.count = count
-        self.pinned, self.turn_starts, self._linked = _read(messages)
+        self.pinned, self.summaries, self.turn_starts, self._linked = _read(messages)
 
     @property
     def total(self) -> int:
@@ -79,49 +101,100 @@ class Overfull:
                 total -= tokens[each]
         return total
 
-    def again(self, pruned: Sequence[BaseMessage], places: Sequence[int | None]) -> "Overfull":
-        """Return what is still to be pruned after a strategy has pruned.
+    def with_summaries(self, gone: set[int]) -> set[int]:
+        """Drop summaries, too, the oldest first, where the rest is still more than fits."""
+        if self.summaries:
+            total = self.total_without(gone)
+            for index in self.summaries:
+                if total <= self.most:
+                    break
+                gone.add(index)
+                total -= self.tokens[index]
+        return gone
 
-        Args:
-            pruned: What it gave back.
-            places: What `places` says of it.
-        """
-        return Overfull(pruned, self.counts(pruned, places), target=self.target, most=self.most, count=self.count)
+    def total_without(self, gone: Iterable[int]) -> int:
+        """Tokens of all messages but those of some indexes."""
+        return self.total - sum(map(self.tokens.__getitem__, gone))
 
-    def counts(self, pruned: Sequence[BaseMessage], places: Sequence[int | None]) -> list[int]:
+    def again(self, pruned: Pruned) -> "Overfull":
+        """Return what is still to be pruned after a strategy has pruned."""
+        return Overfull(pruned.messages, self.counts(pruned), target=self.target, most=self.most, count=self.count)
+
+    # --- what a strategy gave back ------------------------------------------------------------------------------------
+    def read(self, messages: Sequence[BaseMessage]) -> Pruned:
+        """Set what a strategy gave back against these messages."""
+        by_object = {id(message): index for index, message in enumerate(self.messages)}
+        places: list[int | None] = list(map(by_object.get, map(id, messages)))
+        if len(by_object) < len(self.messages):
+            places = self._places_of_repeated(messages)
+        return Pruned(messages, places, self._homes(messages, places) if None in places else places)
+
+    def counts(self, pruned: Pruned) -> list[int]:
         """Return the tokens of each message of what a strategy gave back."""
         tokens = self.tokens
-        return [self.count(each) if at is None else tokens[at] for each, at in zip(pruned, places, strict=True)]
+        return [
+            self.count(each) if at is None else tokens[at]
+            for each, at in zip(pruned.messages, pruned.places, strict=True)
+        ]
 
-    def places(self, pruned: Sequence[BaseMessage]) -> list[int | None]:
-        """Return where each message stood; None for one that is not among these."""
-        by_object = {id(message): index for index, message in enumerate(self.messages)}
-        return list(map(by_object.get, map(id, pruned)))
-
-    def objection(self, pruned: Any, places: Sequence[int | None]) -> str | None:
+    def objection(self, pruned: Pruned) -> str | None:
         """Say what is wrong with what a strategy gave back, or None when nothing is.
 
         Messages may be dropped, replaced by one of the same id and role, and new ones put in. System messages and the
         user's newest message stay, a call of tools and its results stay or go together, and the order stays.
-
-        Args:
-            pruned: What it gave back.
-            places: What `places` says of it.
         """
-        if None in places:
-            by_id = {(m.id, m.type): index for index, m in enumerate(self.messages) if m.id is not None}
-            places = [by_id.get((m.id, m.type)) if at is None else at for m, at in zip(pruned, places, strict=True)]
-        order = [place for place in places if place is not None]
+        order = [home for home in pruned.homes if home is not None]
         if not all(map(lt, order, order[1:])):
             return "it changed the order of the messages, or has one twice"
         kept = set(order)
+        if pruned.homes is not pruned.places:
+            for message, place, home in zip(pruned.messages, pruned.places, pruned.homes, strict=True):
+                if place is None and home is not None and not _alike(message, self.messages[home]):
+                    kept.discard(home)  # it took the id of a message that is gone
         for index in self.pinned - kept:
-            if not is_summary(self.messages[index]):
+            if index not in self.summaries:
                 return f"it dropped message {index}, a {role_of(self.messages[index])} message that must stay"
         for index, group in self._linked.items():
             if index not in kept and not kept.isdisjoint(group):
                 return f"it separated the call of tools in message {group[0]} from its results"
         return None
+
+    def _places_of_repeated(self, messages: Sequence[BaseMessage]) -> list[int | None]:
+        """Return where each message stood, where one object stands more than once: as late as the order allows."""
+        standing: dict[int, list[int]] = {}
+        for index, message in enumerate(self.messages):
+            standing.setdefault(id(message), []).append(index)
+        places: list[int | None] = []
+        before = len(self.messages)
+        for message in reversed(messages):
+            indexes = standing.get(id(message))
+            place = None if indexes is None else next((at for at in reversed(indexes) if at < before), indexes[-1])
+            places.append(place)
+            before = before if place is None else place
+        return places[::-1]
+
+    def _homes(self, messages: Sequence[BaseMessage], places: _Places) -> list[int | None]:
+        by_id: dict[str | None, int] = {}
+        by_id.update((each.id, index) for index, each in enumerate(self.messages) if each.id is not None)
+        homes, kept, before = list(places), set(places), len(self.messages)
+        for at in reversed(range(len(homes))):
+            if homes[at] is None:
+                homes[at] = self._home(messages[at], before, kept, by_id)
+            before = before if (home := homes[at]) is None else home
+        return homes
+
+    def _home(
+        self, message: BaseMessage, before: int, kept: set[int | None], by_id: Mapping[str | None, int]
+    ) -> int | None:
+        if message.id is not None and message.id not in by_id:
+            return None
+        for index in reversed(range(before)):
+            if index in kept:
+                break
+            other = self.messages[index]
+            if other.id == message.id and (message.id is not None or _alike(message, other)):
+                return index
+        return by_id.get(message.id)
 
 
 def is_summary(message: BaseMessage) -> bool:
@@ -130,24 +203,25 @@ def is_summary(message: BaseMessage) -> bool:
     return bool(marks) and (SUMMARY_KEY in marks or marks.get("lc_source") == "summarization")
 
 
-def _read(messages: Sequence[BaseMessage]) -> tuple[set[int], list[int], Mapping[int, list[int]]]:
-    """Return which messages must stay, where turns begin, and which belong together.
+def _read(messages: Sequence[BaseMessage]) -> tuple[set[int], list[int], list[int], Mapping[int, list[int]]]:
+    """Return which messages must stay, which are summaries, where turns begin, and which belong together.
 
     A result belongs to the last call of its id before it, else to the first after it: providers use an id again later
     in a conversation.
     """
     pinned: set[int] = set()
+    summaries: list[int] = []
     starts: list[int] = []
     linked: dict[int, list[int]] = {}
     calls: dict[str | None, int] = {}
-    waiting: dict[str, list[int]] = {}
+    waiting: dict[str | None, list[int]] = {}
     for index, message in enumerate(messages):
         kind = message.type
         if kind == "ai" or kind == "AIMessageChunk":
             if isinstance(message, AIMessage) and (message.tool_calls or message.invalid_tool_calls):
                 for call in (*message.tool_calls, *message.invalid_tool_calls):
                     calls[call["id"]] = index
-                    for early in waiting.pop(call["id"] or "", ()):
+                    for early in waiting.pop(call["id"], ()):
                         _link(linked, early, index)
         elif kind == "tool" or kind == "ToolMessageChunk":
             if isinstance(message, ToolMessage):
@@ -158,7 +232,7 @@ def _read(messages: Sequence[BaseMessage]) -> tuple[set[int], list[int], Mapping
                     _link(linked, index, at)
         elif kind == "human" or kind == "HumanMessageChunk":
             if is_summary(message):
-                pinned.add(index)
+                summaries.append(index)
             else:
                 starts.append(index)
         elif kind == "system" or role_of(message) in _SYSTEM_ROLES:
@@ -167,7 +241,8 @@ def _read(messages: Sequence[BaseMessage]) -> tuple[set[int], list[int], Mapping
             starts.append(index)
     if starts:
         pinned.add(starts[-1])
-    return pinned, starts, linked
+    pinned.update(summaries)
+    return pinned, summaries, starts, linked
 
 
 def _link(linked: dict[int, list[int]], result: int, call: int) -> None:
@@ -176,3 +251,16 @@ def _link(linked: dict[int, list[int]], result: int, call: int) -> None:
         group = linked[call] = [call]
     group.append(result)
     linked[result] = group
+
+
+def _alike(message: BaseMessage, other: BaseMessage) -> bool:
+    """Tell whether a message can stand for another: of its role, and with its call of tools."""
+    return role_of(message) == role_of(other) and _ties(message) == _ties(other)
+
+
+def _ties(message: BaseMessage) -> Any:
+    if isinstance(message, ToolMessage):
+        return message.tool_call_id
+    if isinstance(message, AIMessage):
+        return [call["id"] for call in (*message.tool_calls, *message.invalid_tool_calls)]
+    return None

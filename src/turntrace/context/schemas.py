@@ -8,7 +8,7 @@ rule, a level deeper. For models of other vendors it is an estimate.
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from langchain_core.utils.function_calling import convert_to_openai_tool
@@ -42,12 +42,17 @@ class ToolCounter:
         self._known: OrderedDict[tuple[int, ...], tuple[list[Any], int]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __call__(self, tools: Sequence[Any]) -> int:
+    def __call__(self, tools: Iterable[Any]) -> int:
         """Return the tokens of tools in any form that ``bind_tools`` takes.
 
         Raises:
             ContextError: If one of them is none of these forms.
         """
+        if isinstance(tools, Mapping | str) or not isinstance(tools, Iterable):
+            raise ContextError(
+                f"tools is a {type(tools).__name__}. Allowed is a list of tools: pass tools=[my_tool] for one."
+            )
+        tools = list(tools)
         if not tools:
             return 0
         key = tuple(map(id, tools))
@@ -56,7 +61,7 @@ class ToolCounter:
             return known[1]
         tokens = _END_TOKENS + sum(self._of_tool(tool) for tool in tools)
         with self._lock:
-            self._known[key] = (list(tools), tokens)
+            self._known[key] = (tools, tokens)
             if len(self._known) > _REMEMBERED:
                 self._known.popitem(last=False)
         return tokens
@@ -65,7 +70,7 @@ class ToolCounter:
         schema = _schema_of(tool)
         function = schema.get("function")
         if not isinstance(function, Mapping):  # a tool of the provider's own, as web search
-            return self._function_tokens + self._of_text(json.dumps(schema, default=str))
+            return self._function_tokens + self._of_text(as_json(schema))
         described = f"{function.get('name', '')}:{_bare(function.get('description'))}"
         parameters = function.get("parameters")
         return self._function_tokens + self._of_text(described) + self._of_properties(parameters, _DEEPEST)
@@ -89,14 +94,22 @@ class ToolCounter:
         return tokens
 
 
+def as_json(value: Any) -> str:
+    """Return a value as JSON, as LangChain writes it; in Python's own words where it has no JSON."""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)
+    except (TypeError, ValueError):  # keys that are no text, or a circle
+        return str(value)
+
+
 def _schema_of(tool: Any) -> Mapping[str, Any]:
-    if isinstance(tool, Mapping) and "function" not in tool and "type" in tool and "input_schema" not in tool:
-        if "name" not in tool or "parameters" not in tool:
-            return tool
+    if isinstance(tool, Mapping) and tool.get("type") == "function" and isinstance(tool.get("name"), str):
         return {"function": tool}  # OpenAI's Responses API
     try:
         return convert_to_openai_tool(tool)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except Exception as error:  # whatever a function's type hints or a class's schema make of LangChain's reading
+        if isinstance(tool, Mapping) and tool:
+            return tool
         raise ContextError(
             f"A tool cannot be counted: it is a {type(tool).__name__}. Allowed is what bind_tools takes: tools, "
             "functions with type hints, pydantic classes, and schemas as dicts. Pass tools=[my_tool]."

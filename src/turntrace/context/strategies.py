@@ -5,12 +5,13 @@ message stay, a call of tools and its results stay or go together, and the order
 is set aside for that call, with a line in the log, and `DropOldestTurns` does its work.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Final, Protocol, runtime_checkable
 
 from langchain_core.messages import BaseMessage, ToolMessage
 
-from turntrace.context.overfull import Overfull
+from turntrace.context.overfull import Overfull, Pruned
 from turntrace.errors import ConfigurationError, ContextError
 
 PLACEHOLDER: Final = "[cleared: an old result of a tool]"
@@ -24,6 +25,9 @@ class Strategy(Protocol):
 
     def prune(self, overfull: Overfull) -> Sequence[BaseMessage]:
         """Return the messages that the model is to be given.
+
+        One that is put in place of others, as a summary, takes the id of the first of them: so `Window.update` puts it
+        there in a graph's state, too.
 
         Args:
             overfull: The messages, the tokens of each, and how many tokens they are to have.
@@ -55,7 +59,8 @@ class DropOldestTurns:
 
     def prune(self, overfull: Overfull) -> Sequence[BaseMessage]:
         """Return the newest turns that fit."""
-        return overfull.without(oldest_turns(overfull, self._keep_last, until=overfull.target))
+        gone = oldest_turns(overfull, self._keep_last, until=overfull.target, most=overfull.most)
+        return overfull.without(overfull.with_summaries(gone))
 
 
 class KeepLast:
@@ -79,7 +84,7 @@ class KeepLast:
         gone: set[int] = set()
         rest = overfull.oldest_first(range(first), until=_ALL, gone=gone, total=overfull.total)
         overfull.oldest_first(range(first, end), until=overfull.target, gone=gone, total=rest)
-        return overfull.without(gone)
+        return overfull.without(overfull.with_summaries(gone))
 
 
 class ClearToolResults:
@@ -134,7 +139,7 @@ class Chain:
     def prune(self, overfull: Overfull) -> Sequence[BaseMessage]:
         """Return what the strategies leave together."""
         for strategy in self._strategies:
-            overfull = overfull.again(*sound(overfull, strategy, strategy.prune(overfull)))
+            overfull = overfull.again(sound(overfull, strategy, strategy.prune(overfull)))
             if overfull.total <= overfull.target:
                 break
         return overfull.messages
@@ -142,7 +147,7 @@ class Chain:
     async def aprune(self, overfull: Overfull) -> Sequence[BaseMessage]:
         """Return what the strategies leave together, waiting for those that wait."""
         for strategy in self._strategies:
-            overfull = overfull.again(*sound(overfull, strategy, await apruned(strategy, overfull)))
+            overfull = overfull.again(sound(overfull, strategy, await apruned(strategy, overfull)))
             if overfull.total <= overfull.target:
                 break
         return overfull.messages
@@ -153,13 +158,14 @@ async def apruned(strategy: Strategy, overfull: Overfull) -> Sequence[BaseMessag
     return await strategy.aprune(overfull) if isinstance(strategy, AsyncStrategy) else strategy.prune(overfull)
 
 
-def oldest_turns(overfull: Overfull, keep_last: int, *, until: int) -> set[int]:
+def oldest_turns(overfull: Overfull, keep_last: int, *, until: int, most: int) -> set[int]:
     """Return the indexes of the oldest turns that must go, whole turns as far as the limit allows.
 
     Args:
         overfull: The messages.
         keep_last: How many of the newest turns go only when they do not fit, and then message by message.
         until: Tokens that the rest is to have at most.
+        most: Tokens that the newest turns may have at most.
     """
     starts, end = overfull.turn_starts, len(overfull.messages)
     gone: set[int] = set()
@@ -173,18 +179,21 @@ def oldest_turns(overfull: Overfull, keep_last: int, *, until: int) -> set[int]:
             return gone
         total = overfull.oldest_first(range(begin, start), until=_ALL, gone=gone, total=total)
         begin = start
-    overfull.oldest_first(range(begin, end), until=overfull.most, gone=gone, total=total)
+    overfull.oldest_first(range(begin, end), until=most, gone=gone, total=total)
     return gone
 
 
 def check_strategy(strategy: Any) -> Strategy:
     """Return a strategy, or say why it cannot be one."""
-    if isinstance(strategy, type) or not callable(getattr(strategy, "prune", None)):
-        name = strategy.__name__ if isinstance(strategy, type) else type(strategy).__name__
-        hint = f"pass an object of it: {name}()" if isinstance(strategy, type) else "pass DropOldestTurns(), say"
-        raise ConfigurationError(
-            f"strategy is {name}, which has no method prune to call. Allowed is an object with prune(overfull): {hint}."
-        )
+    prune, wrong = getattr(strategy, "prune", None), None
+    if isinstance(strategy, type):
+        wrong = f"strategy is the class {strategy.__name__}. Pass an object of it: strategy={strategy.__name__}(...)."
+    elif not callable(prune):
+        wrong = f"strategy is a {type(strategy).__name__}, which has no method prune. Pass DropOldestTurns(), say."
+    elif inspect.iscoroutinefunction(prune):
+        wrong = f"{type(strategy).__name__}.prune is async. Name it aprune, which afit awaits, and add a prune for fit."
+    if wrong is not None:
+        raise ConfigurationError(f"{wrong} Allowed is an object with a method prune(overfull).")
     found: Strategy = strategy
     return found
 
@@ -196,17 +205,18 @@ def check_count(value: Any, name: str, *, least: int) -> int:
     return value
 
 
-def sound(overfull: Overfull, strategy: Strategy, pruned: Any) -> tuple[list[BaseMessage], list[int | None]]:
-    """Return what a strategy gave back and where each message stood, or say why it cannot be given to a model.
+def sound(overfull: Overfull, strategy: Strategy, pruned: Any) -> Pruned:
+    """Return what a strategy gave back, or say why it cannot be given to a model.
 
     Raises:
         ContextError: If it breaks what must hold of every strategy (see `Overfull.objection`).
     """
-    objection: str | None = f"it returned a {type(pruned).__name__} where a list of messages is needed"
-    places: list[int | None] = []
+    objection: str | None
     if isinstance(pruned, Sequence) and all(isinstance(each, BaseMessage) for each in pruned):
-        places = overfull.places(pruned)
-        objection = overfull.objection(pruned, places)
-    if objection is not None:
-        raise ContextError(f"{strategy!r} is set aside for this call: {objection}. Mend its method prune.")
-    return list(pruned), places
+        read = overfull.read(pruned)
+        objection = overfull.objection(read)
+        if objection is None:
+            return read
+    else:
+        objection = f"it returned a {type(pruned).__name__} where a list of messages is needed"
+    raise ContextError(f"{strategy!r} is set aside for this call: {objection}. Mend its method prune.")

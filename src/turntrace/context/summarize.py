@@ -1,5 +1,6 @@
 """The strategy that has a chat model sum up what it drops."""
 
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Generator, Iterator, Sequence
@@ -11,7 +12,7 @@ from langchain_core.runnables import RunnableConfig
 
 from turntrace.content import read_message, to_json
 from turntrace.context.counter import role_of
-from turntrace.context.overfull import SUMMARY_KEY, Overfull, is_summary
+from turntrace.context.overfull import SUMMARY_KEY, Overfull
 from turntrace.context.strategies import check_count, oldest_turns
 from turntrace.errors import ConfigurationError, ContextError
 from turntrace.identity import new_id
@@ -32,6 +33,7 @@ HEADING: Final = "Summary of the conversation so far:\n"
 """What stands before the summary in the message that the model is given."""
 
 _CONFIG: Final[RunnableConfig] = {"run_name": "summarize", "tags": ["nostream"]}  # not to be streamed to the user
+_PLACES: Final = re.compile(r"\{(?:summary|messages|words)\}")
 _REMEMBERED: Final = 10_000
 _CHARACTERS_A_TOKEN: Final = 3
 _WORDS_A_TOKEN: Final = 0.6
@@ -81,7 +83,7 @@ class Summarize:
         self._summary_tokens = check_count(summary_tokens, "summary_tokens", least=1)
         self._piece_tokens = check_count(piece_tokens, "piece_tokens", least=100)
         self._prompt = prompt
-        self._known: OrderedDict[str, tuple[list[str], str]] = OrderedDict()
+        self._known: OrderedDict[int, tuple[list[int], str]] = OrderedDict()
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -111,49 +113,57 @@ class Summarize:
 
     def _asking(self, overfull: Overfull) -> _Asking:
         """Yield what the model is to be asked, be sent its answers, and return the messages."""
-        messages = overfull.messages
-        standing = next((index for index, message in enumerate(messages) if is_summary(message)), None)
-        free = overfull.target - self._summary_tokens + (0 if standing is None else overfull.tokens[standing])
-        needed = sorted(oldest_turns(overfull, self._keep_last, until=free))
+        standing = overfull.summaries[0] if overfull.summaries else None
+        held = 0 if standing is None else overfull.tokens[standing]
+        spare = max(0, self._summary_tokens - held)  # what the summary may take beside what it takes now
+        free, most = overfull.target - spare, overfull.most - spare
+        needed = oldest_turns(overfull, self._keep_last, until=free, most=most)
+        if overfull.total_without(needed) > most:  # no room for a summary beside what must stay
+            gone = oldest_turns(overfull, self._keep_last, until=overfull.target, most=overfull.most)
+            return overfull.without(overfull.with_summaries(gone))
         if not needed:
-            return messages
-        known = self._remembered(messages, needed)
-        if known is None or not set(needed) <= set(known[0]):
-            gone = sorted(oldest_turns(overfull, self._keep_last, until=free // 2))
-            done, summary = (
-                ([], _text_of(messages[standing]) if standing is not None else "") if known is None else known
-            )
-            gone = sorted({*gone, *done})
-            for piece in self._pieces(overfull, [index for index in gone if index not in set(done)]):
-                words = int(self._summary_tokens * _WORDS_A_TOKEN)
-                summary = yield (
-                    self._prompt.replace("{words}", str(words))
-                    .replace("{summary}", summary or "(none yet)")
-                    .replace("{messages}", piece)
-                )
-                if not summary.strip():
-                    raise ContextError(f"{self!r} got an empty summary from its model.")
-            self._remember(messages, gone, summary)
-        else:
-            gone, summary = known
-        return self._with_summary(overfull, gone, standing, summary.removeprefix(HEADING))
+            return overfull.messages
+        done, summary = self._remembered(overfull, min(needed)) or (set(), None)
+        if summary is not None and needed <= done:
+            return self._with_summary(overfull, done, standing, summary)
+        if summary is None and standing is not None:
+            summary = _text_of(overfull.messages[standing]).removeprefix(HEADING)
+        gone = oldest_turns(overfull, self._keep_last, until=free // 2, most=most) | done
+        for piece in self._pieces(overfull, sorted(gone - done)):
+            summary = yield self._question(summary or "(none yet)", piece)
+            if not summary.strip():
+                raise ContextError(f"{self!r} got an empty summary from its model.")
+        pruned = self._with_summary(overfull, gone, standing, summary or "")
+        self._remember(overfull, gone, summary or "")
+        return pruned
+
+    def _question(self, summary: str, piece: str) -> str:
+        words = str(int(self._summary_tokens * _WORDS_A_TOKEN))
+        told = {"{summary}": summary, "{messages}": piece, "{words}": words}
+        return _PLACES.sub(lambda found: told[found[0]], self._prompt)
 
     def _with_summary(
-        self, overfull: Overfull, gone: list[int], standing: int | None, summary: str
+        self, overfull: Overfull, gone: set[int], standing: int | None, summary: str
     ) -> Sequence[BaseMessage]:
-        place = gone[0] if standing is None else standing
+        place = min(gone) if standing is None else standing
         # Under the id of the message whose place it takes, so that a state's reducer puts it there too.
         message = HumanMessage(
             HEADING + summary, id=overfull.messages[place].id or new_id(), additional_kwargs={SUMMARY_KEY: True}
         )
-        rest = set(gone) - {place}
+        rest = gone - {place}
         kept = [
             message if index == place else each for index, each in enumerate(overfull.messages) if index not in rest
         ]
-        left = overfull.again(kept, overfull.places(kept))
+        left = overfull.again(overfull.read(kept))
         if left.total <= left.target:
             return kept
-        return left.without(oldest_turns(left, self._keep_last, until=left.target))  # it came out longer than asked for
+        more = oldest_turns(left, self._keep_last, until=left.target, most=left.most)  # it is longer than asked for
+        if (total := left.total_without(more)) > left.most:
+            raise ContextError(
+                f"{self!r} got a summary that does not fit: {total - left.most:,} tokens too many. Give it more room "
+                f"(summary_tokens={overfull.count(message)}), or a model that keeps to the words that it is asked for."
+            )
+        return left.without(more)
 
     def _pieces(self, overfull: Overfull, indexes: Sequence[int]) -> Iterator[str]:
         lines: list[str] = []
@@ -169,27 +179,34 @@ class Summarize:
             yield "\n".join(lines)
 
     # --- what was summed up before ------------------------------------------------------------------------------------
-    def _remembered(self, messages: Sequence[BaseMessage], needed: Sequence[int]) -> tuple[list[int], str] | None:
+    def _remembered(self, overfull: Overfull, first: int) -> tuple[set[int], str] | None:
         """Return the indexes that a known summary stands for, and the summary, where it is one of these messages."""
-        known = self._known.get(messages[needed[0]].id or "")
+        known = self._known.get(_print_of(overfull.messages[first]))
         if known is None:
             return None
-        ids, summary = known
-        place = {message.id: index for index, message in enumerate(messages)}
-        indexes = [place.get(each) for each in ids]
-        found = [index for index in indexes if index is not None]
-        return (found, summary) if len(found) == len(ids) else None
+        prints, summary = known
+        place = {_print_of(message): index for index, message in enumerate(overfull.messages)}
+        done = {place[each] for each in prints if each in place}
+        together = all(done.issuperset(overfull.together(index)) for index in done)
+        # Messages can have been taken back since, so that one of them is the user's newest.
+        return (done, summary) if len(done) == len(prints) and together and done.isdisjoint(overfull.pinned) else None
 
-    def _remember(self, messages: Sequence[BaseMessage], gone: Sequence[int], summary: str) -> None:
-        ids = [messages[index].id for index in gone]
-        known = [each for each in ids if each is not None]
-        if len(known) < len(ids):
+    def _remember(self, overfull: Overfull, gone: set[int], summary: str) -> None:
+        messages = [overfull.messages[index] for index in sorted(gone)]
+        if any(message.id is None for message in messages):
             return
+        prints = [_print_of(message) for message in messages]
         with self._lock:
-            self._known[known[0]] = (known, summary)
-            self._known.move_to_end(known[0])
+            self._known[prints[0]] = (prints, summary)
+            self._known.move_to_end(prints[0])
             if len(self._known) > _REMEMBERED:
                 self._known.popitem(last=False)
+
+
+def _print_of(message: BaseMessage) -> int:
+    """Return a hash of a message: ids alone may be those of another conversation, as in imported ones."""
+    content: Any = message.content
+    return hash((message.id, message.type, content if isinstance(content, str) else to_json(content)))
 
 
 def _text_of(message: BaseMessage) -> str:

@@ -1,5 +1,6 @@
 """Fitting messages into a model's window, and putting every decision on record."""
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -12,12 +13,14 @@ from turntrace.boundary import caught, never_breaks
 from turntrace.context import calibration
 from turntrace.context.counter import REPLY_TOKENS, Counter, MessageCounter, read_messages, role_of
 from turntrace.context.limits import window_of
-from turntrace.context.overfull import Overfull
+from turntrace.context.overfull import Overfull, Pruned
 from turntrace.context.strategies import DropOldestTurns, Strategy, apruned, check_strategy, sound
 from turntrace.current import current_scope
 from turntrace.decisions import PruningDecision, Trigger
-from turntrace.errors import ConfigurationError, ContextOverflowError
+from turntrace.errors import ConfigurationError, ContextError, ContextOverflowError, TurntraceError
 from turntrace.identity import check_text
+
+logger = logging.getLogger("turntrace")
 
 _SHOWN: Final = 3
 
@@ -98,7 +101,7 @@ class ContextTracker:
         self.strategy: Strategy = DropOldestTurns() if strategy is None else check_strategy(strategy)
         self._counter = MessageCounter(self.model, counter)
         self._most = self.limit - self.reserve_output
-        self._target = max(1, math.floor(self._most * self.threshold))
+        self._target = max(1, math.floor(self._most * self.threshold + 1e-9))
 
     def __repr__(self) -> str:
         return f"ContextTracker({self.model!r}, limit={self.limit}, strategy={self.strategy!r})"
@@ -153,9 +156,9 @@ class ContextTracker:
         if fitting.trigger is not None:
             overfull = fitting.overfull
             try:
-                fitting.take(sound(overfull, self.strategy, self.strategy.prune(overfull)))
+                fitting.pruned = sound(overfull, self.strategy, self.strategy.prune(overfull))
             except Exception as error:
-                fitting.take(_stand_in(overfull, error))
+                fitting.pruned = _stand_in(overfull, self.strategy, error)
         return self._finish(fitting)
 
     async def afit(self, messages: Sequence[Any], *, tools: Sequence[Any] = ()) -> Window:
@@ -164,9 +167,9 @@ class ContextTracker:
         if fitting.trigger is not None:
             overfull = fitting.overfull
             try:
-                fitting.take(sound(overfull, self.strategy, await apruned(self.strategy, overfull)))
+                fitting.pruned = sound(overfull, self.strategy, await apruned(self.strategy, overfull))
             except Exception as error:
-                fitting.take(_stand_in(overfull, error))
+                fitting.pruned = _stand_in(overfull, self.strategy, error)
         return self._finish(fitting)
 
     def _begin(self, messages: Sequence[Any], tools: Sequence[Any]) -> "_Fitting":
@@ -203,8 +206,7 @@ class _Fitting:
     tokens: int
     trigger: Trigger | None
     overfull: Overfull = field(init=False)
-    pruned: list[BaseMessage] | None = None
-    places: list[int | None] = field(default_factory=list)
+    pruned: Pruned | None = None
 
     def __post_init__(self) -> None:
         if self.trigger is not None:
@@ -217,10 +219,6 @@ class _Fitting:
                 count=tracker._counter.count,
             )
 
-    def take(self, pruned: tuple[list[BaseMessage], list[int | None]]) -> None:
-        """Take what the strategy gave back, and where each message of it stood."""
-        self.pruned, self.places = pruned
-
     def window(self) -> Window:
         """Return what came out, and the decision."""
         before = self.messages
@@ -231,15 +229,16 @@ class _Fitting:
         added: tuple[str, ...] = ()
         after, tokens = before, self.tokens
         if self.pruned is not None:
-            after, kept = self.pruned, set(self.places)
-            tokens = self._scaled(sum(self.overfull.counts(after, self.places)) + self.around)
-            gone = [(index, before[index].id) for index in range(len(before)) if index not in kept]
-            put_in = tuple([each for each, at in zip(after, self.places, strict=True) if at is None])
-            ids = {each.id for each in put_in} & {each for _, each in gone if each is not None}
-            dropped = tuple([each or f"#{index}" for index, each in gone if each not in ids])
-            removed = tuple([each for _, each in gone if each is not None and each not in ids])
-            replaced = tuple([str(each.id) for each in put_in if each.id in ids])
-            added = tuple([each.id or "" for each in put_in if each.id not in ids])
+            after, stay = list(self.pruned.messages), set(self.pruned.homes)
+            tokens = self._scaled(sum(self.overfull.counts(self.pruned)) + self.around)
+            gone = [index for index in range(len(before)) if index not in stay]
+            dropped = tuple([before[index].id or f"#{index}" for index in gone])
+            removed = tuple([each for index in gone if (each := before[index].id) is not None])
+            new = [index for index, place in enumerate(self.pruned.places) if place is None]
+            homes = [(index, self.pruned.homes[index]) for index in new]
+            put_in = tuple([after[index] for index in new])
+            replaced = tuple([after[index].id or f"#{home}" for index, home in homes if home is not None])
+            added = tuple([after[index].id or f"#{index}" for index, home in homes if home is None])
         took = time.perf_counter_ns() - self.started
         decision = PruningDecision(
             at_ns=time.time_ns() - took,
@@ -268,7 +267,7 @@ class _Fitting:
         new = 0
         for message, tokens in zip(reversed(self.messages), reversed(self.counts), strict=True):
             new += tokens
-            if message.type == "ai":
+            if role_of(message) == "assistant":
                 break
         return new
 
@@ -277,11 +276,19 @@ def _scaled(tokens: int, factor: float) -> int:
     return tokens if factor == 1.0 else math.ceil(tokens * factor - 1e-9)
 
 
-def _stand_in(overfull: Overfull, error: Exception) -> tuple[list[BaseMessage], list[int | None]]:
+def _stand_in(overfull: Overfull, strategy: Strategy, error: Exception) -> Pruned:
     """Return what `DropOldestTurns` leaves, where the tracker's own strategy failed."""
-    caught("pruning by strategy=... (DropOldestTurns did it instead)", error)
-    strategy = DropOldestTurns()
-    return sound(overfull, strategy, strategy.prune(overfull))
+    told = error
+    if not isinstance(error, TurntraceError):
+        logger.debug("turntrace: %s raised", type(strategy).__name__, exc_info=error)
+        told = ContextError(
+            f"{type(strategy).__name__} is set aside for this call: it raised {type(error).__name__}. "
+            "Look at what it calls, as its model; its traceback is logged at DEBUG."
+        )
+        told.__cause__ = error
+    caught("pruning by strategy=... (DropOldestTurns did it instead)", told)
+    instead = DropOldestTurns()
+    return sound(overfull, instead, instead.prune(overfull))
 
 
 @never_breaks("recording how messages were fitted")
@@ -293,10 +300,12 @@ def _record(window: Window, tracker: ContextTracker) -> None:
 
 
 def _overflow(tracker: ContextTracker, fitting: _Fitting, window: Window) -> ContextOverflowError:
-    positions = {id(message): index for index, message in enumerate(fitting.messages)}
-    counts = zip(window.messages, tracker._counter.counts(window.messages), strict=True)
-    sizes = sorted(((n, m) for m, n in counts), key=lambda pair: -pair[0])[:_SHOWN]
-    biggest = tuple((positions.get(id(m), -1), role_of(m), _scaled(n, fitting.factor)) for n, m in sizes)
+    left, counts = window.messages, tracker._counter.counts(window.messages)
+    positions = range(len(left)) if fitting.pruned is None else fitting.pruned.homes
+    biggest = tuple(
+        (-1 if (at := positions[index]) is None else at, role_of(left[index]), _scaled(counts[index], fitting.factor))
+        for index in sorted(range(len(left)), key=lambda index: -counts[index])[:_SHOWN]
+    )
     named = ", ".join(
         f"{'a new message' if at < 0 else f'message {at}'} ({role}, {tokens:,})" for at, role, tokens in biggest
     )

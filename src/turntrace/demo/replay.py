@@ -14,7 +14,7 @@ from turntrace.boundary import is_strict
 from turntrace.demo.player import Outcome, Player
 from turntrace.demo.recording import Transcript
 from turntrace.demo.transcripts import Line
-from turntrace.errors import TranscriptError, TurntraceError
+from turntrace.errors import ContextOverflowError, TranscriptError, TurntraceError
 from turntrace.records import SessionSummary
 
 logger = logging.getLogger("turntrace")
@@ -137,7 +137,7 @@ class Replay:
     def _done(self, future: "Future[Outcome]", line: Line, transcript: Transcript) -> None:
         try:
             outcome = future.result()
-        except TranscriptError as error:
+        except (TranscriptError, ContextOverflowError) as error:
             self._failed(line, str(error))
             return
         except TurntraceError:

@@ -246,10 +246,13 @@ class RunRegistry:
         run = self._forget(run_id)
         if run is None:
             return
+        answer = extract.answer_in(outputs, self._messages_key) if run.is_root else None
         if run.is_step and run.step is not None:
+            if isinstance(answer, list) and len(answer) > 1:
+                run.root.turn.note_state(run.step, answer, "", at_ns=self._tracker.clock())
             run.root.turn.close_step(run.step)
         if run.is_root:
-            self._root_ended(run.root, extract.answer_in(outputs, self._messages_key))
+            self._root_ended(run.root, answer)
 
     def llm_ended(self, run_id: UUID, result: LLMResult) -> None:
         """Note what a call of a model used."""

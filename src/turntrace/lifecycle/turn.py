@@ -276,9 +276,9 @@ class Turn:
             inside.fit = fit
         self._note(fit)
 
-    def note_state(self, step: OpenStep, messages: Sequence[Any], namespace: str) -> None:
-        """Note the messages that a node found in its state."""
-        self._note(Glimpse(messages, step, namespace, False, step.start_ns))
+    def note_state(self, step: OpenStep, messages: Sequence[Any], namespace: str, *, at_ns: int | None = None) -> None:
+        """Note the messages that a node found in its state, or that a graph left there."""
+        self._note(Glimpse(messages, step, namespace, False, step.start_ns if at_ns is None else at_ns))
 
     def note_sent(self, step: OpenStep, messages: Sequence[Any], tools: Sequence[Any], namespace: str) -> None:
         """Note what a model is sent."""

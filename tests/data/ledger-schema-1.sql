@@ -1,0 +1,121 @@
+BEGIN TRANSACTION;
+CREATE TABLE turntrace_conversations (
+	id VARCHAR(200) NOT NULL, 
+	session_id VARCHAR(200) NOT NULL, 
+	user_id VARCHAR(64), 
+	topic VARCHAR(200), 
+	total_turns INTEGER NOT NULL, 
+	started_ns BIGINT NOT NULL, 
+	last_activity_ns BIGINT NOT NULL, 
+	PRIMARY KEY (id), 
+	FOREIGN KEY(session_id) REFERENCES turntrace_sessions (id)
+);
+INSERT INTO "turntrace_conversations" VALUES('c-1','00000000000000000000000000000001','5ab108463680646cd173627227d382f38dcec58930efa86ad4b27f2363547379','help',2,1767225600000000000,1767225600000000000);
+INSERT INTO "turntrace_conversations" VALUES('c-2','00000000000000000000000000000004','5ab108463680646cd173627227d382f38dcec58930efa86ad4b27f2363547379',NULL,1,1767225600000000000,1767225600000000000);
+CREATE TABLE turntrace_meta (
+	"key" VARCHAR(64) NOT NULL, 
+	value TEXT NOT NULL, 
+	PRIMARY KEY ("key")
+);
+INSERT INTO "turntrace_meta" VALUES('schema_version','1');
+CREATE TABLE turntrace_open_turns (
+	conversation_id VARCHAR(200) NOT NULL, 
+	number INTEGER NOT NULL, 
+	id VARCHAR(200) NOT NULL, 
+	session_id VARCHAR(200) NOT NULL, 
+	user_id VARCHAR(64), 
+	role VARCHAR(20) NOT NULL, 
+	started_ns BIGINT NOT NULL, 
+	trace_id VARCHAR(32) NOT NULL, 
+	root_span_id VARCHAR(16) NOT NULL, 
+	PRIMARY KEY (conversation_id, number)
+)
+ WITHOUT ROWID
+
+;
+INSERT INTO "turntrace_open_turns" VALUES('c-2',2,'00000000000000000000000000000006','00000000000000000000000000000004','5ab108463680646cd173627227d382f38dcec58930efa86ad4b27f2363547379','user',1767225600000000000,'00000000000000000000000000000006','a99d544047ad7053');
+CREATE TABLE turntrace_outbox (
+	id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, 
+	kind VARCHAR(20) NOT NULL, 
+	body BLOB NOT NULL, 
+	items INTEGER NOT NULL, 
+	created_ns BIGINT NOT NULL, 
+	attempts INTEGER NOT NULL, 
+	next_try_ns BIGINT NOT NULL, 
+	leased_until_ns BIGINT NOT NULL, 
+	refused TEXT
+);
+CREATE TABLE turntrace_sessions (
+	id VARCHAR(200) NOT NULL, 
+	user_id VARCHAR(64), 
+	channel VARCHAR(200) NOT NULL, 
+	type VARCHAR(40) NOT NULL, 
+	tier VARCHAR(200), 
+	org_id VARCHAR(200), 
+	locale VARCHAR(200), 
+	client_version VARCHAR(200), 
+	previous_id VARCHAR(200), 
+	sessions_total INTEGER NOT NULL, 
+	started_ns BIGINT NOT NULL, 
+	last_activity_ns BIGINT NOT NULL, 
+	ended_ns BIGINT, 
+	end_reason VARCHAR(200), 
+	announced BOOLEAN NOT NULL, 
+	total_turns INTEGER NOT NULL, 
+	failed_turns INTEGER NOT NULL, 
+	llm_calls INTEGER NOT NULL, 
+	tool_calls INTEGER NOT NULL, 
+	input_tokens BIGINT NOT NULL, 
+	output_tokens BIGINT NOT NULL, 
+	total_cost_usd DOUBLE NOT NULL, 
+	unpriced_calls INTEGER NOT NULL, 
+	active_ms BIGINT NOT NULL, 
+	wait_ms BIGINT NOT NULL, 
+	PRIMARY KEY (id)
+);
+INSERT INTO "turntrace_sessions" VALUES('00000000000000000000000000000001','5ab108463680646cd173627227d382f38dcec58930efa86ad4b27f2363547379','web','chat','pro',NULL,NULL,NULL,NULL,1,1767225600000000000,1767225600000000000,1767225600000000000,'user_exit',1,2,0,0,0,0,0,0.0,0,0,0);
+INSERT INTO "turntrace_sessions" VALUES('00000000000000000000000000000004','5ab108463680646cd173627227d382f38dcec58930efa86ad4b27f2363547379','web','chat',NULL,NULL,NULL,NULL,'00000000000000000000000000000001',2,1767225600000000000,1767225600000000000,NULL,NULL,1,1,0,0,0,0,0,0.0,0,0,0);
+CREATE TABLE turntrace_turns (
+	id VARCHAR(200) NOT NULL, 
+	conversation_id VARCHAR(200) NOT NULL, 
+	number INTEGER NOT NULL, 
+	session_id VARCHAR(200) NOT NULL, 
+	user_id VARCHAR(64), 
+	status VARCHAR(20) NOT NULL, 
+	started_ns BIGINT NOT NULL, 
+	ended_ns BIGINT NOT NULL, 
+	trace_id VARCHAR(32) NOT NULL, 
+	root_span_id VARCHAR(16) NOT NULL, 
+	role VARCHAR(20) NOT NULL, 
+	input_length INTEGER, 
+	output_length INTEGER, 
+	input_type VARCHAR(40), 
+	output_type VARCHAR(40), 
+	has_attachments BOOLEAN, 
+	intent VARCHAR(200), 
+	agent_runs INTEGER NOT NULL, 
+	tool_calls INTEGER NOT NULL, 
+	llm_calls INTEGER NOT NULL, 
+	input_tokens BIGINT NOT NULL, 
+	output_tokens BIGINT NOT NULL, 
+	cost_usd DOUBLE NOT NULL, 
+	unpriced_calls INTEGER NOT NULL, 
+	latency_ms BIGINT NOT NULL, 
+	wait_ms BIGINT NOT NULL, 
+	time_to_first_token_ms BIGINT, 
+	model VARCHAR(200), 
+	error VARCHAR(200), 
+	spans INTEGER NOT NULL, 
+	steps TEXT, 
+	PRIMARY KEY (id), 
+	CONSTRAINT turntrace_turns_number UNIQUE (conversation_id, number)
+);
+INSERT INTO "turntrace_turns" VALUES('00000000000000000000000000000002','c-1',1,'00000000000000000000000000000001','5ab108463680646cd173627227d382f38dcec58930efa86ad4b27f2363547379','completed',1767225600000000000,1767225600000000000,'00000000000000000000000000000002','878c8866c838bf54','user',5,4,'statement','answer',0,'ask',0,0,0,0,0,0.0,0,0,0,NULL,NULL,NULL,1,'[]');
+INSERT INTO "turntrace_turns" VALUES('00000000000000000000000000000003','c-1',2,'00000000000000000000000000000001','5ab108463680646cd173627227d382f38dcec58930efa86ad4b27f2363547379','completed',1767225600000000000,1767225600000000000,'00000000000000000000000000000003','23e1a8103cdd93f3','user',11,4,'question','answer',0,'ask',0,0,0,0,0,0.0,0,0,0,NULL,NULL,NULL,1,'[]');
+INSERT INTO "turntrace_turns" VALUES('00000000000000000000000000000005','c-2',1,'00000000000000000000000000000004','5ab108463680646cd173627227d382f38dcec58930efa86ad4b27f2363547379','completed',1767225600000000000,1767225600000000000,'00000000000000000000000000000005','e99824d2521e5bd8','user',18,NULL,'statement',NULL,0,NULL,0,0,0,0,0,0.0,0,0,0,NULL,NULL,NULL,1,'[]');
+CREATE INDEX turntrace_sessions_started ON turntrace_sessions (started_ns);
+CREATE INDEX turntrace_sessions_user ON turntrace_sessions (user_id, channel, started_ns);
+CREATE INDEX turntrace_sessions_open ON turntrace_sessions (ended_ns, last_activity_ns);
+CREATE INDEX turntrace_turns_session ON turntrace_turns (session_id, started_ns);
+DELETE FROM "sqlite_sequence";
+COMMIT;
