@@ -20,8 +20,8 @@ from turntrace.errors import ConfigurationError
 from turntrace.graph.callback import SessionCallbackHandler
 from turntrace.graph.state import CONTEXT_FIELD, FIELDS, STATE_IDS, ids_of_turn
 from turntrace.lifecycle import Turn
+from turntrace.lifecycle.here import current_step
 from turntrace.lifecycle.steps import OpenStep
-from turntrace.lifecycle.turn import current_step
 
 B = TypeVar("B", bound=StateGraph[Any, Any, Any, Any])
 
