@@ -123,11 +123,11 @@ class MessageCounter:
             tokens += _NAME_TOKENS + self.of_text(message.name)
         calls = _calls_of(message)
         for call in calls:
-            tokens += _CALL_TOKENS + self.of_text(call.get("name") or "") + self.of_text(_arguments(call.get("args")))
+            tokens += _CALL_TOKENS + self.of_text(str(call["name"] or "")) + self.of_text(_arguments(call["args"]))
         content: Any = message.content
         if isinstance(content, str):
             return tokens + self.of_text(content)
-        return tokens + sum(self._of_block(block, has_calls=bool(calls)) for block in content)
+        return tokens + sum(self._of_block(block, has_calls=bool(calls)) for block in content or ())
 
     def _by_the_app(self, counter: Counter, message: BaseMessage) -> int | None:
         """Ask the app's counter; None when it fails, and tiktoken counts instead."""
@@ -204,6 +204,9 @@ def _calls_of(message: BaseMessage) -> Sequence[Mapping[str, Any]]:
         return ()
     if message.invalid_tool_calls:
         return [*message.tool_calls, *message.invalid_tool_calls]
+    if not message.tool_calls and "function_call" in message.additional_kwargs:  # from before tools
+        call = message.additional_kwargs["function_call"]
+        return [{"name": call.get("name"), "args": call.get("arguments")}] if isinstance(call, Mapping) else ()
     return message.tool_calls
 
 
@@ -227,8 +230,15 @@ def _print_of_more(message: BaseMessage) -> int:
     """Return a hash of what a message says beside its content."""
     if isinstance(message, AIMessage):
         calls = _calls_of(message)
-        return hash(tuple([(call["name"], _print_of(call["args"])) for call in calls])) if calls else 0
+        return _print_of_calls(calls) if calls else 0
     return hash(message.role) if isinstance(message, ChatMessage) else 0
+
+
+def _print_of_calls(calls: Sequence[Mapping[str, Any]]) -> int:
+    try:  # 1, 1.0 and True are equal, and not the same in JSON
+        return hash(tuple([(call["name"], *call["args"].items(), *map(type, call["args"].values())) for call in calls]))
+    except (TypeError, AttributeError):  # arguments that are lists or mappings, or that are no JSON
+        return _print_of(calls)
 
 
 def _hashable(value: Any) -> str | int:
@@ -236,12 +246,12 @@ def _hashable(value: Any) -> str | int:
 
 
 def _print_of(value: Any) -> int:
-    """Return a hash of a value of lists and mappings; 1, 1.0 and True are three values, as they are in JSON."""
+    """Return a hash of a value of lists and mappings."""
     kind = value.__class__
     if kind is str or kind is bytes:
         return hash(value)
     if kind is dict:
-        return hash((kind, *value, *[each if each.__class__ is str else _print_of(each) for each in value.values()]))
+        return hash((kind, *value, *[_print_of(each) for each in value.values()]))
     if kind is list or kind is tuple:
         return hash((kind, *[_print_of(each) for each in value]))
     return hash((kind, repr(value)))

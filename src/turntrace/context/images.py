@@ -54,7 +54,7 @@ def image_tokens(model: str, size: tuple[int, int], detail: str = "auto") -> int
     names = names_of(model)
     factor = next((factor for start, factor in _PATCHES.items() if _any_starts(names, start)), None)
     if factor is not None:
-        return math.ceil(_patches(width, height) * factor)
+        return math.ceil(round(_patches(width, height) * factor, 6))
     base, tile = _TILES[max((start for start in _TILES if _any_starts(names, start)), key=len)]
     return base if detail == "low" else base + tile * _tiles(width, height)
 
@@ -66,23 +66,22 @@ def _any_starts(names: tuple[str, ...], start: str) -> bool:
 def _tiles(width: float, height: float) -> int:
     shrink = min(1.0, _SQUARE / max(width, height))
     shrink *= min(1.0, _SHORTER / (min(width, height) * shrink))
-    return _whole(width * shrink / _TILE) * _whole(height * shrink / _TILE)
+    across, down = (max(1, math.ceil(round(side * shrink / _TILE, 6))) for side in (width, height))
+    return across * down
 
 
 def _patches(width: int, height: int) -> int:
     count = math.ceil(width / _PATCH) * math.ceil(height / _PATCH)
     if count <= _MOST_PATCHES:
         return count
-    shrink = math.sqrt(_PATCH * _PATCH * _MOST_PATCHES / (width * height))
-    across, down = width * shrink / _PATCH, height * shrink / _PATCH
-    if min(across, down) >= 1:
-        shrink *= min(math.floor(round(across, 6)) / across, math.floor(round(down, 6)) / down)
-    return min(_MOST_PATCHES, _whole(width * shrink / _PATCH) * _whole(height * shrink / _PATCH))
-
-
-def _whole(squares: float) -> int:
-    """Return squares rounded up, at least one; what a float is off by does not make one more."""
-    return max(1, math.ceil(round(squares, 6)))
+    # Shrunk to as many patches as there may be, and then until the one side is whole. In whole numbers, since what a
+    # float is off by would make one row more or less.
+    across, down = math.isqrt(_MOST_PATCHES * width // height), math.isqrt(_MOST_PATCHES * height // width)
+    if not across or not down:
+        return _MOST_PATCHES
+    if across * height <= down * width:
+        return across * -(-across * height // width)
+    return down * -(-down * width // height)
 
 
 def read_image(block: Mapping[str, Any]) -> tuple[tuple[int, int], str]:

@@ -103,8 +103,12 @@ def as_json(value: Any) -> str:
 
 
 def _schema_of(tool: Any) -> Mapping[str, Any]:
-    if isinstance(tool, Mapping) and tool.get("type") == "function" and isinstance(tool.get("name"), str):
-        return {"function": tool}  # OpenAI's Responses API
+    if isinstance(tool, Mapping):
+        kind = tool.get("type")
+        if kind == "function" and "function" not in tool:
+            return {"function": tool}  # OpenAI's Responses API
+        if kind not in (None, "function", "object") and "input_schema" not in tool:
+            return tool
     try:
         return convert_to_openai_tool(tool)
     except Exception as error:  # whatever a function's type hints or a class's schema make of LangChain's reading
