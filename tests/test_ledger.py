@@ -1,16 +1,16 @@
 """The contract of the ledger: what every backend must do. Each test runs on each of `BACKENDS`.
 
 To add a backend, add one line to `BACKENDS`: how to get the URL of an empty database, and whether several processes
-can use it at once::
-
-    "postgresql": Backend(lambda folder: new_postgresql_database(), shared=True),
+can use it at once.
 """
 
 import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from sqlalchemy import Engine, create_engine
 
 import fresh
 import ledger_processes
+import postgres
 from ledger_processes import IDLE, NOON, SECOND, begin, ended, finish
 from turntrace.errors import TurntraceError
 from turntrace.ledger import Ledger, SessionOpened, TurnEnd
@@ -50,11 +51,28 @@ def apps_engine(url: str) -> Engine:
     return create_engine(url, connect_args={"timeout": 30})
 
 
+_servers = ExitStack()
+
+
+@cache
+def postgres_url() -> str:
+    """Return the URL of the PostgreSQL server of these tests; it is started when it is first asked for."""
+    return _servers.enter_context(postgres.server())
+
+
 BACKENDS = {
     "sqlite-file": Backend(lambda folder: f"sqlite:///{folder}/ledger.db"),
     "sqlite-memory": Backend(lambda folder: "sqlite://", shared=False),
     "sqlite-engine": Backend(lambda folder: f"sqlite:///{folder}/app.db", engine=apps_engine),
+    "postgresql": Backend(lambda folder: postgres.new_schema(postgres_url())),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _stop_servers() -> Iterator[None]:
+    yield
+    _servers.close()
+    postgres_url.cache_clear()
 
 
 class Database:

@@ -23,7 +23,7 @@ from turntrace import Conversation, Session, SessionTracker, Turn, current_turn
 from turntrace import attributes as a
 from turntrace.content import ContentPolicy
 from turntrace.errors import ConfigurationError, IdentityError, LedgerError, StateError
-from turntrace.ledger.engine import open_engine
+from turntrace.ledger.opening import open_engine
 from turntrace.records import LLMCall, Step, TurnRequest, TurnSummary, Usage, iso_time
 from turntrace.testing import (
     Capture,

@@ -1,6 +1,7 @@
 """Making the tables, their version, and what is said when a ledger cannot be opened."""
 
 import sqlite3
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -11,7 +12,7 @@ import pytest
 from sqlalchemy import create_engine, inspect
 
 from turntrace import SessionTracker
-from turntrace.errors import ConfigurationError, LedgerError
+from turntrace.errors import ConfigurationError, LedgerError, TurntraceError
 from turntrace.ledger import Ledger
 from turntrace.ledger.tables import SCHEMA_VERSION, metadata
 
@@ -182,12 +183,23 @@ def test_what_is_neither_url_nor_engine_is_refused(given: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["postgresql://app:secret@host/db", "mysql://app:secret@host/db", "postgresql//app:secret@host/db"]
+    "url",
+    [
+        "postgresql://app:secret@127.0.0.1:1/db",
+        "mysql://app:secret@host/db",
+        "postgresql//app:secret@host/db",
+    ],
 )
 def test_a_password_is_not_shown(url: str) -> None:
-    with pytest.raises(ConfigurationError) as error:
+    with pytest.raises(TurntraceError) as error:
         Ledger(url)
     assert "secret" not in str(error.value)
+
+
+def test_postgresql_without_its_driver_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)  # as where it is not installed
+    with pytest.raises(ConfigurationError, match=r"pip install 'turntrace\[postgres\]'"):
+        Ledger("postgresql+psycopg://app@127.0.0.1:1/db")
 
 
 def refused(url: str) -> str:

@@ -14,7 +14,7 @@ from sqlalchemy import Engine, event
 
 from turntrace import boundary
 from turntrace.ledger import Ledger, LedgerWriter
-from turntrace.ledger.engine import open_engine
+from turntrace.ledger.opening import open_engine
 from turntrace.lifecycle.writer import Writer
 
 NOON = 1_767_268_800_000_000_000

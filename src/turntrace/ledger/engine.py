@@ -1,97 +1,20 @@
-"""Opening the database of the ledger: SQLite as turntrace wants it, transactions, and statements compiled once."""
+"""The ledger's connections and transactions, and statements compiled once."""
 
 import os
 import sqlite3
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final
 
-from sqlalchemy import Connection, Engine, Executable, create_engine, event
-from sqlalchemy.engine import URL, Dialect, make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, ProgrammingError
-from sqlalchemy.pool import StaticPool
+from sqlalchemy import Connection, Engine, Executable
+from sqlalchemy.engine import URL, Dialect
+from sqlalchemy.exc import DatabaseError, DataError, IntegrityError, ProgrammingError
 from sqlalchemy.sql import ClauseElement
 
-from turntrace.errors import ConfigurationError, LedgerError
-
-BUSY_TIMEOUT_MS: Final = 5_000
-"""How long a statement waits for another process that writes to the same SQLite file."""
-
-_DRIVERS: Final = ("sqlite", "sqlite+pysqlite")
-_LOCK_POLL_S: Final = 0.01
-
-
-def open_engine(url: str | URL) -> Engine:
-    """Open the engine for a database URL.
-
-    Args:
-        url: A SQLAlchemy URL: ``sqlite:///path/to/file.db``, or ``sqlite://`` for one in memory.
-
-    Raises:
-        ConfigurationError: If it is not a URL of a database that turntrace can use.
-        LedgerError: If its folder cannot be made.
-    """
-    try:
-        parsed = make_url(url)
-    except ArgumentError:
-        raise ConfigurationError(  # without the text: it may hold a password
-            "The ledger's place is not a database URL. Pass one like sqlite:////var/lib/app/turntrace.db, "
-            "or set TURNTRACE_LEDGER_URL to it."
-        ) from None
-    if parsed.drivername not in _DRIVERS:
-        raise ConfigurationError(
-            f"The ledger cannot use {parsed.drivername!r}. Allowed is {', '.join(_DRIVERS)}: pass a URL like "
-            "sqlite:////var/lib/app/turntrace.db."
-        )
-    if is_memory(parsed):
-        engine = create_engine(parsed, poolclass=StaticPool, connect_args={"check_same_thread": False})
-    else:
-        _make_folder(Path(str(parsed.database)))
-        engine = create_engine(parsed, connect_args={"check_same_thread": False})
-    event.listen(engine, "connect", _prepare_sqlite)
-    return engine
-
-
-def is_memory(url: URL) -> bool:
-    """Tell whether a SQLite URL names a database in memory."""
-    return url.database in (None, "", ":memory:")
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LedgerError(
-            f"The folder of the ledger, {path.parent}, cannot be made: {error.strerror}. "
-            "Set TURNTRACE_LEDGER_URL to a place that can be written, as sqlite:////tmp/turntrace.db."
-        ) from error
-
-
-def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
-    connection.isolation_level = None  # transactions begin where we say so, not where the driver guesses
-    for pragma in (f"busy_timeout={BUSY_TIMEOUT_MS}", "synchronous=NORMAL", "foreign_keys=ON"):
-        connection.execute(f"PRAGMA {pragma}")
-    _use_write_ahead_log(connection)
-
-
-def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
-    """Switch the file to WAL; for this one change SQLite does not wait for others by itself."""
-    give_up = time.monotonic() + BUSY_TIMEOUT_MS / 1000
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode=WAL")
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-                raise  # as for a file that may only be read
-            if time.monotonic() > give_up:
-                raise
-            time.sleep(_LOCK_POLL_S)
-        else:
-            return
+from turntrace.errors import LedgerError
+from turntrace.ledger.opening import BUSY_TIMEOUT_MS, is_memory, open_engine
 
 
 class Prepared:
@@ -123,10 +46,10 @@ class Prepared:
 
 
 class Database:
-    """The ledger's connections: one that writes, those of the pool for reading.
+    """The ledger's connections: on SQLite one that writes and those of the pool for reading, elsewhere the pool's.
 
-    Within a process, writers take turns by a lock, since SQLite's own waiting sleeps for milliseconds. They share one
-    connection, since SQLite forgets what it has read when another one has written.
+    Within a process, writers to SQLite take turns by a lock, since SQLite's own waiting sleeps for milliseconds. They
+    share one connection, since SQLite forgets what it has read when another one has written.
 
     Args:
         engine_or_url: A URL (then the engine is ours and closed with us) or an engine of the app's (which is not).
@@ -137,6 +60,7 @@ class Database:
         self.engine = engine_or_url if isinstance(engine_or_url, Engine) else open_engine(engine_or_url)
         self._is_sqlite = self.engine.dialect.name == "sqlite"
         self._in_memory = self._is_sqlite and is_memory(self.engine.url)
+        self._alone = self.engine if self._is_sqlite else self.engine.execution_options(isolation_level="AUTOCOMMIT")
         self._lock = threading.RLock()
         self._writer: Connection | None = None
         self._gate = threading.Condition()
@@ -149,6 +73,11 @@ class Database:
         """The dialect of the database."""
         return self.engine.dialect
 
+    @property
+    def is_sqlite(self) -> bool:
+        """Whether writers take turns; elsewhere they are side by side, and lock the rows that they change."""
+        return self._is_sqlite
+
     @contextmanager
     def writing(self) -> Iterator[Connection]:
         """Give a connection in a transaction that is committed at the end of the block.
@@ -156,13 +85,19 @@ class Database:
         Raises:
             LedgerError: If the database cannot be written.
         """
-        with self._lock, _named_errors(self.engine):
+        with self._turn_of_writers(), _named_errors(self.engine):
+            if not self._is_sqlite:
+                with self.engine.begin() as connection:
+                    yield connection
+                return
             connection = self._write_connection()
             with connection.begin():
-                if self._is_sqlite:
-                    # One that reads first and then writes could be refused when another wrote in between.
-                    connection.exec_driver_sql("BEGIN IMMEDIATE")
+                # One that reads first and then writes could be refused when another wrote in between.
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
                 yield connection
+
+    def _turn_of_writers(self) -> AbstractContextManager[object]:
+        return self._lock if self._is_sqlite else nullcontext()
 
     def _write_connection(self) -> Connection:
         if self._writer is None:
@@ -205,7 +140,9 @@ class Database:
         Raises:
             LedgerError: If the database cannot be written.
         """
-        with self._lock, _named_errors(self.engine):
+        with self._turn_of_writers(), _named_errors(self.engine):
+            if not self._is_sqlite:
+                return self._run_on_pool(statement, values)
             connection = self._write_connection().connection
             try:
                 row = statement.run(connection.cursor(), values).fetchone()
@@ -214,6 +151,20 @@ class Database:
                 raise
             connection.commit()  # nothing to do for an engine of ours, which is in autocommit
             return row
+
+    def _run_on_pool(self, statement: Prepared, values: Mapping[str, Any]) -> Any:
+        """Run one statement in a transaction of its own, on a new connection when the server had closed this one."""
+        for is_last in (False, True):
+            with self._alone.connect() as connection:
+                try:
+                    return statement.run(connection.connection.cursor(), values).fetchone()
+                except Exception as error:
+                    raw = connection.connection.driver_connection
+                    if is_last or not getattr(raw, "closed", False):
+                        raise
+                    connection.invalidate(error)
+                    self.engine.dispose(close=False)  # the others are as old
+        return None
 
     def close(self) -> None:
         """Close the connections; those of an engine of the app's stay open."""
@@ -247,7 +198,8 @@ class Database:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        self.engine.dispose(close=self._owns_engine)
+        # A server would take the goodbye of an inherited connection for the parent's.
+        self.engine.dispose(close=self._owns_engine and self._is_sqlite)
 
 
 def _at_fork(database: Database) -> None:
@@ -264,7 +216,7 @@ def _at_fork(database: Database) -> None:
         )
 
 
-_MISTAKES: Final = (IntegrityError, ProgrammingError, sqlite3.IntegrityError, sqlite3.ProgrammingError)
+_MISTAKES: Final = (IntegrityError, ProgrammingError, DataError, sqlite3.IntegrityError, sqlite3.ProgrammingError)
 
 
 @contextmanager

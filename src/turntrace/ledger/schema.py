@@ -8,7 +8,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.schema import CreateColumn
 
 from turntrace.errors import LedgerError
-from turntrace.ledger.tables import SCHEMA_VERSION, decisions, meta, metadata, sessions, turns
+from turntrace.ledger.tables import SCHEMA_VERSION, decisions, gates, meta, metadata, sessions, turns
 
 _VERSION_KEY: Final = "schema_version"
 
@@ -29,7 +29,12 @@ def _to_2(connection: Connection) -> None:
     decisions.create(connection)
 
 
-MIGRATIONS: Final[dict[int, Callable[[Connection], None]]] = {1: _to_2}
+def _to_3(connection: Connection) -> None:
+    """Add what writers side by side meet at."""
+    gates.create(connection)
+
+
+MIGRATIONS: Final[dict[int, Callable[[Connection], None]]] = {1: _to_2, 2: _to_3}
 """By version: what brings a ledger of that version to the next. Each only adds, and runs in one transaction."""
 
 
@@ -46,7 +51,8 @@ def prepare(connection: Connection) -> None:
         metadata.create_all(connection)
         connection.execute(meta.insert().values(key=_VERSION_KEY, value=str(SCHEMA_VERSION)))
         return
-    noted = connection.execute(select(meta.c.value).where(meta.c.key == _VERSION_KEY)).scalar_one_or_none()
+    version_row = select(meta.c.value).where(meta.c.key == _VERSION_KEY).with_for_update()
+    noted = connection.execute(version_row).scalar_one_or_none()
     if noted is None or not noted.isdecimal():
         raise LedgerError(
             f"The table {meta.name} does not say which version the ledger has: it was changed by hand or is damaged. "

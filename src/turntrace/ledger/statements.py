@@ -5,12 +5,26 @@ They are built by SQLAlchemy Core, so that they fit the database, and run on the
 
 from typing import Any, Final
 
-from sqlalchemy import BindParameter, bindparam, case, delete, exists, func, insert, or_, select, union_all, update
+from sqlalchemy import (
+    BindParameter,
+    bindparam,
+    case,
+    delete,
+    exists,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    union_all,
+    update,
+)
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Dialect
 
 from turntrace.ledger.engine import Prepared
 from turntrace.ledger.schema import insert_for
-from turntrace.ledger.tables import conversations, decisions, open_turns, outbox, sessions, turns
+from turntrace.ledger.tables import conversations, decisions, gates, open_turns, outbox, sessions, turns
 
 OPEN: Final = "open"
 """Status of a turn that has begun and has not ended."""
@@ -32,7 +46,8 @@ class Statements:
     """
 
     def __init__(self, dialect: Dialect) -> None:
-        self.begin_turn = Prepared(_begin_turn(), dialect)
+        is_sqlite = dialect.name == "sqlite"
+        self.begin_turn = Prepared(_begin_turn() if is_sqlite else _begin_turn_at_gate(), dialect)
         self.put = Prepared(_put(), dialect)
         self.put_decision = Prepared(_put_decision(), dialect)
         self.close_turn = Prepared(_close_turn(), dialect)
@@ -49,24 +64,62 @@ def _begin_turn() -> Any:
     ]
     numbers = union_all(*latest).subquery()
     number = select(func.coalesce(func.max(numbers.c.number), 0) + 1).scalar_subquery()
-    row = {
+    row = _open_turn(number, sessions.c.id)
+    may_begin = select(*row.values()).where(*_may_begin())
+    return insert(open_turns).from_select(list(row), may_begin).returning(open_turns.c.number)
+
+
+def _begin_turn_at_gate() -> Any:
+    """The same where writers are side by side.
+
+    The row of the session is changed, so that nobody ends it at the same time; then the one of the conversation's gate
+    gives the number, which the next one in waits for. It begins where the turns that were ended before stand.
+    """
+    active = (
+        update(sessions)
+        .where(*_may_begin())
+        .values(last_activity_ns=_later(sessions.c.last_activity_ns, _parameter("now", sessions.c.last_activity_ns)))
+        .returning(sessions.c.id)
+        .cte("active")
+    )
+    key = literal("number:") + _parameter("conversation", open_turns.c.conversation_id)
+    known = select(func.max(turns.c.number)).where(turns.c.conversation_id == bindparam("conversation"))
+    first = func.coalesce(known.scalar_subquery(), 0) + 1
+    gate = postgresql.insert(gates).from_select(["key", "number"], select(key, first).select_from(active))
+    numbered = (
+        gate.on_conflict_do_update(index_elements=[gates.c.key], set_={"number": gates.c.number + 1})
+        .returning(gates.c.number)
+        .cte("numbered")
+    )
+    row = _open_turn(numbered.c.number, active.c.id)
+    chosen = select(*row.values()).select_from(active.join(numbered, literal(True)))
+    return insert(open_turns).from_select(list(row), chosen).returning(open_turns.c.number)
+
+
+def _open_turn(number: Any, session_id: Any) -> dict[str, Any]:
+    return {
         "conversation_id": _parameter("conversation", open_turns.c.conversation_id),
         "number": number,
         "id": _parameter("turn_id", open_turns.c.id),
-        "session_id": sessions.c.id,
+        "session_id": session_id,
         "user_id": _parameter("user", open_turns.c.user_id),
         "role": _parameter("role", open_turns.c.role),
         "started_ns": _parameter("now", open_turns.c.started_ns),
         "trace_id": _parameter("trace", open_turns.c.trace_id),
         "root_span_id": _parameter("root_span", open_turns.c.root_span_id),
     }
+
+
+def _may_begin() -> tuple[Any, ...]:
     still_runs = exists().where(open_turns.c.session_id == bindparam("session"))
-    may_begin = select(*row.values()).where(
+    return (
         sessions.c.id == bindparam("session"),
         sessions.c.ended_ns.is_(None),
-        or_(sessions.c.last_activity_ns >= bindparam("active_since"), still_runs),
+        or_(
+            sessions.c.last_activity_ns >= _parameter("active_since", sessions.c.last_activity_ns),
+            still_runs,
+        ),
     )
-    return insert(open_turns).from_select(list(row), may_begin).returning(open_turns.c.number)
 
 
 def _put() -> Any:

@@ -5,13 +5,15 @@ written in the app's own thread, since the app needs the number; what ends is wr
 transactions that hold the spans and the row together.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import Connection, Engine, RowMapping, insert, select, union_all
 from sqlalchemy.engine import URL
+from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from turntrace.decisions import PruningDecision
 from turntrace.identity import new_hash_key
@@ -29,12 +31,15 @@ from turntrace.ledger.rows import (
     turn_summary,
 )
 from turntrace.ledger.statements import OPEN, Statements
-from turntrace.ledger.tables import decisions, open_turns, outbox, sessions, turns
+from turntrace.ledger.tables import decisions, gates, open_turns, outbox, sessions, turns
 from turntrace.ledger.writing import LedgerWriter
 from turntrace.records import SessionFacts, SessionSummary, Step, TurnSummary
 
 _HASH_KEY: Final = "user_hash_key"
 _SETTLE_S: Final = 30.0
+_TRIES: Final = 20
+_AGAIN_S: Final = 0.05
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +96,7 @@ class Ledger:
     def __init__(self, engine_or_url: Engine | str | URL) -> None:
         self.settle: Callable[[float], object] | None = None
         self._database = Database(engine_or_url)
-        with self._database.writing() as connection:
-            schema.prepare(connection)
+        self._side_by_side(schema.prepare)
         self._statements = Statements(self._database.dialect)
 
     @property
@@ -110,6 +114,24 @@ class Ledger:
             self.settle(_SETTLE_S)
         with self._database.reading() as connection:
             yield connection
+
+    def _side_by_side(self, change: Callable[[Connection], T]) -> T:
+        """Make a change in a transaction; again where another writer was first to make the same."""
+        for is_last in (*[False] * _TRIES, True):
+            try:
+                with self._database.writing() as connection:
+                    return change(connection)
+            except (IntegrityError, ProgrammingError):
+                if is_last or self._database.is_sqlite:
+                    raise
+                time.sleep(_AGAIN_S)
+        raise AssertionError("unreachable")
+
+    def _meet(self, connection: Connection, key: str) -> None:
+        """Wait for other writers who would do the same; on SQLite they wait already."""
+        if not self._database.is_sqlite:
+            gate = schema.insert_for(connection.dialect.name, gates).values(key=key, number=0)
+            connection.execute(gate.on_conflict_do_update(index_elements=[gates.c.key], set_={"number": 0}))
 
     def hash_key(self) -> bytes:
         """Return the key for hashing users: random, made once and kept in the ledger."""
@@ -133,7 +155,10 @@ class Ledger:
         Raises:
             IdentityError: If the session of a given id is another user's.
         """
-        with self._database.writing() as connection:
+
+        def open_one(connection: Connection) -> SessionOpened:
+            if wanted.user_id is not None or conversation_id is not None:
+                self._meet(connection, f"session:{wanted.user_id or conversation_id}")
             if given_id:
                 row = first_session(connection, sessions.c.id == wanted.id)
                 if row is not None:
@@ -146,6 +171,8 @@ class Ledger:
                     return SessionOpened(session_facts(row), False, row["announced"])
             expired = None if given_id or row is None else str(row["id"])
             return SessionOpened(self._begin_session(connection, wanted), is_new=True, expired_id=expired)
+
+        return self._side_by_side(open_one)
 
     def _open_session_of(
         self, connection: Connection, wanted: SessionFacts, conversation_id: str | None

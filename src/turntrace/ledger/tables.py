@@ -22,7 +22,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 """Version of the tables below; a change of them raises it and adds a migration to `turntrace.ledger.schema`."""
 
 metadata = MetaData()
@@ -78,6 +78,15 @@ conversations = Table(
     Column("total_turns", Integer, nullable=False),
     Column("started_ns", BigInteger, nullable=False),
     Column("last_activity_ns", BigInteger, nullable=False),
+)
+
+# Where writers are side by side (PostgreSQL), a row of these is what those meet at who would do the same at once: open
+# a session for one user, or give out the next number of one conversation. On SQLite writers take turns.
+gates = Table(
+    "turntrace_gates",
+    metadata,
+    Column("key", String(220), primary_key=True),
+    Column("number", Integer, nullable=False, default=0),
 )
 
 # The turns that run now. A turn begins in the app's own thread, so its beginning writes one small row into a small

@@ -1,0 +1,107 @@
+"""Opening the engine of the ledger's database: SQLite as turntrace wants it, or PostgreSQL."""
+
+import sqlite3
+import time
+from pathlib import Path
+from typing import Final
+
+from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+from sqlalchemy.pool import StaticPool
+
+from turntrace.errors import ConfigurationError, LedgerError
+
+BUSY_TIMEOUT_MS: Final = 5_000
+"""How long a statement waits for another process that writes to the same SQLite file."""
+
+_SQLITE: Final = ("sqlite", "sqlite+pysqlite")
+_POSTGRESQL: Final = ("postgresql", "postgresql+psycopg")
+_LOCK_POLL_S: Final = 0.01
+_CONNECT_S: Final = 10
+_RECYCLE_S: Final = 1800
+
+
+def open_engine(url: str | URL) -> Engine:
+    """Open the engine for a database URL.
+
+    Args:
+        url: A SQLAlchemy URL: ``sqlite:///path/to/file.db``, ``sqlite://`` for one in memory, or
+            ``postgresql+psycopg://user:password@host/database``.
+
+    Raises:
+        ConfigurationError: If it is not a URL of a database that turntrace can use, or its driver is not installed.
+        LedgerError: If its folder cannot be made.
+    """
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise ConfigurationError(  # without the text: it may hold a password
+            "The ledger's place is not a database URL. Pass one like sqlite:////var/lib/app/turntrace.db, "
+            "or set TURNTRACE_LEDGER_URL to it."
+        ) from None
+    if parsed.drivername in _POSTGRESQL:
+        return _open_postgresql(parsed)
+    if parsed.drivername not in _SQLITE:
+        raise ConfigurationError(
+            f"The ledger cannot use {parsed.drivername!r}. Allowed are sqlite and postgresql+psycopg: pass a URL like "
+            "sqlite:////var/lib/app/turntrace.db or postgresql+psycopg://user@host/database."
+        )
+    if is_memory(parsed):
+        engine = create_engine(parsed, poolclass=StaticPool, connect_args={"check_same_thread": False})
+    else:
+        _make_folder(Path(str(parsed.database)))
+        engine = create_engine(parsed, connect_args={"check_same_thread": False})
+    event.listen(engine, "connect", _prepare_sqlite)
+    return engine
+
+
+def is_memory(url: URL) -> bool:
+    """Tell whether a SQLite URL names a database in memory."""
+    return url.database in (None, "", ":memory:")
+
+
+def _open_postgresql(url: URL) -> Engine:
+    url = url.set(drivername="postgresql+psycopg")
+    if "connect_timeout" not in url.query:
+        url = url.update_query_dict({"connect_timeout": str(_CONNECT_S)})
+    try:
+        return create_engine(url, pool_recycle=_RECYCLE_S)
+    except ImportError as error:
+        raise ConfigurationError(
+            "The ledger is to be on PostgreSQL, and its driver psycopg is not installed. "
+            "Install it: pip install 'turntrace[postgres]'."
+        ) from error
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LedgerError(
+            f"The folder of the ledger, {path.parent}, cannot be made: {error.strerror}. "
+            "Set TURNTRACE_LEDGER_URL to a place that can be written, as sqlite:////tmp/turntrace.db."
+        ) from error
+
+
+def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
+    connection.isolation_level = None  # transactions begin where we say so, not where the driver guesses
+    for pragma in (f"busy_timeout={BUSY_TIMEOUT_MS}", "synchronous=NORMAL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+    _use_write_ahead_log(connection)
+
+
+def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
+    """Switch the file to WAL; for this one change SQLite does not wait for others by itself."""
+    give_up = time.monotonic() + BUSY_TIMEOUT_MS / 1000
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                raise  # as for a file that may only be read
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(_LOCK_POLL_S)
+        else:
+            return

@@ -1,0 +1,89 @@
+"""A PostgreSQL server for the tests: the one that is named, else one started from the system's own programs."""
+
+import itertools
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine, text
+from sqlalchemy.engine import make_url
+
+GIVEN = os.environ.get("TURNTRACE_TEST_POSTGRES_URL")
+WHY_NOT = (
+    "there is no PostgreSQL: set TURNTRACE_TEST_POSTGRES_URL, or install one whose initdb and pg_ctl are on the PATH "
+    "or under /usr/lib/postgresql"
+)
+_names = itertools.count(1)
+
+
+def programs() -> Path | None:
+    """Return the folder with ``initdb`` and ``pg_ctl``, or None."""
+    found = shutil.which("initdb")
+    folders = [Path(found).parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    return next((folder for folder in folders if (folder / "pg_ctl").exists()), None)
+
+
+@contextmanager
+def server() -> Iterator[str]:
+    """Give the URL of a server that is empty; skip the test without one, and fail it in CI."""
+    if GIVEN:
+        yield GIVEN
+        return
+    folder = programs()
+    if folder is None:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(WHY_NOT)
+    with tempfile.TemporaryDirectory(prefix="turntrace-postgres-", ignore_cleanup_errors=True) as home:
+        run = _runner(home)
+        data = f"{home}/data"
+        run(folder / "initdb", "--pgdata", data, "--username", "turntrace", "--auth", "trust", "--no-sync")
+        port = _free_port()
+        options = f"-p {port} -h 127.0.0.1 -k {home} -c fsync=off -c max_connections=200"
+        run(folder / "pg_ctl", "--pgdata", data, "--options", options, "--log", f"{home}/log", "--wait", "start")
+        try:
+            yield f"postgresql+psycopg://turntrace@127.0.0.1:{port}/postgres"
+        finally:
+            run(folder / "pg_ctl", "--pgdata", data, "--mode", "immediate", "stop")
+
+
+def _runner(home: str) -> Any:
+    """Return what runs PostgreSQL's programs: as the user ``postgres`` where this one is root, whom they refuse."""
+    as_user: list[str] = []
+    if os.geteuid() == 0:
+        shutil.chown(home, "postgres")
+        as_user = ["runuser", "-u", "postgres", "--"]
+
+    def run(program: Path, *arguments: str) -> None:
+        done = subprocess.run(
+            [*as_user, str(program), *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            cwd=home,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr.decode()
+
+    return run
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def new_schema(url: str) -> str:
+    """Make an empty schema on a server, and return the URL by which everything goes into it."""
+    name = f"turntrace_{os.getpid()}_{time.time_ns()}_{next(_names)}"
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(text(f"CREATE SCHEMA {name}"))
+    engine.dispose()
+    return make_url(url).update_query_dict({"options": f"-csearch_path={name}"}).render_as_string(hide_password=False)
