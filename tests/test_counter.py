@@ -11,6 +11,7 @@ import os
 import random
 import struct
 import threading
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal, localcontext
@@ -898,6 +899,69 @@ def test_a_message_is_counted_once() -> None:
         assert [counter.count(message) for message in history] == counts
     assert asked.messages == with_image
     assert counter.remembered == len(with_image)
+
+
+def long_history(length: int = 120) -> list[BaseMessage]:
+    """Return messages of all kinds, in a list that is long enough to be held."""
+    history: list[BaseMessage] = []
+    for number in range(length // 4):
+        call = tool_call(name="look_up", args={"item": f"tea {number}"}, id=f"call-{number}")
+        history += [
+            HumanMessage(f"What does tea {number} cost?", id=f"u-{number}"),
+            AIMessage("", tool_calls=[call], id=f"a-{number}"),
+            ToolMessage(f"{number} euros", tool_call_id=f"call-{number}", id=f"t-{number}"),
+            AIMessage(f"It costs {number} euros.", id=f"b-{number}"),
+        ]
+    return history
+
+
+def test_the_same_objects_are_counted_by_what_they_say_now() -> None:
+    """A list that is held as it is must not hide what was changed in it."""
+    counter, history = MessageCounter("gpt-4o"), long_history()
+
+    def expected() -> list[int]:
+        return MessageCounter("gpt-4o").counts(history)
+
+    assert counter.counts(history) == counter.counts(history) == expected()
+    history[0].content = "Something else, and more of it."
+    assert counter.counts(history) == expected()
+    changed: Any = history[1]
+    changed.tool_calls[0]["args"]["item"] = "a great deal of tea, of several kinds"
+    assert counter.counts(history) == expected()
+    history += [HumanMessage("And coffee?", id="more"), AIMessage("No coffee.", id="none")]
+    assert counter.counts(history) == counter.counts(history) == expected()
+    changed.tool_calls[0]["args"]["item"] = "tea"
+    assert counter.counts(history) == expected()
+    history[3] = AIMessage("A message in the place of another one.", id="b-0")
+    assert counter.counts(history) == expected()
+    del history[5]
+    assert counter.counts(history) == expected()
+    assert counter.counts(history[1:]) == expected()[1:]
+
+
+def test_blocks_that_are_changed_in_place_are_counted_as_they_are() -> None:
+    counter, history = MessageCounter("gpt-4o"), long_history()
+    block: dict[str, Any] = {"type": "text", "text": "Short"}
+    history.append(HumanMessage([block], id="blocks"))
+    before = counter.counts(history)[-1]
+    assert counter.counts(history)[-1] == before
+    history[-1].content[0]["text"] = "Not so short any more, as it has more words"  # type: ignore[index]
+    assert counter.counts(history)[-1] > before + 5
+
+
+def test_histories_that_are_held_are_few_and_not_the_huge_ones() -> None:
+    counter = MessageCounter("gpt-4o")
+    histories = [long_history() for _ in range(20)]
+    for history in histories:
+        counter.counts(history)
+    held = [weakref.ref(history[0]) for history in histories]
+    huge = [HumanMessage("word " * 6_000, id=f"h-{number}") for number in range(100)]
+    counter.counts(huge)
+    last = weakref.ref(huge[0])
+    del histories, history, huge
+    gc.collect()
+    assert sum(each() is not None for each in held) == 8
+    assert last() is None
 
 
 def test_equal_messages_without_ids_are_counted_once() -> None:

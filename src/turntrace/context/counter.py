@@ -1,11 +1,21 @@
 """Counting the tokens of messages: each message once, by what it says and how it is framed."""
 
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any, Final, TypeAlias
 
-from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, convert_to_messages
+from langchain_core.messages import (
+    AIMessage,
+    BaseMessage,
+    ChatMessage,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+    convert_to_messages,
+)
 
 from turntrace.boundary import caught
 from turntrace.content import ROLES
@@ -28,8 +38,58 @@ _DATA_LENGTH: Final = 256
 _TEXT_TYPES: Final = ("text", "input_text", "output_text", None)
 _CALL_TYPES: Final = ("tool_use", "tool_call", "function_call", "tool_call_chunk", "input_json_delta")
 _REMEMBERED: Final = 65_536
-_FACTS: Final = attrgetter("id", "type", "content", "name")
-_SAID_BY_FACTS: Final = frozenset(("human", "system", "tool", "function"))
+_FIELDS: Final = attrgetter("__dict__")
+_CONTENT: Final = attrgetter("content")
+_HELD: Final = 8
+_HELD_TOKENS: Final = 500_000
+_WORTH_IT: Final = 100
+_CLASSES: Final = frozenset((AIMessage, HumanMessage, SystemMessage, ToolMessage))
+
+
+class _Seen:
+    """A list of messages that was counted, held as it is: an agent's loop counts the same objects again and again.
+
+    Args:
+        messages: The messages.
+        counts: The tokens of each.
+        before: What was held of them before: the same messages without the last ones.
+
+    Attributes:
+        counts: The tokens of each.
+    """
+
+    __slots__ = ("_changeable", "_contents", "_messages", "counts")
+
+    def __init__(self, messages: Sequence[BaseMessage], counts: list[int], before: "_Seen | None" = None) -> None:
+        self._messages = tuple(messages)
+        self._contents: tuple[Any, ...] = tuple(map(_CONTENT, messages))
+        self.counts = list(counts)
+        self._changeable: list[int] | None = None  # for a list that is counted once, nobody looks
+        if before is not None:
+            self._changeable = before.changeable + self._changeable_from(len(before.counts))
+
+    @property
+    def changeable(self) -> list[int]:
+        """The indexes of what may have changed while its content is the same object: blocks, calls of tools."""
+        if self._changeable is None:
+            self._changeable = self._changeable_from(0)
+        return self._changeable
+
+    def _changeable_from(self, first: int) -> list[int]:
+        contents = zip(self._messages[first:], self._contents[first:], strict=True)
+        return [
+            index
+            for index, (message, content) in enumerate(contents, start=first)
+            if content.__class__ is not str or _calls_of(message) or isinstance(message, ChatMessage)
+        ]
+
+    def begins(self, messages: Sequence[BaseMessage]) -> bool:
+        """Tell whether other messages begin with these, the objects and their contents being the same."""
+        return (
+            len(self._messages) <= len(messages)
+            and all(map(is_, self._messages, messages))
+            and all(map(is_, self._contents, map(_CONTENT, self._messages)))
+        )
 
 
 class MessageCounter:
@@ -43,8 +103,8 @@ class MessageCounter:
     - Any other block of content (audio, files, reasoning, citations) is an estimate: the tokens of its JSON without
       what looks like data (over 256 characters of ASCII without a space), and 85 for each of those.
 
-    What was counted is remembered by the message's id and all that counts of it, up to 131,072 messages (about 16 MB),
-    so a history costs its new messages only. Threads may count at once.
+    What was counted is remembered by the message's id and all that counts of it, up to 131,072 messages (about 10 MB),
+    so a history costs its new messages only; the last 8 long histories are held as they are. Threads may count at once.
 
     Args:
         model: Name of the model.
@@ -75,6 +135,8 @@ class MessageCounter:
         # Two generations: when the newer one is full it becomes the older one, which is forgotten.
         self._new: dict[int, int] = {}
         self._old: dict[int, int] = {}
+        self._seen: OrderedDict[int, _Seen] = OrderedDict()
+        self._lock = threading.Lock()
 
     @property
     def is_estimate(self) -> bool:
@@ -92,11 +154,36 @@ class MessageCounter:
 
     def counts(self, messages: Sequence[BaseMessage]) -> list[int]:
         """Return the tokens of each message, its frame included."""
+        if len(messages) < _WORTH_IT:
+            return self._counted(messages)
+        seen = self._seen.get(id(messages[0]))
+        if seen is None or not seen.begins(messages):
+            seen = None
+            counts = self._counted(messages)
+        else:
+            counts = seen.counts + self._counted(messages[len(seen.counts) :])
+            again = [messages[index] for index in seen.changeable]
+            for index, tokens in zip(seen.changeable, self._counted(again), strict=True):
+                counts[index] = tokens
+        if (seen is None or len(seen.counts) < len(messages)) and sum(counts) <= _HELD_TOKENS:
+            self._hold(_Seen(messages, counts, seen), id(messages[0]))
+        return counts
+
+    def _counted(self, messages: Sequence[BaseMessage]) -> list[int]:
         keys = _keys_of(messages)
-        return [
-            self._look_closer(key, message) if tokens is None else tokens
-            for key, message, tokens in zip(keys, messages, map(self._new.get, keys), strict=True)
-        ]
+        counts: list[Any] = list(map(self._new.get, keys))
+        if None in counts:
+            for index in range(counts.index(None), len(counts)):
+                if counts[index] is None:
+                    counts[index] = self._look_closer(keys[index], messages[index])
+        return counts
+
+    def _hold(self, seen: _Seen, key: int) -> None:
+        with self._lock:
+            self._seen[key] = seen
+            self._seen.move_to_end(key)
+            if len(self._seen) > _HELD:
+                self._seen.popitem(last=False)
 
     def count(self, message: BaseMessage) -> int:
         """Return the tokens of one message, its frame included."""
@@ -104,7 +191,9 @@ class MessageCounter:
 
     def _look_closer(self, key: int, message: BaseMessage) -> int:
         """Return the tokens of a message that is new, or was counted long ago."""
-        tokens = self._old.get(key)
+        tokens = self._new.get(key)  # it may stand twice among the messages
+        if tokens is None:
+            tokens = self._old.get(key)
         if tokens is None:
             tokens = self._of_message(message)
         if len(self._new) >= _REMEMBERED:
@@ -173,6 +262,8 @@ def read_messages(messages: Sequence[Any]) -> list[BaseMessage]:
             "[message] for one."
         )
     read = list(messages)
+    if _CLASSES.issuperset(map(type, read)):  # nearly always
+        return read
     for position, message in enumerate(read):
         if not isinstance(message, BaseMessage):
             read[position] = _read_message(message, position)
@@ -216,33 +307,32 @@ def _arguments(args: Any) -> str:
 
 def _keys_of(messages: Sequence[BaseMessage]) -> list[int]:
     """Return a hash for each message of all that counts of it."""
-    try:  # nearly always: what is looked at is one text a message
-        keys = list(map(hash, map(_FACTS, messages)))
-    except TypeError:  # a list of blocks
-        keys = [hash((m.id, m.type, _hashable(m.content), m.name)) for m in messages]
-    for index, message in enumerate(messages):
-        if message.type not in _SAID_BY_FACTS and (more := _print_of_more(message)):
-            keys[index] = hash((keys[index], more))
+    keys = []
+    for message, said in zip(messages, map(_FIELDS, messages), strict=True):  # a field of pydantic's, read cheaply
+        content, more = said["content"], None
+        if content.__class__ is not str:
+            content = _print_of(content)
+        if "tool_calls" in said:
+            if said["tool_calls"] or said["invalid_tool_calls"] or said["additional_kwargs"]:
+                more = _print_of_calls(_calls_of(message))
+        elif "role" in said:
+            more = said["role"]
+        keys.append(hash((said["id"], said["type"], content, said["name"], more)))
     return keys
 
 
-def _print_of_more(message: BaseMessage) -> int:
-    """Return a hash of what a message says beside its content."""
-    if isinstance(message, AIMessage):
-        calls = _calls_of(message)
-        return _print_of_calls(calls) if calls else 0
-    return hash(message.role) if isinstance(message, ChatMessage) else 0
-
-
 def _print_of_calls(calls: Sequence[Mapping[str, Any]]) -> int:
-    try:  # 1, 1.0 and True are equal, and not the same in JSON
-        return hash(tuple([(call["name"], *call["args"].items(), *map(type, call["args"].values())) for call in calls]))
-    except (TypeError, AttributeError):  # arguments that are lists or mappings, or that are no JSON
-        return _print_of(calls)
-
-
-def _hashable(value: Any) -> str | int:
-    return value if isinstance(value, str) else _print_of(value)
+    """Return a hash of the names and arguments of calls; 1, 1.0 and True are told apart, as they are in JSON."""
+    facts: list[Any] = []
+    for call in calls:
+        args = call["args"]
+        if args.__class__ is dict:
+            facts += (call["name"], len(args))
+            facts += args
+            facts += [value if value.__class__ is str else _print_of(value) for value in args.values()]
+        else:
+            facts += (call["name"], -1, _print_of(args))
+    return hash(tuple(facts))
 
 
 def _print_of(value: Any) -> int:

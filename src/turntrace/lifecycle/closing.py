@@ -295,6 +295,8 @@ def _content(
     policy = turn.tracker.content
     asked: Any = {"turn": summary.number, "type": summary.input_type, "length": summary.input_length}
     told: Any = {"status": summary.status, "type": summary.output_type, "length": summary.output_length}
+    if (share := summary.context_window_pct) is not None:
+        told["context"] = f"{share:.0%} of {summary.context_limit:,}"
     if policy.records_turn:
         asked = [{"role": summary.role, "content": policy.clean(question.text)}] if question is not None else asked
         if answer is not None and summary.output_length is not None:
