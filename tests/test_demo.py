@@ -14,7 +14,8 @@ from turntrace import attributes as a
 from turntrace.boundary import strict
 from turntrace.demo import support_desk
 from turntrace.demo.desk_script import ANSWERS
-from turntrace.records import SessionSummary, Step, TurnSummary
+from turntrace.records import Step, TurnSummary
+from turntrace.summaries import SessionSummary
 from turntrace.testing import Capture, CapturedSpan, assert_all_tagged, captured_spans
 
 

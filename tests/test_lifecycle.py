@@ -258,6 +258,10 @@ def test_the_spans_of_a_session_whole(way: str, capture: Capture, tracker: Sessi
         "user.sessions_total": 1,
         "user.avg_session_length": 2.0,
         "user.retention_days": 0,
+        "dropoff.detected": False,
+        "dropoff.last_turn": 2,
+        "dropoff.agent_last_action": "failed",
+        "dropoff.time_since_last_turn_ms": 3_000,
     }
     assert [(span.start_ns - start, span.end_ns - start) for span in spans] == [
         (0, 0),
@@ -381,6 +385,7 @@ def test_a_session_that_little_is_known_of(capture: Capture, tracker: SessionTra
         "session.total_cost_usd": 0.0,
         "session.inactive_timeout": False,
         "session.idle_time_ms": 0,
+        "dropoff.detected": False,
     }
 
 

@@ -14,7 +14,6 @@ from turntrace.records import (
     LLMCall,
     Record,
     SessionFacts,
-    SessionSummary,
     Step,
     TurnRequest,
     TurnSummary,
@@ -23,6 +22,7 @@ from turntrace.records import (
     elapsed_ms,
     iso_time,
 )
+from turntrace.summaries import SessionSummary
 
 steady = settings(deadline=None, derandomize=True)
 NOON = 1_767_268_800_000_000_000  # 2026-01-01T12:00:00Z

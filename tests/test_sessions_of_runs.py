@@ -115,7 +115,7 @@ def test_the_old_session_has_ended_with_its_totals_before_the_new_one(run: Runs,
     end = next(span for span in run.spans() if span.name == "session.end")
     assert end.attributes[a.SESSION_TOTAL_TURNS] == 2
     assert end.attributes[a.SESSION_INACTIVE_TIMEOUT] is True
-    assert end.attributes[a.SESSION_IDLE_TIME_MS] >= 31 * 60_000
+    assert end.attributes[a.SESSION_IDLE_TIME_MS] == 30 * 60_000  # then it had ended, whenever that is found out
     starts = {span.attributes[a.SESSION_ID]: span.attributes for span in run.spans() if span.name == "session.start"}
     assert set(starts) == {session(first), session(second)}
     assert starts[session(second)][a.SESSION_PREVIOUS_ID] == session(first)

@@ -5,14 +5,15 @@ from turntrace.context import ContextTracker
 from turntrace.decisions import PruningDecision
 from turntrace.errors import TurntraceError
 from turntrace.graph import ConversationState, SessionCallbackHandler, track_graph, track_node
-from turntrace.lifecycle import Conversation, Session, SessionTracker, Turn, current_turn
-from turntrace.records import SessionSummary
+from turntrace.lifecycle import Conversation, Journey, Session, SessionTracker, Turn, current_turn
+from turntrace.summaries import SessionSummary, UserSummary
 
 __all__ = [
     "ContentPolicy",
     "ContextTracker",
     "Conversation",
     "ConversationState",
+    "Journey",
     "PruningDecision",
     "Session",
     "SessionCallbackHandler",
@@ -20,6 +21,7 @@ __all__ = [
     "SessionTracker",
     "Turn",
     "TurntraceError",
+    "UserSummary",
     "current_turn",
     "track_graph",
     "track_node",

@@ -171,6 +171,35 @@ CONTEXT_ESTIMATE_ERROR_PCT: Final = _name(
     "context.estimate_error_pct", float, "generation", "our count against the provider's input tokens", unit="percent"
 )
 
+# --- journeys ---------------------------------------------------------------------------------------------------------
+JOURNEY_NAME: Final = _name("journey.name", str, "journey.stage, session.end", "the journey")
+JOURNEY_STAGE: Final = _name("journey.stage", str, "journey.stage, session.end", "its stage")
+JOURNEY_STAGE_NUMBER: Final = _name("journey.stage_number", int, "journey.stage", "number of the stage, from 1")
+JOURNEY_TOTAL_STAGES: Final = _name("journey.total_stages", int, "journey.stage", "how many stages there are")
+JOURNEY_TIME_IN_STAGE_MS: Final = _name(
+    "journey.time_in_stage_ms", int, "journey.stage", "in the stage that was left", unit="ms"
+)
+JOURNEY_CONVERTED: Final = _name("journey.converted", bool, "journey.stage, session.end", "whether it was converted")
+JOURNEY_CONVERSION_TURN: Final = _name(
+    "journey.conversion_turn", int, "journey.stage, session.end", "number of the turn in which it was converted"
+)
+JOURNEY_CONVERSION_TIME_MS: Final = _name(
+    "journey.conversion_time_ms", int, "journey.stage, session.end", "from its first stage to its conversion", unit="ms"
+)
+
+# --- drop-off ---------------------------------------------------------------------------------------------------------
+DROPOFF_DETECTED: Final = _name(
+    "dropoff.detected", bool, "session.end", "the sitting ended by silence while something was open"
+)
+DROPOFF_LAST_TURN: Final = _name("dropoff.last_turn", int, "session.end", "number of the last turn")
+DROPOFF_LAST_INTENT: Final = _name("dropoff.last_intent", str, "session.end", "what the user wanted in it")
+DROPOFF_AGENT_LAST_ACTION: Final = _name(
+    "dropoff.agent_last_action", str, "session.end", "asked_question, answered, called_tool, failed or interrupted"
+)
+DROPOFF_TIME_SINCE_LAST_TURN_MS: Final = _name(
+    "dropoff.time_since_last_turn_ms", int, "session.end", "from the end of the last turn", unit="ms"
+)
+
 # --- names of others that we set --------------------------------------------------------------------------------------
 LANGFUSE_TRACE_NAME: Final = _name("langfuse.trace.name", str, "turn", "name of the trace", source="Langfuse")
 LANGFUSE_TRACE_TAGS: Final = _name("langfuse.trace.tags", tuple, "turn", "tags given by the app", source="Langfuse")

@@ -8,8 +8,8 @@ from sqlalchemy.exc import ArgumentError
 
 from turntrace.errors import IdentityError, LedgerError
 from turntrace.ledger import Ledger
-from turntrace.records import SessionSummary
 from turntrace.settings import read_settings
+from turntrace.summaries import SessionSummary
 
 _ALL: Final = 2**62
 

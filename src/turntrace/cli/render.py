@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from turntrace.records import SessionSummary, Step, TurnSummary
+from turntrace.records import Step, TurnSummary
+from turntrace.summaries import SessionSummary
 
 _SHORT_ID: Final = 8
 _TABLE_WIDTH: Final = 76

@@ -9,7 +9,8 @@ from rich.text import Text
 
 from turntrace.cli.render import safe, session_head
 from turntrace.decisions import PruningDecision
-from turntrace.records import SessionSummary, TurnSummary
+from turntrace.records import TurnSummary
+from turntrace.summaries import SessionSummary
 
 _NARROWEST: Final = 10
 _WIDEST: Final = 40

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from operator import lt
 from typing import Any, Final, TypeAlias
 
-from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
+from langchain_core.messages import AIMessage, BaseMessage, InvalidToolCall, ToolCall, ToolMessage
 
 from turntrace.context.counter import role_of
 
@@ -123,10 +123,9 @@ class Overfull:
     # --- what a strategy gave back ------------------------------------------------------------------------------------
     def read(self, messages: Sequence[BaseMessage]) -> Pruned:
         """Set what a strategy gave back against these messages."""
-        by_object = {id(message): index for index, message in enumerate(self.messages)}
-        places: list[int | None] = list(map(by_object.get, map(id, messages)))
-        if len(by_object) < len(self.messages):
-            places = self._places_of_repeated(messages)
+        places = self._places_of_kept(messages)
+        if places is None:
+            places = self._places_of_any(messages)
         return Pruned(messages, places, self._homes(messages, places) if None in places else places)
 
     def counts(self, pruned: Pruned) -> list[int]:
@@ -159,8 +158,19 @@ class Overfull:
                 return f"it separated the call of tools in message {group[0]} from its results"
         return None
 
-    def _places_of_repeated(self, messages: Sequence[BaseMessage]) -> list[int | None]:
-        """Return where each message stood, where one object stands more than once: as late as the order allows."""
+    def _places_of_kept(self, messages: Sequence[BaseMessage]) -> list[int | None] | None:
+        """Return where each message stood, as late as can be; None where some were put in, or the order is another."""
+        places: list[int | None] = []
+        others = reversed(messages)
+        wanted = next(others, None)
+        for index, message in zip(reversed(range(len(self.messages))), reversed(self.messages), strict=True):
+            if message is wanted:
+                places.append(index)
+                wanted = next(others, None)
+        return places[::-1] if wanted is None else None
+
+    def _places_of_any(self, messages: Sequence[BaseMessage]) -> list[int | None]:
+        """Return the same of any messages; one object may stand more than once."""
         standing: dict[int, list[int]] = {}
         for index, message in enumerate(self.messages):
             standing.setdefault(id(message), []).append(index)
@@ -200,7 +210,7 @@ class Overfull:
 def is_summary(message: BaseMessage) -> bool:
     """Tell whether a message is the summary of what was dropped: ours, or that of LangChain's middleware."""
     marks = message.additional_kwargs
-    return bool(marks) and (SUMMARY_KEY in marks or marks.get("lc_source") == "summarization")
+    return SUMMARY_KEY in marks or marks.get("lc_source") == "summarization"
 
 
 def _read(messages: Sequence[BaseMessage]) -> tuple[set[int], list[int], list[int], Mapping[int, list[int]]]:
@@ -218,9 +228,9 @@ def _read(messages: Sequence[BaseMessage]) -> tuple[set[int], list[int], list[in
     for index, message in enumerate(messages):
         kind = message.type
         if kind == "ai" or kind == "AIMessageChunk":
-            if isinstance(message, AIMessage) and (message.tool_calls or message.invalid_tool_calls):
-                for call in (*message.tool_calls, *message.invalid_tool_calls):
-                    calls[call["id"]] = index
+            for call in _calls_of(message) if isinstance(message, AIMessage) else ():
+                calls[call["id"]] = index
+                if waiting:
                     for early in waiting.pop(call["id"], ()):
                         _link(linked, early, index)
         elif kind == "tool" or kind == "ToolMessageChunk":
@@ -231,7 +241,7 @@ def _read(messages: Sequence[BaseMessage]) -> tuple[set[int], list[int], list[in
                 else:
                     _link(linked, index, at)
         elif kind == "human" or kind == "HumanMessageChunk":
-            if is_summary(message):
+            if message.additional_kwargs and is_summary(message):
                 summaries.append(index)
             else:
                 starts.append(index)
@@ -261,6 +271,10 @@ def _alike(message: BaseMessage, other: BaseMessage) -> bool:
 def _ties(message: BaseMessage) -> Any:
     if isinstance(message, ToolMessage):
         return message.tool_call_id
-    if isinstance(message, AIMessage):
-        return [call["id"] for call in (*message.tool_calls, *message.invalid_tool_calls)]
-    return None
+    return [call["id"] for call in _calls_of(message)] if isinstance(message, AIMessage) else None
+
+
+def _calls_of(message: AIMessage) -> Sequence[ToolCall | InvalidToolCall]:
+    if message.invalid_tool_calls:
+        return [*message.tool_calls, *message.invalid_tool_calls]
+    return message.tool_calls

@@ -211,12 +211,13 @@ def sound(overfull: Overfull, strategy: Strategy, pruned: Any) -> Pruned:
     Raises:
         ContextError: If it breaks what must hold of every strategy (see `Overfull.objection`).
     """
-    objection: str | None
-    if isinstance(pruned, Sequence) and all(isinstance(each, BaseMessage) for each in pruned):
+    if not isinstance(pruned, Sequence) or isinstance(pruned, str):
+        objection: str | None = f"it returned a {type(pruned).__name__} where a list of messages is needed"
+    elif strange := [kind.__name__ for kind in set(map(type, pruned)) if not issubclass(kind, BaseMessage)]:
+        objection = f"it returned a list that has a {strange[0]} among its messages"
+    else:
         read = overfull.read(pruned)
         objection = overfull.objection(read)
         if objection is None:
             return read
-    else:
-        objection = f"it returned a {type(pruned).__name__} where a list of messages is needed"
     raise ContextError(f"{strategy!r} is set aside for this call: {objection}. Mend its method prune.")

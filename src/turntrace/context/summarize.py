@@ -68,21 +68,11 @@ class Summarize:
         piece_tokens: int = 8_000,
         prompt: str = PROMPT,
     ) -> None:
-        if not (callable(getattr(model, "invoke", None)) and callable(getattr(model, "ainvoke", None))):
-            raise ConfigurationError(
-                f"model is a {type(model).__name__}. Allowed is a chat model: "
-                "Summarize(init_chat_model('gpt-4o-mini'))."
-            )
-        missing = [name for name in ("{summary}", "{messages}") if name not in prompt]
-        if missing:
-            raise ConfigurationError(
-                f"prompt lacks {' and '.join(missing)}. Write where the summary so far and the messages are to stand."
-            )
-        self._model = model
+        self._model = _checked_model(model)
         self._keep_last = check_count(keep_last, "keep_last", least=1)
         self._summary_tokens = check_count(summary_tokens, "summary_tokens", least=1)
         self._piece_tokens = check_count(piece_tokens, "piece_tokens", least=100)
-        self._prompt = prompt
+        self._prompt = _checked_prompt(prompt)
         self._known: OrderedDict[int, tuple[list[int], str]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -170,7 +160,7 @@ class Summarize:
         size = 0
         for index in indexes:
             tokens = min(overfull.tokens[index], self._piece_tokens)
-            if lines and size + tokens > self._piece_tokens:
+            if size + tokens > self._piece_tokens:
                 yield "\n".join(lines)
                 lines, size = [], 0
             lines.append(_line(overfull.messages[index], self._piece_tokens * _CHARACTERS_A_TOKEN))
@@ -222,3 +212,24 @@ def _line(message: BaseMessage, most: int) -> str:
     if len(text) > most:
         text = f"{text[: most * 2 // 3]} [...] {text[-most // 3 :]}"
     return f"{role_of(message)}: {text}"
+
+
+def _checked_model(model: Any) -> BaseChatModel:
+    if isinstance(model, type) or not all(callable(getattr(model, name, None)) for name in ("invoke", "ainvoke")):
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise ConfigurationError(
+            f"model is {what}. Allowed is a chat model: Summarize(init_chat_model('gpt-4o-mini'))."
+        )
+    found: BaseChatModel = model
+    return found
+
+
+def _checked_prompt(prompt: Any) -> str:
+    if not isinstance(prompt, str):
+        raise ConfigurationError(f"prompt is {prompt!r:.40}. Allowed is a text with {{summary}} and {{messages}}.")
+    missing = [name for name in ("{summary}", "{messages}") if name not in prompt]
+    if missing:
+        raise ConfigurationError(
+            f"prompt lacks {' and '.join(missing)}. Write where the summary so far and the messages are to stand."
+        )
+    return prompt

@@ -17,7 +17,7 @@ from turntrace.context.overfull import Overfull, Pruned
 from turntrace.context.strategies import DropOldestTurns, Strategy, apruned, check_strategy, sound
 from turntrace.current import current_scope
 from turntrace.decisions import PruningDecision, Trigger
-from turntrace.errors import ConfigurationError, ContextError, ContextOverflowError, TurntraceError
+from turntrace.errors import ConfigurationError, ContextError, ContextOverflowError, IdentityError, TurntraceError
 from turntrace.identity import check_text
 
 logger = logging.getLogger("turntrace")
@@ -229,16 +229,16 @@ class _Fitting:
         added: tuple[str, ...] = ()
         after, tokens = before, self.tokens
         if self.pruned is not None:
-            after, stay = list(self.pruned.messages), set(self.pruned.homes)
+            after, homes = list(self.pruned.messages), self.pruned.homes
             tokens = self._scaled(sum(self.overfull.counts(self.pruned)) + self.around)
-            gone = [index for index in range(len(before)) if index not in stay]
-            dropped = tuple([before[index].id or f"#{index}" for index in gone])
-            removed = tuple([each for index in gone if (each := before[index].id) is not None])
+            stay = set(homes)
+            gone = [(index, each.id) for index, each in enumerate(before) if index not in stay]
+            dropped = tuple([each or f"#{index}" for index, each in gone])
+            removed = tuple([each for _, each in gone if each is not None])
             new = [index for index, place in enumerate(self.pruned.places) if place is None]
-            homes = [(index, self.pruned.homes[index]) for index in new]
             put_in = tuple([after[index] for index in new])
-            replaced = tuple([after[index].id or f"#{home}" for index, home in homes if home is not None])
-            added = tuple([after[index].id or f"#{index}" for index, home in homes if home is None])
+            replaced = tuple([after[index].id or f"#{homes[index]}" for index in new if homes[index] is not None])
+            added = tuple([after[index].id or f"#{index}" for index in new if homes[index] is None])
         took = time.perf_counter_ns() - self.started
         decision = PruningDecision(
             at_ns=time.time_ns() - took,
@@ -322,11 +322,13 @@ def _overflow(tracker: ContextTracker, fitting: _Fitting, window: Window) -> Con
 
 # --- what a tracker is given ------------------------------------------------------------------------------------------
 def _checked_model(model: Any) -> str:
-    if not isinstance(model, str):
-        raise ConfigurationError(
-            f"model is a {type(model).__name__}. Allowed is the name of the model: ContextTracker(model='gpt-4o')."
-        )
-    return check_text(model, "model")
+    if not isinstance(model, str) or not model:
+        what = "empty" if isinstance(model, str) else f"a {type(model).__name__}"
+        raise ConfigurationError(f"model is {what}. Allowed is the name of the model: ContextTracker(model='gpt-4o').")
+    try:
+        return check_text(model, "model")
+    except IdentityError as error:
+        raise ConfigurationError(str(error)) from error
 
 
 def _window_of(model: str) -> int:

@@ -13,7 +13,7 @@ from turntrace.demo.recording import Exchange, Transcript
 from turntrace.errors import TranscriptError
 from turntrace.identity import derived_id, new_id
 from turntrace.lifecycle import Conversation, SessionTracker, Turn
-from turntrace.records import SessionSummary
+from turntrace.summaries import SessionSummary
 
 CHANNEL: Final = "replay"
 """The channel of replayed sessions, which tells them apart from those of the app."""

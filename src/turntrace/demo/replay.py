@@ -15,7 +15,7 @@ from turntrace.demo.player import Outcome, Player
 from turntrace.demo.recording import Transcript
 from turntrace.demo.transcripts import Line
 from turntrace.errors import ContextOverflowError, TranscriptError, TurntraceError
-from turntrace.records import SessionSummary
+from turntrace.summaries import SessionSummary
 
 logger = logging.getLogger("turntrace")
 

@@ -57,11 +57,13 @@ class SpanTarget:
     Args:
         provider: The provider to start spans on.
         to_outbox: Whether the outbox is what keeps and sends them.
+        takes_scores: Whether there is a Langfuse to take scores, though spans go another way.
     """
 
-    def __init__(self, provider: trace.TracerProvider, *, to_outbox: bool) -> None:
+    def __init__(self, provider: trace.TracerProvider, *, to_outbox: bool, takes_scores: bool = False) -> None:
         self.provider = provider
         self.to_outbox = to_outbox
+        self.takes_scores = to_outbox or takes_scores
         self._tracer = provider.get_tracer(SCOPE_NAME)
         self._ids: _Ids | None = None
         self.processor: TurnSpanProcessor | None = None
@@ -175,7 +177,7 @@ def open_target(provider: trace.TracerProvider | None = None, *, outbox: bool | 
     if provider is not None:
         return SpanTarget(provider, to_outbox=bool(outbox))
     if settings.has_keys:
-        return SpanTarget(_langfuse_provider(settings), to_outbox=bool(outbox))
+        return SpanTarget(_langfuse_provider(settings), to_outbox=bool(outbox), takes_scores=True)
     found = _global_provider(settings)
     alone = isinstance(found, TracerProvider) and found in _own_providers
     return SpanTarget(found, to_outbox=alone if outbox is None else outbox)

@@ -2,6 +2,6 @@
 
 from turntrace.ledger.statements import LATE_SUMS
 from turntrace.ledger.store import Ledger, OutboxItem, SessionOpened
-from turntrace.ledger.writing import LedgerWriter, TurnEnd
+from turntrace.ledger.writing import LedgerWriter, StageWanted, TurnEnd
 
-__all__ = ["LATE_SUMS", "Ledger", "LedgerWriter", "OutboxItem", "SessionOpened", "TurnEnd"]
+__all__ = ["LATE_SUMS", "Ledger", "LedgerWriter", "OutboxItem", "SessionOpened", "StageWanted", "TurnEnd"]

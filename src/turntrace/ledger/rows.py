@@ -5,13 +5,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from sqlalchemy import Connection, RowMapping, func, select, update
+from sqlalchemy import Connection, RowMapping, case, func, select, update
 
 from turntrace.decisions import PruningDecision
 from turntrace.errors import IdentityError
 from turntrace.identity import safe_text
+from turntrace.ledger.journeys import journeys_of
 from turntrace.ledger.tables import decisions, open_turns, sessions, turns
-from turntrace.records import SessionFacts, SessionSummary, Step, TurnSummary
+from turntrace.records import SessionFacts, Step, TurnSummary
+from turntrace.summaries import SessionSummary, UserSummary
 
 _DAY_NS: Final = 86_400 * 1_000_000_000
 
@@ -42,7 +44,7 @@ def continue_session(connection: Connection, row: RowMapping, wanted: SessionFac
         connection.execute(
             update(sessions)
             .where(sessions.c.id == wanted.id)
-            .values(ended_ns=None, end_reason=None, last_activity_ns=activity, user_id=facts.user_id)
+            .values(ended_ns=None, end_reason=None, dropoff=None, last_activity_ns=activity, user_id=facts.user_id)
         )
     return facts
 
@@ -58,7 +60,10 @@ _TURN_COLUMNS: Final = tuple(name for name in TurnSummary.__slots__ if name in t
 
 def plain_summary(row: RowMapping) -> SessionSummary:
     """Read a session, without the figures of its user."""
-    return SessionSummary(**{name: row[name] for name in _SUMMARY_COLUMNS}, user_sessions_total=row["sessions_total"])
+    known = {name: row[name] for name in _SUMMARY_COLUMNS}
+    if row["feedback_count"]:
+        known["user_satisfaction"] = min(1.0, max(0.0, row["feedback_sum"] / row["feedback_count"]))
+    return SessionSummary(**known, user_sessions_total=row["sessions_total"])
 
 
 def full_summary(connection: Connection, row: RowMapping) -> SessionSummary:
@@ -80,6 +85,47 @@ def full_summary(connection: Connection, row: RowMapping) -> SessionSummary:
         user_avg_session_length=float(total_turns) / count,
         user_retention_days=int(last - first) // _DAY_NS,
     )
+
+
+def user_summary(connection: Connection, user_id: str) -> UserSummary | None:
+    """Read what is known of a user over all sessions; None for a user without any."""
+    of_user = sessions.c.user_id == user_id
+    sums = {name: func.sum(sessions.c[name]).label(name) for name in _USER_SUMS}
+    row = (
+        connection.execute(
+            select(
+                func.count().label("sessions_total"),
+                func.sum(case((sessions.c.ended_ns.is_(None), 1), else_=0)).label("open_sessions"),
+                func.sum(case((sessions.c.dropoff.is_(True), 1), else_=0)).label("dropoffs"),
+                func.min(sessions.c.started_ns).label("first_session_ns"),
+                func.max(sessions.c.started_ns).label("latest_session_ns"),
+                func.max(sessions.c.last_activity_ns).label("last_activity_ns"),
+                func.sum(sessions.c.feedback_sum).label("feedback_sum"),
+                func.sum(sessions.c.feedback_count).label("feedback_count"),
+                func.sum(sessions.c.total_cost_usd).label("total_cost_usd"),
+                *sums.values(),
+            ).where(of_user)
+        )
+        .mappings()
+        .one()
+    )
+    if not row["sessions_total"]:
+        return None
+    floats = ("total_cost_usd", "feedback_sum")
+    known = {name: row[name] if name in floats else int(row[name]) for name in row}
+    total, count = known.pop("feedback_sum"), known.pop("feedback_count")
+    return UserSummary(
+        user_id=user_id,
+        **known,
+        user_satisfaction=min(1.0, max(0.0, total / count)) if count else None,
+        journeys=journeys_of(connection, user_id),
+    )
+
+
+_USER_SUMS: Final = (
+    *("total_turns", "failed_turns", "input_tokens", "output_tokens", "unpriced_calls"),
+    *("active_ms", "wait_ms", "prunings"),
+)
 
 
 def turn_summary(row: RowMapping) -> TurnSummary:

@@ -8,7 +8,18 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.schema import CreateColumn
 
 from turntrace.errors import LedgerError
-from turntrace.ledger.tables import SCHEMA_VERSION, decisions, gates, meta, metadata, sessions, turns
+from turntrace.ledger.tables import (
+    SCHEMA_VERSION,
+    decisions,
+    feedback,
+    gates,
+    journeys,
+    meta,
+    metadata,
+    sessions,
+    stages,
+    turns,
+)
 
 _VERSION_KEY: Final = "schema_version"
 
@@ -30,8 +41,13 @@ def _to_2(connection: Connection) -> None:
 
 
 def _to_3(connection: Connection) -> None:
-    """Add what writers side by side meet at."""
-    gates.create(connection)
+    """Add what writers side by side meet at, feedback, journeys, and what a session's end says."""
+    how_it_ended = ("dropoff", "last_turn", "last_intent", "last_action", "last_turn_ns")
+    journey = ("name", "stage", "converted", "conversion_turn", "conversion_time_ms")
+    _add_columns(connection, sessions, "feedback_sum", "feedback_count", *how_it_ended)
+    _add_columns(connection, sessions, *(f"journey_{name}" for name in journey))
+    for table in (gates, journeys, stages, feedback):
+        table.create(connection)
 
 
 MIGRATIONS: Final[dict[int, Callable[[Connection], None]]] = {1: _to_2, 2: _to_3}

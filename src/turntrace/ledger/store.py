@@ -19,6 +19,8 @@ from turntrace.decisions import PruningDecision
 from turntrace.identity import new_hash_key
 from turntrace.ledger import schema
 from turntrace.ledger.engine import Database
+from turntrace.ledger.erasing import Erased, erase_waiting, forget
+from turntrace.ledger.journeys import journey_of, steps_in
 from turntrace.ledger.rows import (
     continue_session,
     decision_from,
@@ -29,11 +31,13 @@ from turntrace.ledger.rows import (
     session_facts,
     steps_from,
     turn_summary,
+    user_summary,
 )
 from turntrace.ledger.statements import OPEN, Statements
 from turntrace.ledger.tables import decisions, gates, open_turns, outbox, sessions, turns
-from turntrace.ledger.writing import LedgerWriter
-from turntrace.records import SessionFacts, SessionSummary, Step, TurnSummary
+from turntrace.ledger.writing import LedgerWriter, owner_of
+from turntrace.records import SessionFacts, Step, TurnSummary
+from turntrace.summaries import JourneySummary, SessionSummary, StageEntered, UserSummary
 
 _HASH_KEY: Final = "user_hash_key"
 _SETTLE_S: Final = 30.0
@@ -51,12 +55,14 @@ class SessionOpened:
         is_new: Whether it began now.
         is_announced: Whether its ``session.start`` is on record: not so when the process was killed before.
         expired_id: The session of the same user and channel that had been silent too long and is to be ended.
+        expired_activity_ns: When that was active last, in nanoseconds since 1970.
     """
 
     session: SessionFacts
     is_new: bool
     is_announced: bool = False
     expired_id: str | None = None
+    expired_activity_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +116,14 @@ class Ledger:
 
     @contextmanager
     def _asking(self) -> Iterator[Connection]:
-        if self.settle is not None:
-            self.settle(_SETTLE_S)
+        self.settled()
         with self._database.reading() as connection:
             yield connection
+
+    def settled(self) -> None:
+        """Write down what still waits."""
+        if self.settle is not None:
+            self.settle(_SETTLE_S)
 
     def _side_by_side(self, change: Callable[[Connection], T]) -> T:
         """Make a change in a transaction; again where another writer was first to make the same."""
@@ -169,8 +179,14 @@ class Ledger:
                     wanted.started_ns - row["last_activity_ns"] <= idle_ns or has_open_turn(connection, row["id"])
                 ):
                     return SessionOpened(session_facts(row), False, row["announced"])
-            expired = None if given_id or row is None else str(row["id"])
-            return SessionOpened(self._begin_session(connection, wanted), is_new=True, expired_id=expired)
+            if given_id or row is None:
+                return SessionOpened(self._begin_session(connection, wanted), is_new=True)
+            return SessionOpened(
+                self._begin_session(connection, wanted),
+                is_new=True,
+                expired_id=str(row["id"]),
+                expired_activity_ns=row["last_activity_ns"],
+            )
 
         return self._side_by_side(open_one)
 
@@ -320,6 +336,53 @@ class Ledger:
         query = select(decisions).where(decisions.c.session_id == session_id).order_by(decisions.c.id)
         with self._asking() as connection:
             return [(row["turn_id"], decision_from(row)) for row in connection.execute(query).mappings()]
+
+    def user(self, user_id: str) -> UserSummary | None:
+        """Return what is known of a user over all sessions, or None.
+
+        Args:
+            user_id: Hash of the user's id.
+        """
+        with self._asking() as connection:
+            return user_summary(connection, user_id)
+
+    def journey(self, user_id: str | None, session_id: str, name: str) -> JourneySummary | None:
+        """Return where a journey of a user, or without one of a session, stands; None if it has not begun."""
+        with self._asking() as connection:
+            return journey_of(connection, owner_of(user_id, session_id), name)
+
+    def stages(self, session_id: str) -> list[StageEntered]:
+        """Return the steps of journeys in a session, in order."""
+        with self._asking() as connection:
+            return steps_in(connection, session_id)
+
+    def turn(self, turn_id: str) -> TurnSummary | None:
+        """Return a turn that has ended, or one that runs (its status is ``open``); None when there is none."""
+        with self._asking() as connection:
+            row = connection.execute(select(turns).where(turns.c.id == turn_id)).mappings().first()
+            if row is not None:
+                return turn_summary(row)
+            row = connection.execute(select(open_turns).where(open_turns.c.id == turn_id)).mappings().first()
+            return None if row is None else TurnSummary(**row, status=OPEN)
+
+    def forget_user(self, user_id: str) -> Erased:
+        """Erase a user: sessions, conversations, turns, decisions, journeys and feedback.
+
+        Args:
+            user_id: Hash of the user's id.
+        """
+        with self._database.writing() as connection:
+            return forget(connection, user_id)
+
+    def erase_waiting(self, user_id: str, erased: Erased) -> int:
+        """Take what is a user's out of the outbox; return how many spans and scores that were.
+
+        Args:
+            user_id: Hash of the user's id.
+            erased: What was erased of the user before.
+        """
+        with self._database.writing() as connection:
+            return erase_waiting(connection, user_id, erased)
 
     def turn_numbers(self, conversation_id: str) -> list[int]:
         """Return the numbers of the turns of a conversation that have ended, in order."""

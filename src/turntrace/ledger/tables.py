@@ -63,6 +63,18 @@ sessions = Table(
     Column("active_ms", BigInteger, nullable=False, default=0),
     Column("wait_ms", BigInteger, nullable=False, default=0),
     Column("prunings", Integer, nullable=False, default=0, server_default="0"),
+    Column("feedback_sum", Double, nullable=False, default=0.0, server_default="0"),
+    Column("feedback_count", Integer, nullable=False, default=0, server_default="0"),
+    Column("dropoff", Boolean),
+    Column("last_turn", Integer),
+    Column("last_intent", String(200)),
+    Column("last_action", String(20)),
+    Column("last_turn_ns", BigInteger),
+    Column("journey_name", String(200)),
+    Column("journey_stage", String(200)),
+    Column("journey_converted", Boolean),
+    Column("journey_conversion_turn", Integer),
+    Column("journey_conversion_time_ms", BigInteger),
     Index("turntrace_sessions_user", "user_id", "channel", "started_ns"),
     Index("turntrace_sessions_started", "started_ns"),
     Index("turntrace_sessions_open", "ended_ns", "last_activity_ns"),
@@ -177,6 +189,51 @@ decisions = Table(
     Column("added", Text),
     Column("duration_us", Integer, nullable=False),
     Index("turntrace_decisions_session", "session_id", "at_ns"),
+)
+
+# A journey belongs to the user, or without one to the session, and goes on in later sessions.
+journeys = Table(
+    "turntrace_journeys",
+    metadata,
+    Column("owner", String(220), primary_key=True),
+    Column("name", String(200), primary_key=True),
+    Column("stages", Text, nullable=False),
+    Column("stage", String(200), nullable=False),
+    Column("started_ns", BigInteger, nullable=False),
+    Column("entered_ns", BigInteger, nullable=False),
+    Column("converted_ns", BigInteger),
+    Column("conversion_turn", Integer),
+)
+
+stages = Table(
+    "turntrace_stages",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("owner", String(220), nullable=False),
+    Column("name", String(200), nullable=False),
+    Column("stage", String(200), nullable=False),
+    Column("stage_number", Integer, nullable=False),
+    Column("total_stages", Integer, nullable=False),
+    Column("session_id", String(200), nullable=False),
+    Column("turn_number", Integer),
+    Column("at_ns", BigInteger, nullable=False),
+    Column("time_in_stage_ms", BigInteger),
+    Column("is_back", Boolean, nullable=False),
+    Column("converted", Boolean, nullable=False),
+    Index("turntrace_stages_session", "session_id", "at_ns"),
+    Index("turntrace_stages_journey", "owner", "name", "at_ns"),
+)
+
+feedback = Table(
+    "turntrace_feedback",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("session_id", String(200), nullable=False),
+    Column("turn_id", String(200)),
+    Column("name", String(200), nullable=False),
+    Column("value", Double, nullable=False),
+    Column("at_ns", BigInteger, nullable=False),
+    Index("turntrace_feedback_session", "session_id"),
 )
 
 outbox = Table(

@@ -2,14 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, delete, update
+from sqlalchemy import Connection, RowMapping, delete, update
 
 from turntrace.decisions import PruningDecision
-from turntrace.ledger.rows import decision_values, first_session, full_summary, steps_text
+from turntrace.ledger.ends import idle_sessions, last_turn_of, note_last_turn, put_feedback, stale_turns
+from turntrace.ledger.journeys import enter_stage, unconverted_in
+from turntrace.ledger.rows import decision_values, first_session, full_summary, plain_summary, steps_text
 from turntrace.ledger.statements import TURN_COLUMNS, Statements
 from turntrace.ledger.tables import open_turns, outbox, sessions, turns
-from turntrace.records import SessionSummary, Step, TurnSummary, TurnTags
+from turntrace.records import Step, TurnSummary, TurnTags
+from turntrace.summaries import SessionSummary, StageEntered
 
 
 class TurnEnd(IntEnum):
@@ -18,6 +22,28 @@ class TurnEnd(IntEnum):
     ENDED_BEFORE = 0
     ENDED = 1
     ENDED_AFTER_SESSION = 2
+
+
+class StageWanted(NamedTuple):
+    """A step of a journey as the app asks for it.
+
+    Attributes:
+        name: Name of the journey.
+        stages: Its stages, in order.
+        stage: The stage to enter; None to stay where it stands.
+        converts: Whether the journey is converted by it.
+        session_id: The session in which this is.
+        turn_number: Number of the turn in which this is; None for that of the session's last one.
+        at_ns: When, in nanoseconds since 1970.
+    """
+
+    name: str
+    stages: tuple[str, ...]
+    stage: str | None
+    converts: bool
+    session_id: str
+    turn_number: int | None
+    at_ns: int
 
 
 class LedgerWriter:
@@ -89,12 +115,8 @@ class LedgerWriter:
         in_session = {name: "total_cost_usd" if name == "cost_usd" else name for name in late if name != "spans"}
         to_session = {column: sessions.c[column] + late[name] for name, column in in_session.items()}
         self._connection.execute(update(turns).where(turns.c.id == turn_id).values(to_turn))
-        self._connection.execute(update(sessions).where(sessions.c.id == session_id).values(to_session))
-
-    def ended_session(self, session_id: str) -> SessionSummary | None:
-        """Return a session that has ended, with its totals as they are now; None when it has not."""
-        row = first_session(self._connection, sessions.c.id == session_id, sessions.c.ended_ns.is_not(None))
-        return None if row is None else full_summary(self._connection, row)
+        if to_session:
+            self._connection.execute(update(sessions).where(sessions.c.id == session_id).values(to_session))
 
     def withdraw_open_turns(self, session_id: str) -> int:
         """Take back the turns of a session that have begun and not ended, as if they had not begun; return how many."""
@@ -106,7 +128,7 @@ class LedgerWriter:
         return self._connection.execute(noted.values(announced=True)).rowcount == 1
 
     def end_session(self, session_id: str, reason: str, ended_ns: int) -> SessionSummary | None:
-        """End a session.
+        """End a session, and write into it what its last turn was.
 
         Returns:
             The session with its totals; None when it had ended before or does not exist.
@@ -116,7 +138,65 @@ class LedgerWriter:
             .where(sessions.c.id == session_id, sessions.c.ended_ns.is_(None))
             .values(ended_ns=ended_ns, end_reason=reason)
         )
-        if ended.rowcount != 1:
+        return self.ended_session(session_id) if ended.rowcount == 1 else None
+
+    def ended_session(self, session_id: str) -> SessionSummary | None:
+        """Return a session that has ended, with its totals as they are now; None when it has not."""
+        row = first_session(self._connection, sessions.c.id == session_id, sessions.c.ended_ns.is_not(None))
+        if row is None:
             return None
+        note_last_turn(self._connection, session_id)
         row = first_session(self._connection, sessions.c.id == session_id)
         return None if row is None else full_summary(self._connection, row)
+
+    def unconverted(self, session: SessionSummary) -> tuple[str, ...]:
+        """Return the names of the journeys that a session took a step of and that are not converted."""
+        return tuple(unconverted_in(self._connection, owner_of(session.user_id, session.id), session.id))
+
+    def note_dropoff(self, session_id: str, detected: bool) -> None:
+        """Write down whether a session ended as a drop-off."""
+        self._connection.execute(update(sessions).where(sessions.c.id == session_id).values(dropoff=detected))
+
+    def idle_sessions(self, silent_since_ns: int, limit: int) -> list[tuple[str, int]]:
+        """Return sessions to be ended for their silence, with the time of their last activity."""
+        return idle_sessions(self._connection, silent_since_ns, limit)
+
+    def stale_turns(self, silent_since_ns: int, limit: int, *, after: str = "") -> list[RowMapping]:
+        """Return turns to be closed because nobody will end them, each with what its session is."""
+        return stale_turns(self._connection, silent_since_ns, limit, after=after)
+
+    def enter_stage(self, user_id: str | None, step: StageWanted) -> StageEntered | None:
+        """Enter a stage of a journey, or convert it; None when nothing changed by it."""
+        number = step.turn_number
+        if number is None:
+            last = last_turn_of(self._connection, step.session_id)
+            number = None if last is None else last["number"]
+        return enter_stage(
+            self._connection,
+            owner_of(user_id, step.session_id),
+            step.name,
+            step.stages,
+            step.stage,
+            session_id=step.session_id,
+            turn_number=number,
+            at_ns=step.at_ns,
+            converts=step.converts,
+        )
+
+    def put_feedback(self, row: Mapping[str, Any]) -> None:
+        """Write down feedback; of the same name on the same subject the latest counts.
+
+        Args:
+            row: Its ``id``, ``session_id``, ``turn_id``, ``name``, ``value`` from 0 to 1, and ``at_ns``.
+        """
+        put_feedback(self._connection, row)
+
+    def session(self, session_id: str) -> SessionSummary | None:
+        """Return a session as it is now, without the figures of its user; None when there is none."""
+        row = first_session(self._connection, sessions.c.id == session_id)
+        return None if row is None else plain_summary(row)
+
+
+def owner_of(user_id: str | None, session_id: str) -> str:
+    """Return whose a journey is: the user's, or of a session whose user is unknown."""
+    return user_id or f"session:{session_id}"

@@ -59,6 +59,16 @@ def checked_classifier(classify: Callable[[str], str]) -> Callable[[str], str]:
     return classify
 
 
+def checked_dropoff(rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Return a rule for drop-offs, or say why it cannot be one."""
+    if not callable(rule):
+        raise ConfigurationError(
+            f"dropoff is a {type(rule).__name__}, which cannot be called. Pass a function from DropoffFacts to a bool: "
+            "dropoff=lambda facts: facts.session.end_reason == 'inactive_timeout'."
+        )
+    return rule
+
+
 def idle_ns_of(idle_after: float | timedelta) -> int:
     """Return an idle time in nanoseconds, or say why it cannot be one."""
     seconds = idle_after.total_seconds() if isinstance(idle_after, timedelta) else idle_after

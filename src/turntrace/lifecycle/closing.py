@@ -1,6 +1,5 @@
-"""What the writer does when steps, turns and sessions end: it ends their spans and writes their rows together."""
+"""What the writer does when steps and turns end: it ends their spans and writes their rows together."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -9,44 +8,23 @@ from opentelemetry.sdk.trace import ReadableSpan
 from turntrace import attributes as a
 from turntrace.attributes import AttributeValue
 from turntrace.boundary import never_breaks
-from turntrace.content import Message, classify_output, read_message, to_json
-from turntrace.export import ids_of, to_otlp
-from turntrace.identity import derived_id, safe_text
+from turntrace.content import Message, classify_output, read_message
+from turntrace.export import ids_of
+from turntrace.identity import safe_text
 from turntrace.ledger import LATE_SUMS, LedgerWriter, TurnEnd
 from turntrace.lifecycle.ending import EndedStep, Failure, add_up, end_span, end_steps, words_of
+from turntrace.lifecycle.session_jobs import EndSession, SpanJob, known_json
 from turntrace.lifecycle.steps import TurnAccount
 from turntrace.lifecycle.windows import Noted, add_given
-from turntrace.records import SessionFacts, SessionSummary, Step, TurnSummary, elapsed_ms
+from turntrace.records import Step, TurnSummary, elapsed_ms
 
 if TYPE_CHECKING:
-    from turntrace.lifecycle.tracker import SessionTracker
     from turntrace.lifecycle.turn import Turn
 
 _KIND_SPANS: Final = "spans"
 
 
-class _SpanJob:
-    """A job whose spans go into the outbox in the transaction that writes its rows."""
-
-    def __init__(self, tracker: "SessionTracker") -> None:
-        self._tracker = tracker
-        self._spans: list[ReadableSpan] = []
-        self._body = b""
-
-    def prepare(self) -> None:
-        """Do what needs no transaction."""
-
-    def _keep(self, spans: list[ReadableSpan]) -> None:
-        self._spans.extend(spans)
-        if self._spans and self._tracker.target.to_outbox:
-            self._body = to_otlp(self._spans)
-
-    def _put_spans(self, ledger: LedgerWriter) -> None:
-        if self._body:
-            ledger.put(_KIND_SPANS, self._body, items=len(self._spans), created_ns=self._tracker.clock())
-
-
-class SettleTurn(_SpanJob):
+class SettleTurn(SpanJob):
     """Writes down the steps of a turn that have ended while it goes on, or after it."""
 
     def __init__(self, turn: "Turn") -> None:
@@ -129,112 +107,7 @@ class FinishTurn(SettleTurn):
             # Its session was ended while it ran: the totals that were sent then are sent again with this turn.
             self._end_again = self._end_again or EndSession(self._tracker, self._summary.session_id)
             self._end_again.write(ledger)
-
-
-class AnnounceSession(_SpanJob):
-    """Writes the span ``session.start``."""
-
-    def __init__(self, tracker: "SessionTracker", session: SessionFacts) -> None:
-        super().__init__(tracker)
-        self._session = session
-
-    def prepare(self) -> None:
-        """Make the span."""
-        self._keep(_session_start(self._tracker, self._session))
-
-    def write(self, ledger: LedgerWriter) -> None:
-        """Put the span into the outbox, once for the session."""
-        if ledger.announced(self._session.id):
-            self._put_spans(ledger)
-
-
-class EndSession(_SpanJob):
-    """Ends a session: its row, and the span ``session.end`` with its totals.
-
-    Args:
-        tracker: The tracker.
-        session_id: The session.
-        reason: Why it ends; None to send the totals of one that has ended again.
-        ended_ns: When it ends, in nanoseconds since 1970.
-    """
-
-    def __init__(
-        self, tracker: "SessionTracker", session_id: str, reason: str | None = None, ended_ns: int = 0
-    ) -> None:
-        super().__init__(tracker)
-        self._session_id = session_id
-        self._reason = reason
-        self._ended_ns = ended_ns
-
-    def write(self, ledger: LedgerWriter) -> None:
-        """End the session and put its span into the outbox, in one transaction, once."""
-        if self._reason is None:
-            ended = ledger.ended_session(self._session_id)
-        else:
-            ended = ledger.end_session(self._session_id, self._reason, self._ended_ns)
-        if ended is None:
-            return
-        if not self._spans:
-            if ledger.announced(self._session_id):  # the process that began it was killed before it could say so
-                self._keep(_session_start(self._tracker, _facts_of(ended)))
-            self._keep(_session_end(self._tracker, ended))
-        self._put_spans(ledger)
-
-
-def _facts_of(session: SessionSummary) -> SessionFacts:
-    facts = {name: getattr(session, name) for name in SessionFacts.__slots__ if name != "sessions_total"}
-    return SessionFacts(**facts, sessions_total=session.user_sessions_total)
-
-
-def _session_start(tracker: "SessionTracker", session: SessionFacts) -> list[ReadableSpan]:
-    asked = {"channel": session.channel, "type": session.type, "locale": session.locale}
-    known = {"previous_session": session.previous_id, "sessions_total": session.sessions_total}
-    return _session_span(tracker, a.SPAN_SESSION_START, session.attributes(), session.started_ns, asked, known)
-
-
-def _session_end(tracker: "SessionTracker", ended: SessionSummary) -> list[ReadableSpan]:
-    words = {name: getattr(ended, name) for name in ("id", "user_id", "channel", "tier", "org_id", "started_ns")}
-    tags = SessionFacts(**words)
-    return _session_span(
-        tracker,
-        a.SPAN_SESSION_END,
-        {**tags.attributes(), **ended.attributes()},
-        ended.ended_ns or ended.last_activity_ns,
-        {"reason": ended.end_reason, "duration_ms": ended.duration_ms},
-        {
-            "turns": ended.total_turns,
-            "tokens": ended.total_tokens,
-            "cost_usd": ended.total_cost_usd,
-            "active_ms": ended.active_ms,
-        },
-    )
-
-
-def _session_span(
-    tracker: "SessionTracker",
-    name: str,
-    attributes: Mapping[str, AttributeValue],
-    at_ns: int,
-    asked: dict[str, Any],
-    known: dict[str, Any],
-) -> list[ReadableSpan]:
-    shown = {
-        a.LANGFUSE_OBSERVATION_TYPE: "event",
-        a.LANGFUSE_TRACE_NAME: name,
-        # Langfuse's client exports a span of another scope only when it starts with a name of OTel GenAI.
-        a.GEN_AI_OPERATION_NAME: name,
-        a.LANGFUSE_OBSERVATION_INPUT: to_json(_known(asked)),
-        a.LANGFUSE_OBSERVATION_OUTPUT: to_json(_known(known)),
-    }
-    # Ids that derive from the session: a second sending overwrites, as does the end after the session went on again.
-    session_id = str(attributes[a.SESSION_ID])
-    trace_id, span_id = derived_id(name, session_id), derived_id(name, session_id, "span")
-    with tracker.target.capturing() as ended:
-        span = tracker.target.start_root(
-            name, attributes={**attributes, **shown}, start_ns=at_ns, ids=(int(trace_id, 16), int(span_id[:16], 16))
-        )
-        end_span(span, at_ns, None)
-    return ended
+        self._tracker.finished(self._turn.id)
 
 
 @never_breaks("classifying what the user said by classify=...")
@@ -302,10 +175,6 @@ def _content(
         if answer is not None and summary.output_length is not None:
             told = {"role": answer.role, "content": policy.clean(answer.text)}
     return {
-        a.LANGFUSE_OBSERVATION_INPUT: to_json(_known(asked)),
-        a.LANGFUSE_OBSERVATION_OUTPUT: to_json(_known(told)),
+        a.LANGFUSE_OBSERVATION_INPUT: known_json(asked),
+        a.LANGFUSE_OBSERVATION_OUTPUT: known_json(told),
     }
-
-
-def _known(facts: Any) -> Any:
-    return {name: value for name, value in facts.items() if value is not None} if isinstance(facts, dict) else facts

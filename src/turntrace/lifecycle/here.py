@@ -7,6 +7,7 @@ from typing import Any, Final, cast
 
 from turntrace.attributes import AttributeValue
 from turntrace.current import current_scope, enter, leave
+from turntrace.lifecycle.journey import NoJourney
 from turntrace.lifecycle.steps import OpenStep
 from turntrace.lifecycle.turn import Turn
 
@@ -41,6 +42,13 @@ class _NoTurn:
 
     def set_answer(self, message: Any) -> None:
         """Do nothing."""
+
+    def feedback(self, value: float | bool, name: str = "", comment: str | None = None) -> None:
+        """Do nothing."""
+
+    def journey(self, name: str, stages: Any = None) -> NoJourney:
+        """Return a journey that takes everything and does nothing."""
+        return NoJourney()
 
     def end(self, status: str = "completed", *, error: BaseException | None = None) -> None:
         """Do nothing."""

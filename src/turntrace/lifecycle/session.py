@@ -2,13 +2,17 @@
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from turntrace.errors import StateError
 from turntrace.identity import check_id, check_text
+from turntrace.lifecycle.feedback import FEEDBACK_NAME, PutFeedback
+from turntrace.lifecycle.here import current_turn
+from turntrace.lifecycle.journey import Journey
 from turntrace.lifecycle.turn import Turn, is_abandoning
-from turntrace.records import SessionFacts, SessionSummary
+from turntrace.records import SessionFacts
+from turntrace.summaries import SessionSummary
 
 if TYPE_CHECKING:
     from turntrace.lifecycle.tracker import SessionTracker
@@ -53,6 +57,37 @@ class Session:
         """
         chosen = self.tracker.new_id() if conversation_id is None else check_id(conversation_id, "conversation_id")
         return Conversation(self, chosen, None if topic is None else check_text(topic, "topic"))
+
+    def journey(self, name: str, stages: Sequence[str] | None = None) -> Journey:
+        """Begin or continue a journey of the user.
+
+        Args:
+            name: Its name.
+            stages: Its stages, in order. Default: those that the tracker was given, or that the journey began with.
+
+        Raises:
+            ConfigurationError: If the stages cannot be used, or are nowhere said.
+            LedgerError: If the ledger is asked for them and cannot be read.
+        """
+        return Journey(self, check_text(name, "name"), self.tracker.stages_of(self, name, stages))
+
+    def feedback(self, value: float | bool, name: str = FEEDBACK_NAME, comment: str | None = None) -> None:
+        """Give feedback on the whole sitting. Nobody waits for it to be written.
+
+        Args:
+            value: True, False, or a number from 0 to 1.
+            name: Its name; feedback of the same name on the same session replaces it.
+            comment: What the user said; it leaves only as far as the content policy allows.
+
+        Raises:
+            ConfigurationError: If the value cannot be used.
+        """
+        self.tracker.submit(PutFeedback(self.tracker, self.id, None, value, name, comment))
+
+    def running_turn(self) -> Turn | None:
+        """Return the turn of this session that runs here, or None."""
+        turn = current_turn()
+        return turn if turn and turn.conversation.session.id == self.id else None
 
     def end(self, reason: str = "user_exit") -> None:
         """End the session; ending it again does nothing. Nobody waits for it to be written.

@@ -2,15 +2,16 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from turntrace.boundary import caught
 from turntrace.errors import IdentityError
 from turntrace.identity import derived_id
-from turntrace.lifecycle.closing import AnnounceSession, EndSession
+from turntrace.ledger import SessionOpened
 from turntrace.lifecycle.session import Session
+from turntrace.lifecycle.session_jobs import AnnounceSession, EndSession
 from turntrace.lifecycle.writer import Writer
 from turntrace.records import SessionFacts, TurnRequest
 
@@ -34,6 +35,7 @@ class Sittings:
         self._writer = writer
         self._known: OrderedDict[Hashable, Session] = OrderedDict()
         self._announced: OrderedDict[str, None] = OrderedDict()
+        self._used: OrderedDict[str, None] = OrderedDict()
         self._ending: set[str] = set()
         self._lock = threading.Lock()
 
@@ -44,10 +46,19 @@ class Sittings:
             wanted, idle_ns=self._tracker.idle_ns, given_id=given_id, conversation_id=conversation_id
         )
         if opened.expired_id is not None:
-            self._writer.submit(EndSession(self._tracker, opened.expired_id, "inactive_timeout", wanted.started_ns))
+            self._writer.submit(self._expired(opened))
         if not opened.is_announced and self._first_said(opened.session.id):
             self._writer.submit(AnnounceSession(self._tracker, opened.session))
+        with self._lock:
+            self._used[opened.session.id] = None
+            if len(self._used) > _REMEMBERED:
+                self._used.popitem(last=False)
         return Session(self._tracker, opened.session)
+
+    def _expired(self, opened: SessionOpened) -> EndSession:
+        # At the time when it had been silent for long enough, as the sweep has it.
+        ended_ns = opened.expired_activity_ns + self._tracker.idle_ns
+        return EndSession(self._tracker, str(opened.expired_id), "inactive_timeout", ended_ns)
 
     def _first_said(self, session_id: str) -> bool:
         """Tell whether the start of a session was not said by this process yet, and note that it is now."""
@@ -88,6 +99,20 @@ class Sittings:
             for key in [key for key, session in self._known.items() if session.id == session_id]:
                 del self._known[key]
         self._writer.submit(EndSession(self._tracker, session_id, reason, self._tracker.clock()))
+
+    def forget(self, session_ids: Collection[str]) -> None:
+        """Forget sessions, as those that were erased."""
+        gone = set(session_ids)
+        with self._lock:
+            for key in [key for key, session in self._known.items() if session.id in gone]:
+                del self._known[key]
+            for session_id in gone:
+                self._used.pop(session_id, None)
+
+    def used(self) -> list[str]:
+        """Return the ids of the sessions that this process opened; those opened longest ago may be missing."""
+        with self._lock:
+            return list(self._used)
 
     def wait_for_end(self, session_id: str | None) -> None:
         """Wait until a session whose end was said is ended, or with None until all such are."""

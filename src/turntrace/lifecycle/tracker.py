@@ -3,43 +3,50 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, ClassVar, Final, Self, TypeVar
+from typing import Any, ClassVar, Final, Self
 
 from opentelemetry import trace
 from sqlalchemy import Engine
 
 from turntrace import attributes as a
 from turntrace.attributes import AttributeValue
+from turntrace.boundary import never_breaks
 from turntrace.content import ContentLevel, ContentPolicy, classify_input
-from turntrace.errors import StateError
+from turntrace.errors import ConfigurationError, StateError
 from turntrace.export import SpanTarget, ids_of, open_target
 from turntrace.identity import check_id, check_text, derived_id, is_trace_id, new_id, new_span_id
 from turntrace.ledger import Ledger
+from turntrace.lifecycle.asking import Afterwards
 from turntrace.lifecycle.checks import (
     UserHasher,
     checked_classifier,
+    checked_dropoff,
     checked_type,
     hash_key_of,
     idle_ns_of,
     text_or_none,
 )
 from turntrace.lifecycle.closing import FinishTurn, SettleTurn
+from turntrace.lifecycle.dropoff import DropoffFacts, is_dropoff
+from turntrace.lifecycle.evaluating import Evaluator, Evaluators
+from turntrace.lifecycle.journey import checked_stages
 from turntrace.lifecycle.session import Conversation, Session, SessionBlock
 from turntrace.lifecycle.sittings import Sittings, key_of_run
 from turntrace.lifecycle.steps import OpenStep
+from turntrace.lifecycle.sweep import Sweeper, restart_after_fork
 from turntrace.lifecycle.turn import Turn, root_attributes
 from turntrace.lifecycle.windows import Windows
-from turntrace.lifecycle.writer import Writer
-from turntrace.records import SessionFacts, SessionSummary, TurnRequest, TurnTags
+from turntrace.lifecycle.writer import Job, Writer
+from turntrace.records import SessionFacts, TurnRequest, TurnTags
 from turntrace.settings import read_settings
+from turntrace.summaries import SessionSummary
 
 _STOP_S: Final = 30.0
-R = TypeVar("R")
 
 
-class SessionTracker:
+class SessionTracker(Afterwards):
     """Begins sessions and turns, numbers them, and has them written down.
 
     One tracker serves all requests of a process, from any thread and event loop. It keeps a ledger of what happened
@@ -58,6 +65,11 @@ class SessionTracker:
         tracer_provider: The app's own OpenTelemetry provider. Default: the one that Langfuse's client uses, or the one
             set for the process.
         outbox: Whether spans go into the ledger's outbox. Default: only when nothing else takes them.
+        journeys: The journeys of the app: from their names to their stages, in order.
+        dropoff: Says of a session that has ended whether it is a drop-off. Default: `turntrace.lifecycle.dropoff`'s.
+        evaluators: Functions from the `SessionSummary` of a session that has ended to named scores, sync or async.
+        evaluator_timeout: Seconds that one of them may take for a session.
+        sweep_every: Seconds from one sweep to the next (see `sweep`), by a thread of this tracker's. Default: none.
         classify: Says what kind of message a user's is (``turn.input_type``). Default: a rule, see
             `turntrace.content.classify_input`.
         clock: Tells the time in nanoseconds since 1970.
@@ -81,6 +93,11 @@ class SessionTracker:
         channel: str | None = None,
         tracer_provider: trace.TracerProvider | None = None,
         outbox: bool | None = None,
+        journeys: Mapping[str, Sequence[str]] | None = None,
+        dropoff: Callable[[DropoffFacts], bool] = is_dropoff,
+        evaluators: Sequence[Evaluator] = (),
+        evaluator_timeout: float = 10.0,
+        sweep_every: float | None = None,
         classify: Callable[[str], str] = classify_input,
         clock: Callable[[], int] = time.time_ns,
         ids: Callable[[], str] = new_id,
@@ -90,6 +107,8 @@ class SessionTracker:
         self.idle_ns = idle_ns_of(settings.idle_after if idle_after is None else idle_after)
         self.channel = check_text(settings.channel if channel is None else channel, "channel")
         self.classify = checked_classifier(classify)
+        self._dropoff = checked_dropoff(dropoff)
+        self._journeys = {name: checked_stages(name, stages) for name, stages in (journeys or {}).items()}
         self.clock = clock
         self.new_id = ids
         self.ledger = Ledger(settings.ledger if ledger is None else ledger)
@@ -102,8 +121,14 @@ class SessionTracker:
         self._sittings = Sittings(self, self._writer)
         self.windows = Windows()
         self._turns: dict[str, Turn] = {}
+        self._finishing: dict[str, Turn] = {}
         self._handler: Any = None
         self._lock = threading.Lock()
+        self._evaluators = Evaluators(self, evaluators, evaluator_timeout)
+        self._sweeper = None if sweep_every is None else Sweeper(self, sweep_every)
+        if self._sweeper is not None:
+            self._sweeper.start()
+            restart_after_fork(self._sweeper)
 
     def __repr__(self) -> str:
         return f"<SessionTracker on {self.ledger.url}>"
@@ -175,14 +200,6 @@ class SessionTracker:
         """
         self._sittings.end(check_id(session_id, "session_id"), check_text(reason, "reason"))
 
-    def session_summary(self, session_id: str) -> SessionSummary | None:
-        """Return what the ledger knows of a session, once all that has ended is written down; None if it has none."""
-        return self.ledger.session(session_id)
-
-    async def asession_summary(self, session_id: str) -> SessionSummary | None:
-        """Return what `session_summary` returns, without blocking the event loop."""
-        return await self.run_off_loop(self.session_summary, session_id)
-
     def hash_user(self, user_id: str | int) -> str:
         """Return the hash that stands for a user in the ledger and in Langfuse.
 
@@ -190,6 +207,38 @@ class SessionTracker:
             IdentityError: If the id is empty or not a string or number.
         """
         return self._hasher(user_id)
+
+    def stages_of(self, session: Session, name: str, stages: Sequence[str] | None) -> tuple[str, ...]:
+        """Return the stages of a journey: those given, those of the tracker, or those that it began with.
+
+        Raises:
+            ConfigurationError: If they cannot be used, or are nowhere said.
+        """
+        if stages is not None:
+            return checked_stages(name, stages)
+        known = self._journeys.get(name)
+        if known is None:
+            begun = self.ledger.journey(session.user_id, session.id, name)
+            known = None if begun is None else begun.stages
+        if known is None:
+            raise ConfigurationError(
+                f"The stages of the journey {name!r} are not known. Say them where it begins: "
+                f"session.journey({name!r}, stages=[...]), or for all: SessionTracker(journeys={{{name!r}: [...]}})."
+            )
+        return known
+
+    def is_dropoff(self, facts: DropoffFacts) -> bool:
+        """Tell whether a session that has ended is a drop-off, by the rule of this tracker."""
+        found = never_breaks("deciding on a drop-off by dropoff=...")(self._dropoff)(facts)
+        return is_dropoff(facts) if found is None else bool(found)
+
+    def evaluate(self, session: SessionSummary) -> None:
+        """Have a session that has ended evaluated."""
+        self._evaluators.submit(session)
+
+    def forget_sessions(self, session_ids: Sequence[str]) -> None:
+        """Let no run fall into sessions that were erased."""
+        self._sittings.forget(session_ids)
 
     # --- turns --------------------------------------------------------------------------------------------------------
     def start_turn(self, conversation: Conversation, message: Any = None, *, role: str = "user") -> Turn:
@@ -310,8 +359,21 @@ class SessionTracker:
 
     def finish(self, turn: Turn, status: str, ended_ns: int) -> None:
         """Have a turn that has ended written down. Called by `Turn.end`."""
+        self._finishing[turn.id] = turn
         self._turns.pop(turn.id, None)
         self._writer.submit(FinishTurn(turn, status, ended_ns))
+
+    def finished(self, turn_id: str) -> None:
+        """Note that the end of a turn is written. Called by the writer."""
+        self._finishing.pop(turn_id, None)
+
+    def holds(self, turn_id: str) -> bool:
+        """Tell whether a turn runs in this process, or its end is still to be written."""
+        return turn_id in self._turns or turn_id in self._finishing
+
+    def submit(self, job: Job) -> None:
+        """Have something written down soon; returns at once."""
+        self._writer.submit(job)
 
     def settle(self, turn: Turn) -> None:
         """Have the steps of a turn that have ended written down while it goes on."""
@@ -335,6 +397,8 @@ class SessionTracker:
             Whether all is in the ledger.
         """
         written = self._writer.drain(timeout)
+        if self._evaluators.drain(timeout):
+            written = self._writer.drain(timeout) and written
         if not self.target.to_outbox:
             self.target.flush()
         return written
@@ -343,15 +407,27 @@ class SessionTracker:
         """Do what `flush` does, without blocking the event loop."""
         return await asyncio.to_thread(self.flush, timeout)
 
-    def shutdown(self) -> None:
-        """Write down all that has ended and close the ledger. Sessions stay open: a later process goes on with them."""
+    def shutdown(self, *, end_sessions: bool = False) -> None:
+        """Write down all that has ended and close the ledger.
+
+        Sessions stay open, and a later process goes on with them, unless they are to be ended.
+
+        Args:
+            end_sessions: Whether the open sessions that this process began or went on with end now, with the reason
+                ``shutdown``.
+        """
+        if self._sweeper is not None:
+            self._sweeper.stop(_STOP_S)
+        if end_sessions:
+            for session_id in self._sittings.used():
+                self.end_session(session_id, "shutdown")
         self.flush()
         self._writer.stop(_STOP_S)
         self.ledger.close()
 
-    async def ashutdown(self) -> None:
+    async def ashutdown(self, *, end_sessions: bool = False) -> None:
         """Do what `shutdown` does, without blocking the event loop."""
-        await asyncio.to_thread(self.shutdown)
+        await asyncio.to_thread(self.shutdown, end_sessions=end_sessions)
 
     def __enter__(self) -> Self:
         return self
@@ -364,10 +440,6 @@ class SessionTracker:
 
     async def __aexit__(self, *_exc: object) -> None:
         await self.ashutdown()
-
-    async def run_off_loop(self, function: Callable[..., R], *args: Any, **kwargs: Any) -> R:
-        """Run a function that asks the ledger in a thread, so that the event loop goes on."""
-        return await asyncio.to_thread(function, *args, **kwargs)
 
 
 _default: list[SessionTracker] = []

@@ -16,7 +16,9 @@ from turntrace.content import last_message, read_message, text_of
 from turntrace.current import ContextMeter, Scope, current_scope, enter, leave
 from turntrace.decisions import PruningDecision
 from turntrace.errors import StateError
-from turntrace.identity import safe_text
+from turntrace.identity import check_text, safe_text
+from turntrace.lifecycle.feedback import FEEDBACK_NAME, PutFeedback
+from turntrace.lifecycle.journey import Journey
 from turntrace.lifecycle.steps import (
     OPERATION_OF,
     Fit,
@@ -152,6 +154,26 @@ class Turn:
                 more.
         """
         self.answer = message
+
+    def feedback(self, value: float | bool, name: str = FEEDBACK_NAME, comment: str | None = None) -> None:
+        """Give feedback on the turn. Nobody waits for it to be written; it may come after the turn has ended.
+
+        Args:
+            value: True, False, or a number from 0 to 1.
+            name: Its name; feedback of the same name on the same turn replaces it.
+            comment: What the user said; it leaves only as far as the content policy allows.
+
+        Raises:
+            ConfigurationError: If the value cannot be used.
+        """
+        about = (self.id, self.planned_ids[0])
+        session_id = self.conversation.session.id
+        self._tracker.submit(PutFeedback(self._tracker, session_id, about, value, name, comment))
+
+    def journey(self, name: str, stages: Sequence[str] | None = None) -> Journey:
+        """Begin or continue a journey of the user, whose steps are events of this turn; as `Session.journey`."""
+        session = self.conversation.session
+        return Journey(session, check_text(name, "name"), self._tracker.stages_of(session, name, stages), self)
 
     def end(self, status: str = "completed", *, error: BaseException | None = None) -> None:
         """End the turn; ending it again does nothing.

@@ -1,0 +1,117 @@
+"""Erasing a user from the ledger."""
+
+import json
+from collections.abc import Collection
+from typing import Final, NamedTuple
+
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+from sqlalchemy import Connection, delete, select, update
+
+from turntrace import attributes as a
+from turntrace.ledger.tables import (
+    conversations,
+    decisions,
+    feedback,
+    gates,
+    journeys,
+    open_turns,
+    outbox,
+    sessions,
+    stages,
+    turns,
+)
+
+_SCORE: Final = "score"
+_BATCH: Final = 200
+_BY_SESSION: Final = (decisions, feedback, stages, turns, open_turns, conversations)
+
+
+class Erased(NamedTuple):
+    """What was erased of a user.
+
+    Attributes:
+        sessions: Ids of the sessions.
+        turns: How many turns.
+        traces: Ids of the turns' traces.
+    """
+
+    sessions: tuple[str, ...]
+    turns: int
+    traces: frozenset[str]
+
+
+def forget(connection: Connection, user_id: str) -> Erased:
+    """Erase all rows of a user.
+
+    Args:
+        connection: A connection in a transaction.
+        user_id: Hash of the user's id.
+    """
+    mine = select(sessions.c.id).where(sessions.c.user_id == user_id)
+    session_ids = list(connection.execute(mine.order_by(sessions.c.started_ns)).scalars())
+    traces = [
+        trace_id
+        for table in (turns, open_turns)
+        for trace_id in connection.execute(select(table.c.trace_id).where(table.c.session_id.in_(mine))).scalars()
+    ]
+    for table in _BY_SESSION:
+        connection.execute(delete(table).where(table.c.session_id.in_(mine)))
+    connection.execute(delete(journeys).where(journeys.c.owner == user_id))
+    connection.execute(delete(gates).where(gates.c.key == f"session:{user_id}"))
+    connection.execute(delete(sessions).where(sessions.c.user_id == user_id))
+    return Erased(tuple(session_ids), len(traces), frozenset(traces))
+
+
+def erase_waiting(connection: Connection, user_id: str, erased: Erased) -> int:
+    """Take what is a user's out of the outbox.
+
+    Args:
+        connection: A connection in a transaction.
+        user_id: Hash of the user's id.
+        erased: What was erased of the user before.
+
+    Returns:
+        How many spans and scores were taken out.
+    """
+    taken, after = 0, 0
+    session_ids = frozenset(erased.sessions)
+    while True:
+        query = select(outbox.c.id, outbox.c.kind, outbox.c.body).where(outbox.c.id > after)
+        rows = connection.execute(query.order_by(outbox.c.id).limit(_BATCH)).all()
+        for row in rows:
+            if row.kind == _SCORE:
+                score = json.loads(row.body)
+                if score.get("sessionId") in session_ids or score.get("traceId") in erased.traces:
+                    connection.execute(delete(outbox).where(outbox.c.id == row.id))
+                    taken += 1
+            else:
+                taken += _take_spans(connection, row.id, row.body, user_id, session_ids)
+        if len(rows) < _BATCH:
+            return taken
+        after = rows[-1].id
+
+
+def _take_spans(connection: Connection, item_id: int, body: bytes, user_id: str, session_ids: Collection[str]) -> int:
+    request = ExportTraceServiceRequest()
+    request.ParseFromString(body)
+    taken = kept = 0
+    for scope in (scope for resource in request.resource_spans for scope in resource.scope_spans):
+        others = [span for span in scope.spans if not _is_of(span, user_id, session_ids)]
+        taken += len(scope.spans) - len(others)
+        kept += len(others)
+        if len(others) < len(scope.spans):
+            del scope.spans[:]
+            scope.spans.extend(others)
+    known = outbox.c.id == item_id
+    if taken and kept:
+        left = {"body": request.SerializeToString(), "items": kept}
+        connection.execute(update(outbox).where(known).values(left))
+    elif taken:
+        connection.execute(delete(outbox).where(known))
+    return taken
+
+
+def _is_of(span: Span, user_id: str, session_ids: Collection[str]) -> bool:
+    said = {each.key: each.value.string_value for each in span.attributes if each.key in (a.USER_ID, a.SESSION_ID)}
+    return said.get(a.USER_ID) == user_id or said.get(a.SESSION_ID) in session_ids

@@ -1,0 +1,45 @@
+"""Erasing a user: from the ledger, from the outbox, and from what this process remembers."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from turntrace.lifecycle.tracker import SessionTracker
+
+_FLUSH_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """What was erased of a user, and what Langfuse may hold still.
+
+    Attributes:
+        user_id: Hash of the user's id: what the user is called in Langfuse.
+        sessions: Ids of the sessions that were erased; in Langfuse, they are to be deleted by hand or by its API.
+        turns: How many turns were erased.
+        waiting: How many spans and scores were taken out of the outbox before they were sent.
+    """
+
+    user_id: str
+    sessions: tuple[str, ...]
+    turns: int
+    waiting: int
+
+    def __str__(self) -> str:
+        if not self.sessions:
+            return f"Nothing of the user {self.user_id} was on record."
+        return (
+            f"{len(self.sessions)} sessions with {self.turns} turns were erased, and {self.waiting} spans and scores "
+            "that had not been sent. What Langfuse was sent is still there: delete the traces of the user "
+            f"{self.user_id}, or of the sessions {', '.join(self.sessions[:5])}"
+            f"{', ...' if len(self.sessions) > 5 else ''}."
+        )
+
+
+def forget_user(tracker: "SessionTracker", user_id: str) -> Forgotten:
+    """Erase a user by the hash of the user's id."""
+    tracker.flush(_FLUSH_S)
+    erased = tracker.ledger.forget_user(user_id)
+    tracker.forget_sessions(erased.sessions)
+    waiting = tracker.ledger.erase_waiting(user_id, erased)
+    return Forgotten(user_id=user_id, sessions=erased.sessions, turns=erased.turns, waiting=waiting)

@@ -1,0 +1,176 @@
+"""What the writer does when sessions begin and end: it makes their spans and writes their rows together."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+from opentelemetry.sdk.trace import ReadableSpan
+
+from turntrace import attributes as a
+from turntrace.attributes import AttributeValue
+from turntrace.content import to_json
+from turntrace.export import SCORE_KIND, scores_of, session_score, to_otlp
+from turntrace.identity import derived_id
+from turntrace.ledger import LedgerWriter
+from turntrace.lifecycle.dropoff import DropoffFacts
+from turntrace.lifecycle.ending import end_span
+from turntrace.records import SessionFacts
+from turntrace.summaries import SessionSummary
+
+if TYPE_CHECKING:
+    from turntrace.lifecycle.tracker import SessionTracker
+
+_KIND_SPANS: Final = "spans"
+
+
+class SpanJob:
+    """A job whose spans go into the outbox in the transaction that writes its rows."""
+
+    def __init__(self, tracker: "SessionTracker") -> None:
+        self._tracker = tracker
+        self._spans: list[ReadableSpan] = []
+        self._body = b""
+
+    def prepare(self) -> None:
+        """Do what needs no transaction."""
+
+    def _keep(self, spans: list[ReadableSpan]) -> None:
+        self._spans.extend(spans)
+        if self._spans and self._tracker.target.to_outbox:
+            self._body = to_otlp(self._spans)
+
+    def _put_spans(self, ledger: LedgerWriter) -> None:
+        if self._body:
+            ledger.put(_KIND_SPANS, self._body, items=len(self._spans), created_ns=self._tracker.clock())
+
+
+class AnnounceSession(SpanJob):
+    """Writes the span ``session.start``."""
+
+    def __init__(self, tracker: "SessionTracker", session: SessionFacts) -> None:
+        super().__init__(tracker)
+        self._session = session
+
+    def prepare(self) -> None:
+        """Make the span."""
+        self._keep(_session_start(self._tracker, self._session))
+
+    def write(self, ledger: LedgerWriter) -> None:
+        """Put the span into the outbox, once for the session."""
+        if ledger.announced(self._session.id):
+            self._put_spans(ledger)
+
+
+class EndSession(SpanJob):
+    """Ends a session: its row, and the span ``session.end`` with its totals.
+
+    Args:
+        tracker: The tracker.
+        session_id: The session.
+        reason: Why it ends; None to send the totals of one that has ended again.
+        ended_ns: When it ends, in nanoseconds since 1970.
+    """
+
+    def __init__(
+        self, tracker: "SessionTracker", session_id: str, reason: str | None = None, ended_ns: int = 0
+    ) -> None:
+        super().__init__(tracker)
+        self._session_id = session_id
+        self._reason = reason
+        self._ended_ns = ended_ns
+
+    def write(self, ledger: LedgerWriter) -> None:
+        """End the session and put its span into the outbox, in one transaction, once."""
+        if self._reason is None:
+            ended = ledger.ended_session(self._session_id)
+        else:
+            ended = ledger.end_session(self._session_id, self._reason, self._ended_ns)
+        if ended is None:
+            return
+        tracker = self._tracker
+        detected = tracker.is_dropoff(
+            DropoffFacts(ended, ended.last_action, ended.last_intent, ledger.unconverted(ended))
+        )
+        ledger.note_dropoff(ended.id, detected)
+        ended = replace(ended, dropoff=detected)
+        if not self._spans:
+            if ledger.announced(self._session_id):  # the process that began it was killed before it could say so
+                self._keep(_session_start(tracker, _facts_of(ended)))
+            self._keep(_session_end(tracker, ended))
+        self._put_spans(ledger)
+        put_scores(tracker, ledger, [session_score(ended.id, *score) for score in scores_of(ended).items()])
+        tracker.evaluate(ended)
+
+
+def put_scores(tracker: "SessionTracker", ledger: LedgerWriter, scores: list[bytes]) -> None:
+    """Put scores into the outbox, where there is a Langfuse to take them."""
+    if tracker.target.takes_scores:
+        now = tracker.clock()
+        for score in scores:
+            ledger.put(SCORE_KIND, score, items=1, created_ns=now)
+
+
+def known_json(facts: Any) -> str:
+    """Write facts as JSON, those that are not known left out."""
+    return to_json({n: v for n, v in facts.items() if v is not None} if isinstance(facts, dict) else facts)
+
+
+def tags_of(session: SessionFacts) -> dict[str, AttributeValue]:
+    """Return what every span of a session carries that is in no turn."""
+    return {name: value for name, value in session.attributes().items() if name in a.EVERY_SPAN}
+
+
+def _facts_of(session: SessionSummary) -> SessionFacts:
+    facts = {name: getattr(session, name) for name in SessionFacts.__slots__ if name != "sessions_total"}
+    return SessionFacts(**facts, sessions_total=session.user_sessions_total)
+
+
+def _session_start(tracker: "SessionTracker", session: SessionFacts) -> list[ReadableSpan]:
+    asked = {"channel": session.channel, "type": session.type, "locale": session.locale}
+    known = {"previous_session": session.previous_id, "sessions_total": session.sessions_total}
+    return _session_span(tracker, a.SPAN_SESSION_START, session.attributes(), session.started_ns, asked, known)
+
+
+def _session_end(tracker: "SessionTracker", ended: SessionSummary) -> list[ReadableSpan]:
+    words = {name: getattr(ended, name) for name in ("id", "user_id", "channel", "tier", "org_id", "started_ns")}
+    tags = SessionFacts(**words)
+    return _session_span(
+        tracker,
+        a.SPAN_SESSION_END,
+        {**tags.attributes(), **ended.attributes()},
+        ended.ended_ns or ended.last_activity_ns,
+        {"reason": ended.end_reason, "duration_ms": ended.duration_ms},
+        {
+            "turns": ended.total_turns,
+            "tokens": ended.total_tokens,
+            "cost_usd": ended.total_cost_usd,
+            "active_ms": ended.active_ms,
+        },
+    )
+
+
+def _session_span(
+    tracker: "SessionTracker",
+    name: str,
+    attributes: Mapping[str, AttributeValue],
+    at_ns: int,
+    asked: dict[str, Any],
+    known: dict[str, Any],
+) -> list[ReadableSpan]:
+    shown = {
+        a.LANGFUSE_OBSERVATION_TYPE: "event",
+        a.LANGFUSE_TRACE_NAME: name,
+        # Langfuse's client exports a span of another scope only when it starts with a name of OTel GenAI.
+        a.GEN_AI_OPERATION_NAME: name,
+        a.LANGFUSE_OBSERVATION_INPUT: known_json(asked),
+        a.LANGFUSE_OBSERVATION_OUTPUT: known_json(known),
+    }
+    # Ids that derive from the session: a second sending overwrites, as does the end after the session went on again.
+    session_id = str(attributes[a.SESSION_ID])
+    trace_id, span_id = derived_id(name, session_id), derived_id(name, session_id, "span")
+    with tracker.target.capturing() as ended:
+        span = tracker.target.start_root(
+            name, attributes={**attributes, **shown}, start_ns=at_ns, ids=(int(trace_id, 16), int(span_id[:16], 16))
+        )
+        end_span(span, at_ns, None)
+    return ended
