@@ -15,7 +15,10 @@ import turntrace
 SOURCE = Path(turntrace.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
-GROUND = ("attributes", "records", "summaries", "decisions", "identity", "content", "current", "errors", "settings", "boundary")
+GROUND = (
+    *("attributes", "records", "summaries", "decisions", "identity"),
+    *("content", "current", "errors", "settings", "boundary"),
+)
 FLOORS: dict[str, float] = {
     **dict.fromkeys(GROUND, 1),
     **dict.fromkeys(("context", "export", "ledger"), 2),

@@ -42,7 +42,7 @@ def assert_whole(path: Path) -> int:
     ledger = Ledger(f"sqlite:///{path}")
     waiting = ledger.outbox(limit=100_000)
     spans = outbox_spans(ledger)  # a torn body cannot be read
-    assert sum(item.items for item in waiting) == len(spans)
+    assert sum(item.items for item in waiting if item.kind == "spans") == len(spans)
     ids = [(span.trace_id, span.span_id) for span in spans if span.name != a.SPAN_SESSION_END]
     assert len(set(ids)) == len(ids), "a span is there twice"  # but for the end of a session that had been opened again
     spans_of = Counter(span.attributes.get(a.TURN_ID) for span in spans)

@@ -224,13 +224,9 @@ def _named_errors(engine: Engine) -> Iterator[None]:
     try:
         yield
     except (DatabaseError, sqlite3.Error) as error:
-        if isinstance(error, _MISTAKES) or _code_of(error) == sqlite3.SQLITE_ERROR:
+        if isinstance(error, _MISTAKES) or "syntax error" in str(getattr(error, "orig", error)):
             raise  # a mistake of ours: another try would fail again
         raise _named(error, engine) from error
-
-
-def _code_of(error: Exception) -> int | None:
-    return getattr(getattr(error, "orig", error), "sqlite_errorcode", None)
 
 
 def _named(error: Exception, engine: Engine) -> LedgerError:
