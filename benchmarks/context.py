@@ -6,6 +6,8 @@ order that changes; what it needs is made before the clock starts. CPU time of t
 figures of one round.
 
 - fitting: `ContextTracker.fit` with 3 new messages, next to a recount by tiktoken and to LangChain's `trim_messages`;
+  of the same objects as at the call before, as in an agent's loop, and unpickled, as a checkpointer gives them to the
+  first call of a turn;
 - a turn: the same at several lengths, next to a turn without a tool of the app of _app.py without turntrace;
 - memory: what 10,000 conversations leave behind in one tracker, and what 10,000 more add.
 
@@ -47,13 +49,16 @@ OFTEN = 5
 ROLES = {"human": "user", "ai": "assistant", "tool": "tool"}
 
 RECOUNT, TRIM = "recount by tiktoken", "trim_messages with tiktoken"
-FIT, FRESH, CACHED, PRUNE = "fit, 3 new", "fit, 3 new, unpickled", "one pass over cached counts", "fit, prunes to half"
+FIT, FRESH = "fit, 3 new", "fit, 3 new, unpickled"
+CACHED, CACHED_FRESH = "one pass over cached counts", "one pass, unpickled"
+PRUNE, PRUNE_FRESH = "fit, prunes to half", "fit, prunes to half, unpickled"
 # A case, what it is set against, which of the two is to be so many times the other at least or at most.
 TARGETS = (
     (FIT, "faster than", RECOUNT, 40.0),
     (FIT, "faster than", TRIM, 100.0),
     (FRESH, "faster than", RECOUNT, None),
     (PRUNE, "at most", CACHED, 3.0),
+    (PRUNE_FRESH, "at most", CACHED_FRESH, 3.0),
 )
 
 VOCABULARY = (
@@ -190,11 +195,20 @@ def fitting(history: list[BaseMessage], rng: random.Random) -> list[Case]:
 
     def with_new() -> Callable[[], Any]:
         messages = history + new_messages(rng)
+        tracker.fit(history)  # as the call of the model before did
         return lambda: tracker.fit(messages)
 
     def unpickled() -> Callable[[], Any]:
         messages = pickle.loads(pickled) + new_messages(rng)
         return lambda: tracker.fit(messages)
+
+    def fresh_pass() -> Callable[[], Any]:
+        messages = pickle.loads(pickled)
+        return lambda: sum(counter.counts(messages))
+
+    def fresh_prune() -> Callable[[], Any]:
+        messages = pickle.loads(pickled)
+        return lambda: pruning.fit(messages)
 
     kept = pruning.fit(history)
     if not total == recount(history, encode) == sum(counter.counts(history)) + 3:
@@ -207,7 +221,9 @@ def fitting(history: list[BaseMessage], rng: random.Random) -> list[Case]:
         Case(FIT, with_new),
         Case(FRESH, unpickled),
         Case(CACHED, lambda: lambda: sum(counter.counts(history))),
+        Case(CACHED_FRESH, fresh_pass),
         Case(PRUNE, lambda: lambda: pruning.fit(history)),
+        Case(PRUNE_FRESH, fresh_prune),
     ]
 
 
@@ -243,6 +259,7 @@ def turns(messages: Sequence[BaseMessage], rng: random.Random) -> list[Case]:
 
     def fit(length: int) -> Callable[[], Any]:
         given = [*messages[:length], *new_messages(rng)]
+        tracker.fit(messages[:length])
         return lambda: tracker.fit(given)
 
     def turn(length: int) -> Callable[[], Any]:

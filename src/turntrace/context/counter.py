@@ -43,7 +43,8 @@ _CONTENT: Final = attrgetter("content")
 _HELD: Final = 8
 _HELD_TOKENS: Final = 500_000
 _WORTH_IT: Final = 100
-_CLASSES: Final = frozenset((AIMessage, HumanMessage, SystemMessage, ToolMessage))
+_WITHOUT_CALLS: Final = frozenset((HumanMessage, SystemMessage, ToolMessage))
+_CLASSES: Final = _WITHOUT_CALLS | {AIMessage}
 
 
 class _Seen:
@@ -52,36 +53,24 @@ class _Seen:
     Args:
         messages: The messages.
         counts: The tokens of each.
-        before: What was held of them before: the same messages without the last ones.
-
-    Attributes:
-        counts: The tokens of each.
+        changeable: The indexes of what may have changed while its content is the same object: blocks, calls of tools.
+        before: What was held of the same messages without the last ones.
     """
 
-    __slots__ = ("_changeable", "_contents", "_messages", "counts")
+    __slots__ = ("_contents", "_messages", "changeable", "counts")
 
-    def __init__(self, messages: Sequence[BaseMessage], counts: list[int], before: "_Seen | None" = None) -> None:
+    def __init__(
+        self,
+        messages: Sequence[BaseMessage],
+        counts: list[int],
+        changeable: list[int],
+        before: "_Seen | None" = None,
+    ) -> None:
+        known: tuple[Any, ...] = () if before is None else before._contents
         self._messages = tuple(messages)
-        self._contents: tuple[Any, ...] = tuple(map(_CONTENT, messages))
+        self._contents: tuple[Any, ...] = (*known, *map(_CONTENT, messages[len(known) :]))
         self.counts = list(counts)
-        self._changeable: list[int] | None = None  # for a list that is counted once, nobody looks
-        if before is not None:
-            self._changeable = before.changeable + self._changeable_from(len(before.counts))
-
-    @property
-    def changeable(self) -> list[int]:
-        """The indexes of what may have changed while its content is the same object: blocks, calls of tools."""
-        if self._changeable is None:
-            self._changeable = self._changeable_from(0)
-        return self._changeable
-
-    def _changeable_from(self, first: int) -> list[int]:
-        contents = zip(self._messages[first:], self._contents[first:], strict=True)
-        return [
-            index
-            for index, (message, content) in enumerate(contents, start=first)
-            if content.__class__ is not str or _calls_of(message) or isinstance(message, ChatMessage)
-        ]
+        self.changeable = changeable
 
     def begins(self, messages: Sequence[BaseMessage]) -> bool:
         """Tell whether other messages begin with these, the objects and their contents being the same."""
@@ -155,28 +144,34 @@ class MessageCounter:
     def counts(self, messages: Sequence[BaseMessage]) -> list[int]:
         """Return the tokens of each message, its frame included."""
         if len(messages) < _WORTH_IT:
-            return self._counted(messages)
+            return self._counted(messages)[0]
         seen = self._seen.get(id(messages[0]))
         if seen is None or not seen.begins(messages):
             seen = None
-            counts = self._counted(messages)
+            counts, changeable = self._counted(messages)
         else:
-            counts = seen.counts + self._counted(messages[len(seen.counts) :])
-            again = [messages[index] for index in seen.changeable]
-            for index, tokens in zip(seen.changeable, self._counted(again), strict=True):
+            known = len(seen.counts)
+            new, changeable = self._counted(messages[known:])
+            counts = seen.counts + new
+            again, _ = self._counted([messages[index] for index in seen.changeable])
+            for index, tokens in zip(seen.changeable, again, strict=True):
                 counts[index] = tokens
-        if (seen is None or len(seen.counts) < len(messages)) and sum(counts) <= _HELD_TOKENS:
-            self._hold(_Seen(messages, counts, seen), id(messages[0]))
+            if not new:
+                return counts
+            changeable = seen.changeable + [known + index for index in changeable]
+        if sum(counts) <= _HELD_TOKENS:
+            self._hold(_Seen(messages, counts, changeable, seen), id(messages[0]))
         return counts
 
-    def _counted(self, messages: Sequence[BaseMessage]) -> list[int]:
-        keys = _keys_of(messages)
+    def _counted(self, messages: Sequence[BaseMessage]) -> tuple[list[int], list[int]]:
+        """Return the tokens of each message, and the indexes of those that say more than a text."""
+        keys, saying_more = _keys_of(messages)
         counts: list[Any] = list(map(self._new.get, keys))
         if None in counts:
             for index in range(counts.index(None), len(counts)):
                 if counts[index] is None:
                     counts[index] = self._look_closer(keys[index], messages[index])
-        return counts
+        return counts, saying_more
 
     def _hold(self, seen: _Seen, key: int) -> None:
         with self._lock:
@@ -293,6 +288,8 @@ def role_of(message: BaseMessage) -> str:
 def _calls_of(message: BaseMessage) -> Sequence[Mapping[str, Any]]:
     if not isinstance(message, AIMessage):
         return ()
+    if not (message.additional_kwargs or message.invalid_tool_calls):
+        return message.tool_calls
     if message.invalid_tool_calls:
         return [*message.tool_calls, *message.invalid_tool_calls]
     if not message.tool_calls and "function_call" in message.additional_kwargs:  # from before tools
@@ -305,20 +302,24 @@ def _arguments(args: Any) -> str:
     return args if isinstance(args, str) else as_json(args or {})
 
 
-def _keys_of(messages: Sequence[BaseMessage]) -> list[int]:
-    """Return a hash for each message of all that counts of it."""
-    keys = []
-    for message, said in zip(messages, map(_FIELDS, messages), strict=True):  # a field of pydantic's, read cheaply
+def _keys_of(messages: Sequence[BaseMessage]) -> tuple[list[int], list[int]]:
+    """Return a hash for each message of all that counts of it, and the indexes of those that say more than a text."""
+    keys: list[int] = []
+    saying_more: list[int] = []
+    for message, said in zip(messages, map(_FIELDS, messages), strict=True):
         content, more = said["content"], None
         if content.__class__ is not str:
             content = _print_of(content)
+            saying_more.append(len(keys))
         if "tool_calls" in said:
             if said["tool_calls"] or said["invalid_tool_calls"] or said["additional_kwargs"]:
                 more = _print_of_calls(_calls_of(message))
         elif "role" in said:
             more = said["role"]
+        if more is not None and saying_more[-1:] != [len(keys)]:
+            saying_more.append(len(keys))
         keys.append(hash((said["id"], said["type"], content, said["name"], more)))
-    return keys
+    return keys, saying_more
 
 
 def _print_of_calls(calls: Sequence[Mapping[str, Any]]) -> int:

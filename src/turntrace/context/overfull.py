@@ -2,10 +2,17 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import lt
+from itertools import compress
 from typing import Any, Final, TypeAlias
 
-from langchain_core.messages import AIMessage, BaseMessage, InvalidToolCall, ToolCall, ToolMessage
+from langchain_core.messages import (
+    AIMessage,
+    BaseMessage,
+    HumanMessage,
+    InvalidToolCall,
+    ToolCall,
+    ToolMessage,
+)
 
 from turntrace.context.counter import role_of
 
@@ -14,6 +21,7 @@ SUMMARY_KEY: Final = "turntrace_summary"
 
 _SYSTEM_ROLES: Final = ("system", "developer")
 _USER_ROLES: Final = ("user", "human")
+_KINDS: Final = (AIMessage, ToolMessage, HumanMessage)
 
 _Places: TypeAlias = Sequence[int | None]
 
@@ -46,6 +54,7 @@ class Overfull:
         pinned: Indexes of the messages that stay: system messages, the user's newest message, summaries.
         summaries: Indexes of the summaries of what was dropped before; they go only where all else is not enough.
         turn_starts: Indexes of the user's messages.
+        is_crossing: Whether a call of tools and a result of it stand in two turns.
     """
 
     def __init__(
@@ -62,7 +71,7 @@ class Overfull:
         self.target = target
         self.most = most
         self.count = count
-        self.pinned, self.summaries, self.turn_starts, self._linked = _read(messages)
+        self.pinned, self.summaries, self.turn_starts, self._linked, self.is_crossing = _read(messages)
 
     @property
     def total(self) -> int:
@@ -75,8 +84,10 @@ class Overfull:
 
     def without(self, dropped: Iterable[int]) -> list[BaseMessage]:
         """Return the messages but those of some indexes."""
-        gone = set(dropped)
-        return [message for index, message in enumerate(self.messages) if index not in gone]
+        stays = bytearray(b"\1") * len(self.messages)
+        for index in dropped:
+            stays[index] = 0
+        return list(compress(self.messages, stays))
 
     def oldest_first(self, indexes: Iterable[int], *, until: int, gone: set[int], total: int) -> int:
         """Drop messages in this order, each with what belongs to it, until the rest is few enough.
@@ -143,9 +154,9 @@ class Overfull:
         user's newest message stay, a call of tools and its results stay or go together, and the order stays.
         """
         order = [home for home in pruned.homes if home is not None]
-        if not all(map(lt, order, order[1:])):
-            return "it changed the order of the messages, or has one twice"
         kept = set(order)
+        if len(kept) < len(order) or order != sorted(order):
+            return "it changed the order of the messages, or has one twice"
         if pruned.homes is not pruned.places:
             for message, place, home in zip(pruned.messages, pruned.places, pruned.homes, strict=True):
                 if place is None and home is not None and not _alike(message, self.messages[home]):
@@ -167,6 +178,8 @@ class Overfull:
             if message is wanted:
                 places.append(index)
                 wanted = next(others, None)
+                if wanted is None:
+                    break
         return places[::-1] if wanted is None else None
 
     def _places_of_any(self, messages: Sequence[BaseMessage]) -> list[int | None]:
@@ -213,11 +226,14 @@ def is_summary(message: BaseMessage) -> bool:
     return SUMMARY_KEY in marks or marks.get("lc_source") == "summarization"
 
 
-def _read(messages: Sequence[BaseMessage]) -> tuple[set[int], list[int], list[int], Mapping[int, list[int]]]:
+_Read: TypeAlias = tuple[set[int], list[int], list[int], Mapping[int, list[int]], bool]
+
+
+def _read(messages: Sequence[BaseMessage]) -> _Read:
     """Return which messages must stay, which are summaries, where turns begin, and which belong together.
 
-    A result belongs to the last call of its id before it, else to the first after it: providers use an id again later
-    in a conversation.
+    Last, whether any of the latter stand in two turns. A result belongs to the last call of its id before it, else to
+    the first after it: providers use an id again later in a conversation.
     """
     pinned: set[int] = set()
     summaries: list[int] = []
@@ -225,34 +241,39 @@ def _read(messages: Sequence[BaseMessage]) -> tuple[set[int], list[int], list[in
     linked: dict[int, list[int]] = {}
     calls: dict[str | None, int] = {}
     waiting: dict[str | None, list[int]] = {}
+    crossing = False
     for index, message in enumerate(messages):
-        kind = message.type
-        if kind == "ai" or kind == "AIMessageChunk":
-            for call in _calls_of(message) if isinstance(message, AIMessage) else ():
+        kind: Any = message.__class__
+        if kind not in _KINDS:
+            kind = next((each for each in _KINDS if isinstance(message, each)), None)
+        if kind is AIMessage:
+            assert isinstance(message, AIMessage)
+            if not (message.tool_calls or message.invalid_tool_calls):
+                continue
+            for call in _calls_of(message):
                 calls[call["id"]] = index
                 if waiting:
                     for early in waiting.pop(call["id"], ()):
+                        crossing = crossing or (bool(starts) and starts[-1] > early)
                         _link(linked, early, index)
-        elif kind == "tool" or kind == "ToolMessageChunk":
-            if isinstance(message, ToolMessage):
-                at = calls.get(message.tool_call_id)
-                if at is None:
-                    waiting.setdefault(message.tool_call_id, []).append(index)
-                else:
-                    _link(linked, index, at)
-        elif kind == "human" or kind == "HumanMessageChunk":
-            if message.additional_kwargs and is_summary(message):
-                summaries.append(index)
+        elif kind is ToolMessage:
+            assert isinstance(message, ToolMessage)
+            at = calls.get(message.tool_call_id)
+            if at is None:
+                waiting.setdefault(message.tool_call_id, []).append(index)
             else:
-                starts.append(index)
-        elif kind == "system" or role_of(message) in _SYSTEM_ROLES:
+                crossing = crossing or (bool(starts) and starts[-1] > at)
+                _link(linked, index, at)
+        elif kind is HumanMessage:
+            (summaries if message.additional_kwargs and is_summary(message) else starts).append(index)
+        elif (role := role_of(message)) in _SYSTEM_ROLES:
             pinned.add(index)
-        elif role_of(message) in _USER_ROLES:
+        elif role in _USER_ROLES:
             starts.append(index)
     if starts:
         pinned.add(starts[-1])
     pinned.update(summaries)
-    return pinned, summaries, starts, linked
+    return pinned, summaries, starts, linked, crossing
 
 
 def _link(linked: dict[int, list[int]], result: int, call: int) -> None:

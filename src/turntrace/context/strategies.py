@@ -7,6 +7,7 @@ is set aside for that call, with a line in the log, and `DropOldestTurns` does i
 
 import inspect
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Final, Protocol, runtime_checkable
 
 from langchain_core.messages import BaseMessage, ToolMessage
@@ -173,14 +174,32 @@ def oldest_turns(overfull: Overfull, keep_last: int, *, until: int, most: int) -
     if not starts:
         overfull.oldest_first(range(end), until=until, gone=gone, total=total)
         return gone
-    begin = 0
-    for start in starts[: max(0, len(starts) - keep_last + 1)]:
+    begin, old = 0, starts[: max(0, len(starts) - keep_last + 1)]
+    if old and not overfull.is_crossing:  # whole turns go in one piece, but for what is pinned
+        begin, freed = _whole_turns(overfull, old, total - until)
+        gone.update(range(begin))
+        gone -= overfull.pinned
+        total -= freed
+        if total <= until:
+            return gone
+        old = []
+    for start in old:
         if total <= until:
             return gone
         total = overfull.oldest_first(range(begin, start), until=_ALL, gone=gone, total=total)
         begin = start
     overfull.oldest_first(range(begin, end), until=most, gone=gone, total=total)
     return gone
+
+
+def _whole_turns(overfull: Overfull, starts: Sequence[int], needed: int) -> tuple[int, int]:
+    """Return where the turns that must go end, at one of some starts, and how many tokens go with them."""
+    tokens = list(overfull.tokens)
+    for index in overfull.pinned:
+        tokens[index] = 0
+    freed = [0, *accumulate(tokens)]
+    begin = next((start for start in (0, *starts) if freed[start] >= needed), starts[-1])
+    return begin, freed[begin]
 
 
 def check_strategy(strategy: Any) -> Strategy:
