@@ -1,6 +1,7 @@
 """The middleware in agents made by langchain's create_agent: ids in the state, the model's window."""
 
 import asyncio
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -116,11 +117,17 @@ def test_what_cannot_fit_is_an_error_of_the_agent(capture: Capture) -> None:
         talk(agent, capture, 1)
 
 
+def summarizing(model: Any) -> Any:
+    """Make LangChain's middleware that sums up from 8 messages on, and keeps 4."""
+    kind: Any = SummarizationMiddleware
+    if "trigger" in inspect.signature(kind).parameters:
+        return kind(model, trigger=("messages", 8), keep=("messages", 4))
+    return kind(model, max_tokens_before_summary=8, messages_to_keep=4, token_counter=len)  # as langchain 1.0 has it
+
+
 @pytest.mark.parametrize("is_async", [False, True])
 def test_langchains_summaries_are_on_record_as_pruning_by_other_code(capture: Capture, is_async: bool) -> None:
-    summaries = SummarizationMiddleware(
-        ToolModel(says=lambda _: "They asked for prices."), trigger=("messages", 8), keep=("messages", 4)
-    )
+    summaries = summarizing(ToolModel(says=lambda _: "They asked for prices."))
     tracker = capture.tracker()
     agent = agent_of(ToolModel(says=calls_a_tool_first), summaries, SessionMiddleware(), prompt=None)
     config = {**config_of(user_id="ann"), "callbacks": [SessionCallbackHandler(tracker)]}

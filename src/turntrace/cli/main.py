@@ -187,5 +187,26 @@ def show(
     return OK
 
 
+@_command
+def sweep(
+    idle_after: Annotated[
+        float | None,
+        typer.Option("--idle-after", metavar="SECONDS", help="Silence after which a session has ended. Default: 1800."),
+    ] = None,
+    ledger: LedgerOption = None,
+) -> int:
+    """End the sessions that have been silent too long, as for cron.
+
+    Turns whose process died are closed as abandoned. Each is ended once, however many sweep at the same time.
+    """
+    from turntrace.lifecycle import SessionTracker
+
+    open_existing(ledger).close()  # a ledger that is not there is not to be made
+    with SessionTracker(ledger) as tracker, render.working("Sweeping"):
+        swept = tracker.sweep(idle_after=idle_after)
+    Console().print(render.swept_line(swept.sessions, swept.turns))
+    return OK
+
+
 if __name__ == "__main__":
     main()

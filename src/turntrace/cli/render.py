@@ -180,6 +180,13 @@ def _step_line(step: Step) -> Text:
     return line
 
 
+def swept_line(sessions: int, turns: int) -> str:
+    """Say what a sweep did."""
+    ended = f"{sessions:,} session" + ("" if sessions == 1 else "s")
+    closed = f"{turns:,} turn" + ("" if turns == 1 else "s")
+    return f"Ended {ended}, closed {closed} as abandoned."
+
+
 def next_steps(console: Console, *, ledger_url: str, waits: bool, session_id: str) -> None:
     """Say where the data of the demo is and what to do with it."""
     console.print(Text(f"\nThe ledger: {safe(ledger_url)}"), soft_wrap=True)

@@ -1,7 +1,7 @@
 """The middleware for langchain's ``create_agent``: the state of a conversation, and its model's window."""
 
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, NotRequired, TypeAlias
 
 try:
     from langchain.agents import middleware as langchain_middleware
@@ -19,6 +19,8 @@ from turntrace.context import ContextTracker, Window
 from turntrace.errors import ConfigurationError
 from turntrace.graph.state import CONTEXT_FIELD, ids_of_turn, latest
 from turntrace.lifecycle import current_turn
+
+Request: TypeAlias = "ModelRequest[Any]"  # older versions of langchain cannot subscript it
 
 # Newer versions of langchain take a state update beside the model's answer.
 _Extended: Any = getattr(langchain_middleware, "ExtendedModelResponse", None)
@@ -80,7 +82,7 @@ class SessionMiddleware(AgentMiddleware[SessionState, Any]):
         """Bring the ids of the turn into the state."""
         return self.before_agent(state, runtime)
 
-    def wrap_model_call(self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Any]) -> Any:
+    def wrap_model_call(self, request: Request, handler: Callable[[Request], Any]) -> Any:
         """Call the model with what fits into its window."""
         if self.context is None:
             return handler(request)
@@ -88,7 +90,7 @@ class SessionMiddleware(AgentMiddleware[SessionState, Any]):
         return self._answered(handler(_with_window(request, window)), window)
 
     async def awrap_model_call(
-        self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Awaitable[Any]]
+        self, request: Request, handler: Callable[[Request], Awaitable[Any]]
     ) -> Any:
         """Call the model with what fits into its window."""
         if self.context is None:
@@ -105,19 +107,19 @@ class SessionMiddleware(AgentMiddleware[SessionState, Any]):
         return _Extended(model_response=response, command=Command(update=update))
 
 
-def _system_of(request: ModelRequest[Any]) -> SystemMessage | None:
+def _system_of(request: Request) -> SystemMessage | None:
     message = getattr(request, "system_message", None)
     if message is None and request.system_prompt:
         message = SystemMessage(request.system_prompt)  # as langchain 1.0 has it
     return message
 
 
-def _messages_of(request: ModelRequest[Any]) -> list[BaseMessage]:
+def _messages_of(request: Request) -> list[BaseMessage]:
     system = _system_of(request)
     return [*([] if system is None else [system]), *request.messages]
 
 
-def _with_window(request: ModelRequest[Any], window: Window) -> ModelRequest[Any]:
+def _with_window(request: Request, window: Window) -> Request:
     if not window.decision.pruned:
         return request
     first = 0 if _system_of(request) is None else 1  # it stays, and stays first

@@ -14,11 +14,12 @@ from langgraph.graph import StateGraph
 from langgraph.types import Command
 
 from turntrace import attributes as a
-from turntrace.boundary import caught
+from turntrace.boundary import caught, never_breaks
 from turntrace.current import current_scope
 from turntrace.errors import ConfigurationError
 from turntrace.graph.callback import SessionCallbackHandler
 from turntrace.graph.state import CONTEXT_FIELD, FIELDS, STATE_IDS, ids_of_turn
+from turntrace.identity import check_text
 from turntrace.lifecycle import Turn
 from turntrace.lifecycle.here import current_step
 from turntrace.lifecycle.steps import OpenStep
@@ -65,7 +66,9 @@ def track_graph(builder: B) -> B:
     return builder
 
 
-def track_node(node: Any = None, *, state_schema: type | None = None) -> Any:
+def track_node(
+    node: Any = None, *, state_schema: type | None = None, journey: str | None = None, stage: str | None = None
+) -> Any:
     """Track one node: its step is current while it runs, and it writes the ids into the state.
 
     Takes what ``add_node`` takes: functions, coroutine functions, generator functions, callables with an async
@@ -79,32 +82,45 @@ def track_node(node: Any = None, *, state_schema: type | None = None) -> Any:
         node: The node.
         state_schema: The state's schema, where the type hint of the node's first parameter does not say it. The ids
             are written only when the schema has their fields, as every subclass of `ConversationState` does.
+        journey: A journey of which the node is a stage: when the node has run without an error, the user has entered
+            the stage. Its stages are those of ``SessionTracker(journeys=...)`` or those that it began with.
+        stage: The stage.
 
     Raises:
-        ConfigurationError: If it cannot be a node.
+        ConfigurationError: If it cannot be a node, or only one of journey and stage is given.
     """
+    if (journey is None) != (stage is None):
+        raise ConfigurationError(
+            "track_node was given a journey without a stage, or a stage without a journey. Give both: "
+            'track_node(node, journey="onboarding", stage="connect").'
+        )
+    step = None if journey is None or stage is None else (check_text(journey, "journey"), check_text(stage, "stage"))
     if node is None:
-        return lambda given: track_node(given, state_schema=state_schema)
+        return lambda given: track_node(given, state_schema=state_schema, journey=journey, stage=stage)
     if getattr(node, _TRACKED, False):
+        if step is not None:
+            raise ConfigurationError("The node is tracked already. Give journey and stage where it is tracked first.")
         return node
     if isinstance(node, Runnable):
-        return _TrackedRunnable(node, _tracked_fields(state_schema))
+        return _TrackedRunnable(node, _tracked_fields(state_schema), step)
     if not callable(node):
         raise ConfigurationError(
             f"track_node takes a function, a coroutine function, a callable object or a Runnable, and got a "
             f"{type(node).__name__}: track_node(agent)."
         )
-    return _tracked_function(node, _tracked_fields(state_schema or _hinted_schema(node)))
+    return _tracked_function(node, _tracked_fields(state_schema or _hinted_schema(node)), step)
 
 
-def _tracked_function(node: Callable[..., Any], fields: frozenset[str]) -> Callable[..., Any]:
+def _tracked_function(
+    node: Callable[..., Any], fields: frozenset[str], journey: tuple[str, str] | None
+) -> Callable[..., Any]:
     called = _called(node)
     shell: Callable[..., Any]
     if inspect.isasyncgenfunction(called):
 
         @wraps(called)
         async def shell(state: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-            with _tracked(state, fields) as track:
+            with _tracked(state, fields, journey) as track:
                 async for update in called(state, *args, **kwargs):
                     yield track.finished(update)
 
@@ -112,7 +128,7 @@ def _tracked_function(node: Callable[..., Any], fields: frozenset[str]) -> Calla
 
         @wraps(called)
         def shell(state: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
-            with _tracked(state, fields) as track:
+            with _tracked(state, fields, journey) as track:
                 for update in called(state, *args, **kwargs):
                     yield track.finished(update)
 
@@ -120,14 +136,14 @@ def _tracked_function(node: Callable[..., Any], fields: frozenset[str]) -> Calla
 
         @wraps(called)
         async def shell(state: Any, *args: Any, **kwargs: Any) -> Any:
-            with _tracked(state, fields) as track:
+            with _tracked(state, fields, journey) as track:
                 return track.finished(await called(state, *args, **kwargs))
 
     else:
 
         @wraps(called)
         def shell(state: Any, *args: Any, **kwargs: Any) -> Any:
-            with _tracked(state, fields) as track:
+            with _tracked(state, fields, journey) as track:
                 return track.finished(called(state, *args, **kwargs))
 
     shell.__name__ = getattr(node, "__name__", type(node).__name__)  # by which LangGraph names a node
@@ -150,9 +166,12 @@ class _TrackedRunnable(RunnableLambda[Any, Any]):
     ``afunc`` for whether it can be cancelled; it makes no run of its own.
     """
 
-    def __init__(self, inner: Runnable[Any, Any], fields: frozenset[str]) -> None:
+    def __init__(
+        self, inner: Runnable[Any, Any], fields: frozenset[str], journey: tuple[str, str] | None = None
+    ) -> None:
         self.inner = inner
         self.fields = fields
+        self.journey = journey
         self.name = inner.get_name()
         self.func = inner.invoke
         if _has_native_async(inner):
@@ -163,7 +182,7 @@ class _TrackedRunnable(RunnableLambda[Any, Any]):
         return f"track_node({self.inner!r})"
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("inner", "afunc", "func"):
+        if name.startswith("__") or name in ("inner", "afunc", "func", "journey"):
             raise AttributeError(name)
         return getattr(self.inner, name)  # as LangGraph asks a ToolNode for its tools
 
@@ -172,11 +191,11 @@ class _TrackedRunnable(RunnableLambda[Any, Any]):
         return [self.inner]
 
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        with _tracked(input, self.fields) as track:
+        with _tracked(input, self.fields, self.journey) as track:
             return track.finished(self.inner.invoke(input, config, **kwargs))
 
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        with _tracked(input, self.fields) as track:
+        with _tracked(input, self.fields, self.journey) as track:
             return track.finished(await self.inner.ainvoke(input, config, **kwargs))
 
     stream = Runnable.stream
@@ -236,7 +255,7 @@ class _Track:
 
 
 @contextmanager
-def _tracked(state: Any, fields: frozenset[str]) -> Iterator[_Track]:
+def _tracked(state: Any, fields: frozenset[str], journey: tuple[str, str] | None = None) -> Iterator[_Track]:
     """What happens around the run of a node, sync or async: its step is current in the node's own frame."""
     turn, step = _place()
     track = _Track(turn, step, state, fields)
@@ -245,6 +264,13 @@ def _tracked(state: Any, fields: frozenset[str]) -> Iterator[_Track]:
     else:
         with current_step(turn, step):
             yield track
+    if turn is not None and journey is not None:
+        _enter_stage(turn, *journey)
+
+
+@never_breaks("entering the stage of a journey that a node was declared with")
+def _enter_stage(turn: Turn, journey: str, stage: str) -> None:
+    turn.journey(journey).enter(stage)
 
 
 def _place() -> tuple[Turn | None, OpenStep | None]:

@@ -346,9 +346,18 @@ class Ledger:
         with self._asking() as connection:
             return user_summary(connection, user_id)
 
-    def journey(self, user_id: str | None, session_id: str, name: str) -> JourneySummary | None:
-        """Return where a journey of a user, or without one of a session, stands; None if it has not begun."""
-        with self._asking() as connection:
+    def journey(
+        self, user_id: str | None, session_id: str, name: str, *, settled: bool = True
+    ) -> JourneySummary | None:
+        """Return where a journey of a user, or without one of a session, stands; None if it has not begun.
+
+        Args:
+            user_id: Hash of the user's id.
+            session_id: The session.
+            name: Name of the journey.
+            settled: Whether to write down first what waits.
+        """
+        with self._asking() if settled else self._database.reading() as connection:
             return journey_of(connection, owner_of(user_id, session_id), name)
 
     def stages(self, session_id: str) -> list[StageEntered]:

@@ -108,7 +108,7 @@ class SessionTracker(Afterwards):
         self.channel = check_text(settings.channel if channel is None else channel, "channel")
         self.classify = checked_classifier(classify)
         self._dropoff = checked_dropoff(dropoff)
-        self._journeys = {name: checked_stages(name, stages) for name, stages in (journeys or {}).items()}
+        self._stages = {name: checked_stages(name, stages) for name, stages in (journeys or {}).items()}
         self.clock = clock
         self.new_id = ids
         self.ledger = Ledger(settings.ledger if ledger is None else ledger)
@@ -215,11 +215,12 @@ class SessionTracker(Afterwards):
             ConfigurationError: If they cannot be used, or are nowhere said.
         """
         if stages is not None:
-            return checked_stages(name, stages)
-        known = self._journeys.get(name)
+            self._stages[name] = checked_stages(name, stages)
+        known = self._stages.get(name)
         if known is None:
-            begun = self.ledger.journey(session.user_id, session.id, name)
-            known = None if begun is None else begun.stages
+            begun = self.ledger.journey(session.user_id, session.id, name, settled=False)
+            if begun is not None:
+                known = self._stages[name] = begun.stages
         if known is None:
             raise ConfigurationError(
                 f"The stages of the journey {name!r} are not known. Say them where it begins: "
