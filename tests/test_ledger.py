@@ -23,7 +23,7 @@ import ledger_processes
 import postgres
 from ledger_processes import IDLE, NOON, SECOND, begin, ended, finish
 from turntrace.errors import TurntraceError
-from turntrace.ledger import Ledger, SessionOpened, TurnEnd
+from turntrace.ledger import Ledger, SessionOpened, StageWanted, TurnEnd
 from turntrace.records import SessionFacts, Step
 
 T = TypeVar("T")
@@ -824,6 +824,127 @@ def test_the_key_for_hashing_users_is_made_once(database: Database) -> None:
 def test_each_ledger_has_a_key_of_its_own(tmp_path: Path) -> None:
     keys = {Ledger("sqlite://").hash_key() for _ in range(3)}
     assert len(keys) == 3
+
+
+# --- the life of a session --------------------------------------------------------------------------------------------
+def enter(ledger: Ledger, stage: str | None, *, at: int = NOON, converts: bool = False, session: str = "s1") -> Any:
+    wanted = StageWanted("onboarding", ("a", "b", "c"), stage, converts, session, None, at)
+    with ledger.writing() as writer:
+        return writer.enter_stage("u1", wanted)
+
+
+def test_a_journey_goes_on_in_a_later_session(ledger: Ledger) -> None:
+    open_session(ledger, "s1")
+    begin(ledger, "t1")
+    finish(ledger, ended("t1"))
+    first = enter(ledger, "a")
+    assert (first.stage_number, first.total_stages, first.time_in_stage_ms, first.is_back) == (1, 3, None, False)
+    assert enter(ledger, "a", at=NOON + SECOND) is None
+    end(ledger, "s1")
+    open_session(ledger, "s2", at=NOON + DAY)
+    second = enter(ledger, "c", at=NOON + DAY, session="s2")
+    assert (second.stage_number, second.time_in_stage_ms) == (3, 86_400_000)
+    back = enter(ledger, "b", at=NOON + DAY + SECOND, session="s2")
+    assert (back.stage_number, back.is_back, back.converted) == (2, True, False)
+    done = enter(ledger, None, at=NOON + DAY + MINUTE, converts=True, session="s2")
+    assert (done.stage, done.converted, done.conversion_time_ms) == ("b", True, 86_460_000)
+    assert enter(ledger, None, at=NOON + 2 * DAY, converts=True, session="s2") is None
+    journey = ledger.journey("u1", "s2", "onboarding")
+    assert journey is not None
+    assert (journey.stage, journey.converted, journey.started_ns) == ("b", True, NOON)
+    assert [step.stage for step in ledger.stages("s1") + ledger.stages("s2")] == ["a", "c", "b", "b"]
+    sessions = {session.id: session for session in ledger.sessions()}
+    assert (sessions["s1"].journey_stage, sessions["s1"].journey_converted) == ("a", False)
+    assert (sessions["s2"].journey_stage, sessions["s2"].journey_converted) == ("b", True)
+
+
+def test_a_journey_is_converted_once_by_any_number_of_workers(database: Database) -> None:
+    ledgers = [database.open() for _ in range(2)]
+    open_session(ledgers[0], "s1")
+    entered = at_once(*[lambda n=n: enter(ledgers[n % 2], None, at=NOON + n, converts=True) for n in range(8)])
+    assert sum(each is not None for each in entered) == 1
+    assert len(ledgers[1].stages("s1")) == 1
+
+
+def give(ledger: Ledger, value: float, *, feedback_id: str = "f1") -> None:
+    row = {"id": feedback_id, "session_id": "s1", "turn_id": None, "name": "n", "value": value, "at_ns": NOON}
+    with ledger.writing() as writer:
+        writer.put_feedback(row)
+
+
+def test_feedback_is_a_mean_and_the_same_again_replaces_it(ledger: Ledger) -> None:
+    open_session(ledger, "s1")
+    for value, feedback_id, mean in ((1.0, "f1", 1.0), (0.5, "f2", 0.75), (0.0, "f1", 0.25), (0.0, "f1", 0.25)):
+        give(ledger, value, feedback_id=feedback_id)
+        session, user = ledger.session("s1"), ledger.user("u1")
+        assert session is not None
+        assert user is not None
+        assert session.user_satisfaction == pytest.approx(mean)
+        assert user.user_satisfaction == pytest.approx(mean)
+
+
+def test_the_figures_of_a_user_are_those_of_all_sessions(ledger: Ledger) -> None:
+    assert ledger.user("u1") is None
+    for day in range(3):
+        open_session(ledger, f"s{day}", at=NOON + day * DAY)
+        number = begin(ledger, f"t{day}", session=f"s{day}", at=NOON + day * DAY)
+        finish(ledger, ended(f"t{day}", session_id=f"s{day}", number=number, input_tokens=10, cost_usd=0.5))
+        if day < 2:
+            end(ledger, f"s{day}", at=NOON + day * DAY)
+    open_session(ledger, "other", user="u2")
+    user = ledger.user("u1")
+    assert user is not None
+    assert (user.sessions_total, user.open_sessions, user.total_turns, user.total_tokens) == (3, 1, 3, 30)
+    assert (user.avg_session_length, user.retention_days, user.total_cost_usd) == (1.0, 2, 1.5)
+    assert user.user_satisfaction is None
+
+
+def test_what_is_silent_is_found_once_by_workers_side_by_side(database: Database) -> None:
+    ledgers = [database.open() for _ in range(2)]
+    for n in range(12):
+        open_session(ledgers[0], f"s{n}", user=f"u{n}", at=NOON + n)
+    begin(ledgers[0], "runs", session="s0", user="u0")
+
+    def sweep(thread: int) -> list[str]:
+        found = []
+        for _ in range(12):
+            with ledgers[thread % 2].writing() as writer:
+                for session_id, _ in writer.idle_sessions(NOON + 11, 3):
+                    assert writer.end_session(session_id, "inactive_timeout", NOON + DAY) is not None
+                    found.append(session_id)
+        return found
+
+    swept = [session_id for found in at_once(*[lambda n=n: sweep(n) for n in range(4)]) for session_id in found]
+    assert sorted(swept) == sorted(f"s{n}" for n in range(1, 11))  # one has a turn that runs, one was active just now
+
+
+def test_turns_that_nobody_will_end_are_found(ledger: Ledger) -> None:
+    open_session(ledger, "s1", tier="pro")
+    begin(ledger, "t1")
+    with ledger.writing() as writer:
+        assert writer.stale_turns(NOON, 10) == []
+        [row] = writer.stale_turns(NOON + 1, 10)
+        assert (row["id"], row["number"], row["session_tier"]) == ("t1", 1, "pro")
+        assert writer.stale_turns(NOON + 1, 10, after="t1") == []
+
+
+def test_a_user_is_erased_from_every_table(ledger: Ledger) -> None:
+    for user, session in (("u1", "s1"), ("u2", "s2")):
+        open_session(ledger, session, user=user)
+        begin(ledger, f"t-{session}", session=session, conversation=f"c-{session}", user=user)
+        finish(ledger, ended(f"t-{session}", session_id=session, conversation_id=f"c-{session}", user_id=user))
+    begin(ledger, "open")
+    enter(ledger, "a")
+    give(ledger, 1.0)
+    erased = ledger.forget_user("u1")
+    assert (erased.sessions, erased.turns) == (("s1",), 2)
+    assert ledger.session("s1") is None
+    assert ledger.turns("s1") == []
+    assert ledger.stages("s1") == []
+    assert ledger.journey("u1", "s1", "onboarding") is None
+    assert ledger.user("u1") is None
+    assert ledger.turn_numbers("c-s2") == [1]
+    assert open_session(ledger, "s3").session.sessions_total == 1  # as if the user had never been here
 
 
 # --- several ledgers and processes ------------------------------------------------------------------------------------

@@ -94,6 +94,6 @@ def put_feedback(connection: Connection, row: Mapping[str, Any]) -> None:
         .where(sessions.c.id == row["session_id"])
         .values(
             feedback_sum=sessions.c.feedback_sum + (row["value"] - (before or 0.0)),
-            feedback_count=sessions.c.feedback_count + (before is None),
+            feedback_count=sessions.c.feedback_count + int(before is None),
         )
     )

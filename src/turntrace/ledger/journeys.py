@@ -65,7 +65,7 @@ def enter_stage(
     begun = insert_for(connection.dialect.name, journeys).values(
         owner=owner, name=name, stages=json.dumps(all_stages), stage=first, started_ns=at_ns, entered_ns=at_ns
     )
-    is_new = connection.execute(begun.on_conflict_do_nothing()).rowcount == 1
+    is_new = connection.execute(begun.on_conflict_do_nothing().returning(journeys.c.name)).first() is not None
     before = journey_of(connection, owner, name, to_change=True)
     assert before is not None
     now = stage or before.stage
