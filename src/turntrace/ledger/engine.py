@@ -1,7 +1,6 @@
 """The ledger's connections and transactions, and statements compiled once."""
 
 import os
-import sqlite3
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -79,8 +78,12 @@ class Database:
         return self._is_sqlite
 
     @contextmanager
-    def writing(self) -> Iterator[Connection]:
+    def writing(self, *, many_rows: bool = False) -> Iterator[Connection]:
         """Give a connection in a transaction that is committed at the end of the block.
+
+        Args:
+            many_rows: Whether it changes rows of several sessions or conversations. Such transactions take turns also
+                where writers are side by side: each would hold rows that another one waits for.
 
         Raises:
             LedgerError: If the database cannot be written.
@@ -88,6 +91,8 @@ class Database:
         with self._turn_of_writers(), _named_errors(self.engine):
             if not self._is_sqlite:
                 with self.engine.begin() as connection:
+                    if many_rows:
+                        connection.exec_driver_sql(_ALONE)
                     yield connection
                 return
             connection = self._write_connection()
@@ -153,17 +158,23 @@ class Database:
             return row
 
     def _run_on_pool(self, statement: Prepared, values: Mapping[str, Any]) -> Any:
-        """Run one statement in a transaction of its own, on a new connection when the server had closed this one."""
-        for is_last in (False, True):
+        """Run one statement in a transaction of its own.
+
+        Again when it was the one that the server broke off so that others could go on, and on a new connection when
+        the server had closed this one.
+        """
+        for is_last in (*[False] * _TRIES, True):
             with self._alone.connect() as connection:
                 try:
                     return statement.run(connection.connection.cursor(), values).fetchone()
                 except Exception as error:
                     raw = connection.connection.driver_connection
-                    if is_last or not getattr(raw, "closed", False):
+                    is_closed = getattr(raw, "closed", False)
+                    if is_last or not (is_closed or getattr(error, "sqlstate", None) in _BROKEN_OFF):
                         raise
-                    connection.invalidate(error)
-                    self.engine.dispose(close=False)  # the others are as old
+                    if is_closed:
+                        connection.invalidate(error)
+                        self.engine.dispose(close=False)  # the others are as old
         return None
 
     def close(self) -> None:
@@ -216,15 +227,25 @@ def _at_fork(database: Database) -> None:
         )
 
 
-_MISTAKES: Final = (IntegrityError, ProgrammingError, DataError, sqlite3.IntegrityError, sqlite3.ProgrammingError)
+# A lock of the server's that belongs to this ledger (its schema's) and goes with the transaction. A process that is
+# stopped in the middle, but not killed, must not keep the others waiting for ever.
+_ALONE: Final = (
+    "SELECT pg_advisory_xact_lock(1953853044, ('turntrace_meta'::regclass::oid::bigint & 2147483647)::int), "
+    "set_config('idle_in_transaction_session_timeout', '60000', true)"
+)
+_BROKEN_OFF: Final = ("40P01", "40001")  # deadlock_detected, serialization_failure
+_TRIES: Final = 3
+_MISTAKES: Final = (IntegrityError, ProgrammingError, DataError)
 
 
 @contextmanager
 def _named_errors(engine: Engine) -> Iterator[None]:
+    driver = engine.dialect.loaded_dbapi  # a statement that is prepared raises the driver's own errors
+    mistakes = (*_MISTAKES, driver.IntegrityError, driver.ProgrammingError, driver.DataError)
     try:
         yield
-    except (DatabaseError, sqlite3.Error) as error:
-        if isinstance(error, _MISTAKES) or "syntax error" in str(getattr(error, "orig", error)):
+    except (DatabaseError, driver.Error) as error:
+        if isinstance(error, mistakes) or "syntax error" in str(getattr(error, "orig", error)):
             raise  # a mistake of ours: another try would fail again
         raise _named(error, engine) from error
 

@@ -6,7 +6,7 @@ transactions that hold the spans and the row together.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
@@ -15,29 +15,21 @@ from sqlalchemy import Connection, Engine, RowMapping, insert, select, union_all
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
-from turntrace.decisions import PruningDecision
 from turntrace.identity import new_hash_key
 from turntrace.ledger import schema
 from turntrace.ledger.engine import Database
 from turntrace.ledger.erasing import Erased, erase_waiting, forget
-from turntrace.ledger.journeys import journey_of, steps_in
+from turntrace.ledger.questions import LedgerQuestions
 from turntrace.ledger.rows import (
     continue_session,
-    decision_from,
     first_session,
-    full_summary,
     has_open_turn,
-    plain_summary,
     session_facts,
-    steps_from,
-    turn_summary,
-    user_summary,
 )
-from turntrace.ledger.statements import OPEN, Statements
-from turntrace.ledger.tables import decisions, gates, open_turns, outbox, sessions, turns
-from turntrace.ledger.writing import LedgerWriter, owner_of
-from turntrace.records import SessionFacts, Step, TurnSummary
-from turntrace.summaries import JourneySummary, SessionSummary, StageEntered, UserSummary
+from turntrace.ledger.statements import Statements
+from turntrace.ledger.tables import gates, open_turns, sessions, turns
+from turntrace.ledger.writing import LedgerWriter
+from turntrace.records import SessionFacts
 
 _HASH_KEY: Final = "user_hash_key"
 _SETTLE_S: Final = 30.0
@@ -65,25 +57,7 @@ class SessionOpened:
     expired_activity_ns: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class OutboxItem:
-    """A row of the outbox.
-
-    Attributes:
-        kind: ``spans``: an OTLP ``ExportTraceServiceRequest`` in protobuf.
-        body: What is to be sent.
-        items: How many spans the body holds.
-        created_ns: When it was put there, in nanoseconds since 1970.
-    """
-
-    id: int
-    kind: str
-    body: bytes
-    items: int
-    created_ns: int
-
-
-class Ledger:
+class Ledger(LedgerQuestions):
     """Sessions, conversations, turns and the outbox in a database.
 
     Args:
@@ -113,17 +87,6 @@ class Ledger:
     def close(self) -> None:
         """Close the connections."""
         self._database.close()
-
-    @contextmanager
-    def _asking(self) -> Iterator[Connection]:
-        self.settled()
-        with self._database.reading() as connection:
-            yield connection
-
-    def settled(self) -> None:
-        """Write down what still waits."""
-        if self.settle is not None:
-            self.settle(_SETTLE_S)
 
     def _side_by_side(self, change: Callable[[Connection], T]) -> T:
         """Make a change in a transaction; again where another writer was first to make the same."""
@@ -287,100 +250,17 @@ class Ledger:
     @contextmanager
     def writing(self) -> Iterator[LedgerWriter]:
         """Give a writer whose changes are all made at the end of the block, or none of them."""
-        with self._database.writing() as connection:
+        with self._database.writing(many_rows=True) as connection:
             yield LedgerWriter(connection, self._statements)
 
-    # --- questions ----------------------------------------------------------------------------------------------------
-    def session(self, session_id: str) -> SessionSummary | None:
-        """Return what is known of a session, or None."""
-        with self._asking() as connection:
-            row = first_session(connection, sessions.c.id == session_id)
-            return None if row is None else full_summary(connection, row)
-
-    def sessions(
-        self, *, limit: int = 50, ids: Sequence[str] | None = None, id_begins: str | None = None
-    ) -> list[SessionSummary]:
-        """Return the latest sessions, the newest first, without the figures of their users.
-
-        Args:
-            limit: How many at most.
-            ids: Only those of these ids.
-            id_begins: Only those whose id begins so.
-        """
-        query = select(sessions).order_by(sessions.c.started_ns.desc(), sessions.c.id).limit(limit)
-        if ids is not None:
-            query = query.where(sessions.c.id.in_(ids))
-        if id_begins is not None:
-            query = query.where(sessions.c.id.startswith(id_begins, autoescape=True))
-        with self._asking() as connection:
-            return [plain_summary(row) for row in connection.execute(query).mappings()]
-
-    def turns(self, session_id: str) -> list[tuple[TurnSummary, list[Step]]]:
-        """Return the turns of a session with their steps, in the order in which they began.
-
-        Those that still run have the status ``open`` and no steps yet.
-        """
-        ended = select(turns).where(turns.c.session_id == session_id)
-        running = select(open_turns).where(open_turns.c.session_id == session_id)
-        with self._asking() as connection:
-            found = [(turn_summary(row), steps_from(row["steps"])) for row in connection.execute(ended).mappings()]
-            found += [(TurnSummary(**row, status=OPEN), []) for row in connection.execute(running).mappings()]
-        return sorted(found, key=lambda turn: (turn[0].started_ns, turn[0].conversation_id, turn[0].number))
-
-    def decisions(self, session_id: str) -> list[tuple[str, PruningDecision]]:
-        """Return the decisions about models' windows in a session, each with the id of its turn, in order.
-
-        In ``dropped`` are the ids of the messages that a decision was the first to drop; ``messages_before`` and
-        ``messages_after`` tell of all.
-        """
-        query = select(decisions).where(decisions.c.session_id == session_id).order_by(decisions.c.id)
-        with self._asking() as connection:
-            return [(row["turn_id"], decision_from(row)) for row in connection.execute(query).mappings()]
-
-    def user(self, user_id: str) -> UserSummary | None:
-        """Return what is known of a user over all sessions, or None.
-
-        Args:
-            user_id: Hash of the user's id.
-        """
-        with self._asking() as connection:
-            return user_summary(connection, user_id)
-
-    def journey(
-        self, user_id: str | None, session_id: str, name: str, *, settled: bool = True
-    ) -> JourneySummary | None:
-        """Return where a journey of a user, or without one of a session, stands; None if it has not begun.
-
-        Args:
-            user_id: Hash of the user's id.
-            session_id: The session.
-            name: Name of the journey.
-            settled: Whether to write down first what waits.
-        """
-        with self._asking() if settled else self._database.reading() as connection:
-            return journey_of(connection, owner_of(user_id, session_id), name)
-
-    def stages(self, session_id: str) -> list[StageEntered]:
-        """Return the steps of journeys in a session, in order."""
-        with self._asking() as connection:
-            return steps_in(connection, session_id)
-
-    def turn(self, turn_id: str) -> TurnSummary | None:
-        """Return a turn that has ended, or one that runs (its status is ``open``); None when there is none."""
-        with self._asking() as connection:
-            row = connection.execute(select(turns).where(turns.c.id == turn_id)).mappings().first()
-            if row is not None:
-                return turn_summary(row)
-            row = connection.execute(select(open_turns).where(open_turns.c.id == turn_id)).mappings().first()
-            return None if row is None else TurnSummary(**row, status=OPEN)
-
+    # --- erasing ------------------------------------------------------------------------------------------------------
     def forget_user(self, user_id: str) -> Erased:
         """Erase a user: sessions, conversations, turns, decisions, journeys and feedback.
 
         Args:
             user_id: Hash of the user's id.
         """
-        with self._database.writing() as connection:
+        with self._database.writing(many_rows=True) as connection:
             return forget(connection, user_id)
 
     def erase_waiting(self, user_id: str, erased: Erased) -> int:
@@ -392,18 +272,3 @@ class Ledger:
         """
         with self._database.writing() as connection:
             return erase_waiting(connection, user_id, erased)
-
-    def turn_numbers(self, conversation_id: str) -> list[int]:
-        """Return the numbers of the turns of a conversation that have ended, in order."""
-        query = select(turns.c.number).where(turns.c.conversation_id == conversation_id).order_by(turns.c.number)
-        with self._asking() as connection:
-            return list(connection.execute(query).scalars())
-
-    def outbox(self, *, limit: int = 1000, after_id: int = 0) -> list[OutboxItem]:
-        """Return what waits to be sent, the oldest first."""
-        query = select(outbox).where(outbox.c.id > after_id).order_by(outbox.c.id).limit(limit)
-        with self._asking() as connection:
-            return [
-                OutboxItem(row["id"], row["kind"], row["body"], row["items"], row["created_ns"])
-                for row in connection.execute(query).mappings()
-            ]

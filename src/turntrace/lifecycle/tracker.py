@@ -10,15 +10,14 @@ from typing import Any, ClassVar, Final, Self
 from opentelemetry import trace
 from sqlalchemy import Engine
 
-from turntrace import attributes as a
-from turntrace.attributes import AttributeValue
 from turntrace.boundary import never_breaks
 from turntrace.content import ContentLevel, ContentPolicy, classify_input
 from turntrace.errors import ConfigurationError, StateError
-from turntrace.export import SpanTarget, ids_of, open_target
-from turntrace.identity import check_id, check_text, derived_id, is_trace_id, new_id, new_span_id
+from turntrace.export import SpanTarget, open_target
+from turntrace.identity import check_id, check_text, new_id
 from turntrace.ledger import Ledger
 from turntrace.lifecycle.asking import Afterwards
+from turntrace.lifecycle.beginning import begun_turn
 from turntrace.lifecycle.checks import (
     UserHasher,
     checked_classifier,
@@ -34,12 +33,11 @@ from turntrace.lifecycle.evaluating import Evaluator, Evaluators
 from turntrace.lifecycle.journey import checked_stages
 from turntrace.lifecycle.session import Conversation, Session, SessionBlock
 from turntrace.lifecycle.sittings import Sittings, key_of_run
-from turntrace.lifecycle.steps import OpenStep
 from turntrace.lifecycle.sweep import Sweeper, restart_after_fork
-from turntrace.lifecycle.turn import Turn, root_attributes
+from turntrace.lifecycle.turn import Turn
 from turntrace.lifecycle.windows import Windows
 from turntrace.lifecycle.writer import Job, Writer
-from turntrace.records import SessionFacts, TurnRequest, TurnTags
+from turntrace.records import SessionFacts, TurnRequest
 from turntrace.settings import read_settings
 from turntrace.summaries import SessionSummary
 
@@ -296,62 +294,10 @@ class SessionTracker(Afterwards):
     def _begin(
         self, conversation: Conversation, request: TurnRequest, message: Any, role: str, *, active_since_ns: int
     ) -> Turn | None:
-        session = conversation.session.facts
-        self._sittings.wait_for_end(session.id)
-        turn_id = self.new_id()
-        around = trace.get_current_span()
-        below = around if self.target.claim_request(around) else None
-        trace_id = turn_id if is_trace_id(turn_id) else derived_id("trace", turn_id)
-        if below is not None:
-            trace_id = ids_of(below)[0]
-        span_id = new_span_id()
-        started_ns = self.clock()
-        number = self.ledger.begin_turn(
-            turn_id,
-            session_id=session.id,
-            conversation_id=conversation.id,
-            user_id=session.user_id,
-            role=role,
-            started_ns=started_ns,
-            active_since_ns=active_since_ns,
-            trace_id=trace_id,
-            root_span_id=span_id,
-        )
-        if number is None:
-            return None
-        tags = TurnTags(
-            session_id=session.id,
-            turn_id=turn_id,
-            conversation_id=conversation.id,
-            number=number,
-            user_id=session.user_id,
-            channel=session.channel,
-            tier=request.tier or session.tier,
-            org_id=request.org_id or session.org_id,
-            topic=conversation.topic,
-        )
-        linked = around.get_span_context()
-
-        def start_root(_: OpenStep, late: Mapping[str, AttributeValue]) -> trace.Span:
-            return self.target.start_root(
-                a.SPAN_TURN,
-                attributes={**root_attributes(tags, session, request), **late},
-                start_ns=started_ns,
-                ids=(int(trace_id, 16), int(span_id, 16)),
-                below=below,
-                linked=linked if linked.is_valid else None,
-            )
-
-        turn = Turn(
-            conversation,
-            tags,
-            start_root=start_root,
-            planned_ids=(trace_id, span_id),
-            started_ns=started_ns,
-            message=message,
-            role=role,
-        )
-        self._turns[turn_id] = turn
+        self._sittings.wait_for_end(conversation.session.id)
+        turn = begun_turn(self, conversation, request, message, role, active_since_ns)
+        if turn is not None:
+            self._turns[turn.id] = turn
         return turn
 
     def live_turn(self, turn_id: str) -> Turn | None:

@@ -1,0 +1,166 @@
+"""What can be asked of the ledger."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from sqlalchemy import Connection, select
+
+from turntrace.decisions import PruningDecision
+from turntrace.ledger.engine import Database
+from turntrace.ledger.journeys import journey_of, steps_in
+from turntrace.ledger.rows import (
+    decision_from,
+    first_session,
+    full_summary,
+    plain_summary,
+    steps_from,
+    turn_summary,
+    user_summary,
+)
+from turntrace.ledger.statements import OPEN
+from turntrace.ledger.tables import decisions, open_turns, outbox, sessions, turns
+from turntrace.ledger.writing import owner_of
+from turntrace.records import Step, TurnSummary
+from turntrace.summaries import JourneySummary, SessionSummary, StageEntered, UserSummary
+
+_SETTLE_S: Final = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxItem:
+    """A row of the outbox.
+
+    Attributes:
+        kind: ``spans``: an OTLP ``ExportTraceServiceRequest`` in protobuf.
+        body: What is to be sent.
+        items: How many spans the body holds.
+        created_ns: When it was put there, in nanoseconds since 1970.
+    """
+
+    id: int
+    kind: str
+    body: bytes
+    items: int
+    created_ns: int
+
+
+class LedgerQuestions:
+    """The part of the ledger that is asked.
+
+    Attributes:
+        settle: Called before a question is asked, with the seconds that it may take: writes down what still waits.
+    """
+
+    settle: Callable[[float], object] | None
+    _database: Database
+
+    @contextmanager
+    def _asking(self) -> Iterator[Connection]:
+        self.settled()
+        with self._database.reading() as connection:
+            yield connection
+
+    def settled(self) -> None:
+        """Write down what still waits."""
+        if self.settle is not None:
+            self.settle(_SETTLE_S)
+
+    def session(self, session_id: str) -> SessionSummary | None:
+        """Return what is known of a session, or None."""
+        with self._asking() as connection:
+            row = first_session(connection, sessions.c.id == session_id)
+            return None if row is None else full_summary(connection, row)
+
+    def sessions(
+        self, *, limit: int = 50, ids: Sequence[str] | None = None, id_begins: str | None = None
+    ) -> list[SessionSummary]:
+        """Return the latest sessions, the newest first, without the figures of their users.
+
+        Args:
+            limit: How many at most.
+            ids: Only those of these ids.
+            id_begins: Only those whose id begins so.
+        """
+        query = select(sessions).order_by(sessions.c.started_ns.desc(), sessions.c.id).limit(limit)
+        if ids is not None:
+            query = query.where(sessions.c.id.in_(ids))
+        if id_begins is not None:
+            query = query.where(sessions.c.id.startswith(id_begins, autoescape=True))
+        with self._asking() as connection:
+            return [plain_summary(row) for row in connection.execute(query).mappings()]
+
+    def turns(self, session_id: str) -> list[tuple[TurnSummary, list[Step]]]:
+        """Return the turns of a session with their steps, in the order in which they began.
+
+        Those that still run have the status ``open`` and no steps yet.
+        """
+        ended = select(turns).where(turns.c.session_id == session_id)
+        running = select(open_turns).where(open_turns.c.session_id == session_id)
+        with self._asking() as connection:
+            found = [(turn_summary(row), steps_from(row["steps"])) for row in connection.execute(ended).mappings()]
+            found += [(TurnSummary(**row, status=OPEN), []) for row in connection.execute(running).mappings()]
+        return sorted(found, key=lambda turn: (turn[0].started_ns, turn[0].conversation_id, turn[0].number))
+
+    def decisions(self, session_id: str) -> list[tuple[str, PruningDecision]]:
+        """Return the decisions about models' windows in a session, each with the id of its turn, in order.
+
+        In ``dropped`` are the ids of the messages that a decision was the first to drop; ``messages_before`` and
+        ``messages_after`` tell of all.
+        """
+        query = select(decisions).where(decisions.c.session_id == session_id).order_by(decisions.c.id)
+        with self._asking() as connection:
+            return [(row["turn_id"], decision_from(row)) for row in connection.execute(query).mappings()]
+
+    def user(self, user_id: str) -> UserSummary | None:
+        """Return what is known of a user over all sessions, or None.
+
+        Args:
+            user_id: Hash of the user's id.
+        """
+        with self._asking() as connection:
+            return user_summary(connection, user_id)
+
+    def journey(
+        self, user_id: str | None, session_id: str, name: str, *, settled: bool = True
+    ) -> JourneySummary | None:
+        """Return where a journey of a user, or without one of a session, stands; None if it has not begun.
+
+        Args:
+            user_id: Hash of the user's id.
+            session_id: The session.
+            name: Name of the journey.
+            settled: Whether to write down first what waits.
+        """
+        with self._asking() if settled else self._database.reading() as connection:
+            return journey_of(connection, owner_of(user_id, session_id), name)
+
+    def stages(self, session_id: str) -> list[StageEntered]:
+        """Return the steps of journeys in a session, in order."""
+        with self._asking() as connection:
+            return steps_in(connection, session_id)
+
+    def turn(self, turn_id: str) -> TurnSummary | None:
+        """Return a turn that has ended, or one that runs (its status is ``open``); None when there is none."""
+        with self._asking() as connection:
+            row = connection.execute(select(turns).where(turns.c.id == turn_id)).mappings().first()
+            if row is not None:
+                return turn_summary(row)
+            row = connection.execute(select(open_turns).where(open_turns.c.id == turn_id)).mappings().first()
+            return None if row is None else TurnSummary(**row, status=OPEN)
+
+    def turn_numbers(self, conversation_id: str) -> list[int]:
+        """Return the numbers of the turns of a conversation that have ended, in order."""
+        query = select(turns.c.number).where(turns.c.conversation_id == conversation_id).order_by(turns.c.number)
+        with self._asking() as connection:
+            return list(connection.execute(query).scalars())
+
+    def outbox(self, *, limit: int = 1000, after_id: int = 0) -> list[OutboxItem]:
+        """Return what waits to be sent, the oldest first."""
+        query = select(outbox).where(outbox.c.id > after_id).order_by(outbox.c.id).limit(limit)
+        with self._asking() as connection:
+            return [
+                OutboxItem(row["id"], row["kind"], row["body"], row["items"], row["created_ns"])
+                for row in connection.execute(query).mappings()
+            ]

@@ -1,0 +1,95 @@
+"""Beginning a turn: its number, the ids of its trace, and what its root is started with."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from opentelemetry import trace
+
+from turntrace import attributes as a
+from turntrace.attributes import AttributeValue
+from turntrace.export import ids_of
+from turntrace.identity import derived_id, is_trace_id, new_span_id
+from turntrace.lifecycle.session import Conversation
+from turntrace.lifecycle.steps import OpenStep
+from turntrace.lifecycle.turn import Turn, root_attributes
+from turntrace.records import TurnRequest, TurnTags
+
+if TYPE_CHECKING:
+    from turntrace.lifecycle.tracker import SessionTracker
+
+
+def begun_turn(
+    tracker: "SessionTracker",
+    conversation: Conversation,
+    request: TurnRequest,
+    message: Any,
+    role: str,
+    active_since_ns: int,
+) -> Turn | None:
+    """Begin a turn of a conversation.
+
+    Args:
+        tracker: The tracker.
+        conversation: The conversation.
+        request: What the run says about itself.
+        message: What the user said.
+        role: ``user``, or ``assistant`` when the agent began the exchange.
+        active_since_ns: The session must have been active since then, in nanoseconds since 1970.
+
+    Returns:
+        The turn; None when its session has ended, or has been silent for too long.
+    """
+    session = conversation.session.facts
+    turn_id = tracker.new_id()
+    around = trace.get_current_span()
+    below = around if tracker.target.claim_request(around) else None
+    trace_id = turn_id if is_trace_id(turn_id) else derived_id("trace", turn_id)
+    if below is not None:
+        trace_id = ids_of(below)[0]
+    span_id = new_span_id()
+    started_ns = tracker.clock()
+    number = tracker.ledger.begin_turn(
+        turn_id,
+        session_id=session.id,
+        conversation_id=conversation.id,
+        user_id=session.user_id,
+        role=role,
+        started_ns=started_ns,
+        active_since_ns=active_since_ns,
+        trace_id=trace_id,
+        root_span_id=span_id,
+    )
+    if number is None:
+        return None
+    tags = TurnTags(
+        session_id=session.id,
+        turn_id=turn_id,
+        conversation_id=conversation.id,
+        number=number,
+        user_id=session.user_id,
+        channel=session.channel,
+        tier=request.tier or session.tier,
+        org_id=request.org_id or session.org_id,
+        topic=conversation.topic,
+    )
+    linked = around.get_span_context()
+
+    def start_root(_: OpenStep, late: Mapping[str, AttributeValue]) -> trace.Span:
+        return tracker.target.start_root(
+            a.SPAN_TURN,
+            attributes={**root_attributes(tags, session, request), **late},
+            start_ns=started_ns,
+            ids=(int(trace_id, 16), int(span_id, 16)),
+            below=below,
+            linked=linked if linked.is_valid else None,
+        )
+
+    return Turn(
+        conversation,
+        tags,
+        start_root=start_root,
+        planned_ids=(trace_id, span_id),
+        started_ns=started_ns,
+        message=message,
+        role=role,
+    )
