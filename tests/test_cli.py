@@ -67,7 +67,7 @@ def test_the_version(run: Run) -> None:
 def test_help_names_every_command(run: Run) -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for name in ("demo", "replay", "sessions", "show"):
+    for name in ("demo", "replay", "sessions", "show", "sweep"):
         assert re.search(rf"^\s+{name} ", result.stdout, re.MULTILINE)
     assert "export" not in result.stdout
 
@@ -378,3 +378,32 @@ def test_what_does_not_fit_is_said_by_line(run: Run, url: str, tmp_path: Path) -
     result = run("replay", str(file), "--context-limit", "10", "--ledger", url)
     assert result.exit_code == 1
     assert "10 fit" in result.output
+
+
+def test_a_window_that_is_nearly_empty_is_drawn_against_its_fullest_turn(run: Run, url: str, tmp_path: Path) -> None:
+    file = tmp_path / "talks.jsonl"
+    file.write_text(long_talk(3), encoding="utf-8")
+    run("replay", str(file), "--ledger", url)
+    result = run("show", only_session(url), "--context", "--ledger", url, columns=140)
+    bars = [len(re.findall("\u2588", line)) for line in result.stdout.splitlines() if line.startswith("turn ")]
+    assert bars == sorted(bars)
+    assert bars[-1] == 40
+    assert "<1% of 128,000" in result.stdout
+    assert "as a share of the fullest turn" in result.stdout
+
+
+def test_a_sweep_ends_what_was_silent(run: Run, url: str) -> None:
+    with SessionTracker(url, clock=lambda: 1_000_000_000) as tracker:
+        tracker.start_session(user_id="u")
+    result = run("sweep", "--ledger", url)
+    assert (result.exit_code, result.stdout) == (0, "Ended 1 session, closed 0 turns as abandoned.\n")
+    assert "Ended 0 sessions" in run("sweep", "--ledger", url, "--idle-after", "60").stdout
+    wrong = run("sweep", "--ledger", url, "--idle-after", "-1")
+    assert wrong.exit_code == 2
+    assert "idle_after" in wrong.output
+
+
+def test_a_sweep_does_not_make_a_ledger(run: Run, tmp_path: Path) -> None:
+    result = run("sweep", "--ledger", f"sqlite:///{tmp_path}/none.db")
+    assert result.exit_code == 2
+    assert not (tmp_path / "none.db").exists()

@@ -15,8 +15,8 @@ from turntrace.summaries import SessionSummary
 _NARROWEST: Final = 10
 _WIDEST: Final = 40
 _BESIDE: Final = 64
-_FULL: Final = 0.8
-_FILLING: Final = 0.6
+_NEARLY_EMPTY: Final = 0.05
+_LEAST: Final = 0.005
 
 
 def context_chart(
@@ -43,6 +43,7 @@ def context_chart(
             by_turn.setdefault(turn_id, []).append(decision)
     width = min(_WIDEST, max(_NARROWEST, console.width - _BESIDE))
     most = max((turn.context_tokens or 0 for turn in turns), default=0)
+    of_window = max((turn.context_window_pct or 0.0 for turn in turns), default=0.0) >= _NEARLY_EMPTY
     conversation = None
     table = _table()
     for turn in turns:
@@ -52,10 +53,12 @@ def context_chart(
                 table = _table()
             conversation = turn.conversation_id
             console.print(Text(f"conversation {safe(conversation)}"))
-        bar = _bar(turn, width, most, is_plain=not console.encoding.lower().startswith("utf"))
+        share = turn.context_window_pct if of_window else (turn.context_tokens or 0) / most if most else 0.0
+        bar = _bar(share or 0.0, width, is_plain=not console.encoding.lower().startswith("utf"))
         table.add_row(f"turn {turn.number}", bar, *_figures(turn), _prunings(turn, by_turn.get(turn.id, [])))
     console.print(table)
-    console.print(Text("The bar is the fullest call of the turn, as a share of what its model can be given.", "dim"))
+    whole = "what its model can be given" if of_window else "the fullest turn: the window is nearly empty, or not known"
+    console.print(Text(f"The bar is the fullest call of the turn, as a share of {whole}.", "dim"))
 
 
 def _table() -> Table:
@@ -65,21 +68,20 @@ def _table() -> Table:
     return table
 
 
-def _bar(turn: TurnSummary, width: int, most: int, *, is_plain: bool) -> Text:
-    share = turn.context_window_pct
-    if share is None:  # no limit to draw it against: then against the fullest turn
-        share = (turn.context_tokens or 0) / most if most else 0.0
+def _bar(share: float, width: int, *, is_plain: bool) -> Text:
     filled = min(width, round(share * width))
     full, empty = ("#", ".") if is_plain else ("\u2588", "\u2591")
-    style = "red" if share > _FULL else "yellow" if share > _FILLING else "green"
-    return Text.assemble((full * filled, style), (empty * (width - filled), "dim"))
+    return Text.assemble((full * filled, "cyan"), (empty * (width - filled), "dim"))
 
 
 def _figures(turn: TurnSummary) -> tuple[str, str]:
     if turn.context_tokens is None:
         return "-", ""
     share = turn.context_window_pct
-    return f"{turn.context_tokens:,}", "" if share is None else f"{share:.0%} of {turn.context_limit:,}"
+    if share is None:
+        return f"{turn.context_tokens:,}", ""
+    percent = "<1%" if 0 < share < _LEAST else f"{share:.0%}"
+    return f"{turn.context_tokens:,}", f"{percent} of {turn.context_limit:,}"
 
 
 def _prunings(turn: TurnSummary, decisions: Sequence[PruningDecision]) -> Text:

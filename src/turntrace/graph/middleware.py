@@ -89,9 +89,7 @@ class SessionMiddleware(AgentMiddleware[SessionState, Any]):
         window = self.context.fit(_messages_of(request), tools=request.tools)
         return self._answered(handler(_with_window(request, window)), window)
 
-    async def awrap_model_call(
-        self, request: Request, handler: Callable[[Request], Awaitable[Any]]
-    ) -> Any:
+    async def awrap_model_call(self, request: Request, handler: Callable[[Request], Awaitable[Any]]) -> Any:
         """Call the model with what fits into its window."""
         if self.context is None:
             return await handler(request)

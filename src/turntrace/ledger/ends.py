@@ -6,7 +6,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, RowMapping, exists, select, update
 
 from turntrace.ledger.schema import insert_for
-from turntrace.ledger.tables import feedback, open_turns, sessions, turns
+from turntrace.ledger.tables import conversations, feedback, open_turns, sessions, turns
 
 _ACTIONS: Final[Mapping[str, str]] = {"failed": "failed", "abandoned": "failed", "interrupted": "interrupted"}
 _ANSWERS: Final[Mapping[str | None, str]] = {"question": "asked_question", "tool_result": "called_tool"}
@@ -68,8 +68,9 @@ def stale_turns(connection: Connection, silent_since_ns: int, limit: int, *, aft
     """
     of_session = ("channel", "type", "tier", "org_id", "locale", "client_version", "last_activity_ns")
     query = (
-        select(open_turns, *(sessions.c[name].label(f"session_{name}") for name in of_session))
+        select(open_turns, conversations.c.topic, *(sessions.c[name].label(f"session_{name}") for name in of_session))
         .join(sessions, sessions.c.id == open_turns.c.session_id)
+        .outerjoin(conversations, conversations.c.id == open_turns.c.conversation_id)
         .where(open_turns.c.started_ns < silent_since_ns, sessions.c.last_activity_ns < silent_since_ns)
         .where(open_turns.c.id > after)
         .order_by(open_turns.c.id)

@@ -6,7 +6,7 @@ from typing import Final, NamedTuple
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
-from sqlalchemy import Connection, delete, select, update
+from sqlalchemy import Connection, delete, exists, func, literal, or_, select, update
 
 from turntrace import attributes as a
 from turntrace.ledger.tables import (
@@ -24,7 +24,7 @@ from turntrace.ledger.tables import (
 
 _SCORE: Final = "score"
 _BATCH: Final = 200
-_BY_SESSION: Final = (decisions, feedback, stages, turns, open_turns, conversations)
+_BY_SESSION: Final = (decisions, feedback, stages, turns, open_turns)
 
 
 class Erased(NamedTuple):
@@ -55,12 +55,30 @@ def forget(connection: Connection, user_id: str) -> Erased:
         for table in (turns, open_turns)
         for trace_id in connection.execute(select(table.c.trace_id).where(table.c.session_id.in_(mine))).scalars()
     ]
+    owners = select(literal("session:") + sessions.c.id).where(sessions.c.user_id == user_id)
+    connection.execute(delete(journeys).where(or_(journeys.c.owner == user_id, journeys.c.owner.in_(owners))))
     for table in _BY_SESSION:
         connection.execute(delete(table).where(table.c.session_id.in_(mine)))
-    connection.execute(delete(journeys).where(journeys.c.owner == user_id))
-    connection.execute(delete(gates).where(gates.c.key == f"session:{user_id}"))
+    _leave_to_others(connection, user_id)
+    in_mine = conversations.c.session_id.in_(mine)
+    numbers = select(literal("number:") + conversations.c.id).where(in_mine)
+    connection.execute(delete(gates).where(or_(gates.c.key == f"session:{user_id}", gates.c.key.in_(numbers))))
+    connection.execute(delete(conversations).where(in_mine))
     connection.execute(delete(sessions).where(sessions.c.user_id == user_id))
     return Erased(tuple(session_ids), len(traces), frozenset(traces))
+
+
+def _leave_to_others(connection: Connection, user_id: str) -> None:
+    """Leave the conversations that others had turns in to them, as if they had been theirs alone."""
+    theirs = turns.c.conversation_id == conversations.c.id
+    latest = select(turns.c.session_id).where(theirs).order_by(turns.c.number.desc()).limit(1).scalar_subquery()
+    count = select(func.count()).select_from(turns).where(theirs).scalar_subquery()
+    of_user = or_(
+        conversations.c.user_id == user_id,
+        conversations.c.session_id.in_(select(sessions.c.id).where(sessions.c.user_id == user_id)),
+    )
+    left = {"session_id": latest, "total_turns": count, "user_id": func.nullif(conversations.c.user_id, user_id)}
+    connection.execute(update(conversations).where(of_user, exists().where(theirs)).values(left))
 
 
 def erase_waiting(connection: Connection, user_id: str, erased: Erased) -> int:

@@ -114,6 +114,15 @@ def _keep(connection: Connection, owner: str, journey: JourneySummary, session_i
     )
 
 
+def hand_over(connection: Connection, before: str, owner: str) -> None:
+    """Make journeys another owner's, but for those that this one has by the same name."""
+    has = select(journeys.c.name).where(journeys.c.owner == owner)
+    known = select(journeys.c.name).where(journeys.c.owner == before, journeys.c.name.not_in(has))
+    names = list(connection.execute(known).scalars())
+    for table in (journeys, stages) if names else ():
+        connection.execute(update(table).where(table.c.owner == before, table.c.name.in_(names)).values(owner=owner))
+
+
 def unconverted_in(connection: Connection, owner: str, session_id: str) -> list[str]:
     """Return the names of the journeys that a session took a step of and that are not converted."""
     query = (

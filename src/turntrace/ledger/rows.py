@@ -10,7 +10,7 @@ from sqlalchemy import Connection, RowMapping, case, func, select, update
 from turntrace.decisions import PruningDecision
 from turntrace.errors import IdentityError
 from turntrace.identity import safe_text
-from turntrace.ledger.journeys import journeys_of
+from turntrace.ledger.journeys import hand_over, journeys_of
 from turntrace.ledger.tables import decisions, open_turns, sessions, turns
 from turntrace.records import SessionFacts, Step, TurnSummary
 from turntrace.summaries import SessionSummary, UserSummary
@@ -39,6 +39,8 @@ def continue_session(connection: Connection, row: RowMapping, wanted: SessionFac
         )
     facts = session_facts(row)
     if row["ended_ns"] is not None or facts.user_id != wanted.user_id is not None:
+        if facts.user_id is None and wanted.user_id is not None:
+            hand_over(connection, f"session:{wanted.id}", wanted.user_id)  # what the user began unknown
         facts = replace(facts, user_id=facts.user_id or wanted.user_id)
         activity = max(row["last_activity_ns"], wanted.started_ns) if row["ended_ns"] else row["last_activity_ns"]
         connection.execute(

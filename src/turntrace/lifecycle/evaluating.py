@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from turntrace.boundary import caught
 from turntrace.errors import ConfigurationError
 from turntrace.export import session_score
-from turntrace.identity import check_text
+from turntrace.identity import check_text, safe_text
 from turntrace.ledger import LedgerWriter
 from turntrace.lifecycle.session_jobs import put_scores
 from turntrace.summaries import SessionSummary
@@ -135,14 +135,15 @@ def _checked(scores: Any) -> dict[str, Any]:
             f"It returned a {type(scores).__name__}. Allowed is a mapping from names to bools, numbers and words: "
             "{'resolved': True, 'effort': 0.3}."
         )
+    found: dict[str, Any] = {}
     for name, value in scores.items():
-        check_text(name, "The name of a score")
         fits = isinstance(value, bool | str) or (isinstance(value, int | float) and math.isfinite(value))
         if not fits:
             raise ConfigurationError(
                 f"Its score {name!r} is {value!r:.40}. Allowed are bools, finite numbers, and words."
             )
-    return dict(scores)
+        found[check_text(name, "The name of a score")] = safe_text(value) if isinstance(value, str) else value
+    return found
 
 
 class _PutScores:

@@ -1,6 +1,5 @@
 """Feedback on a turn or a session: what a user thought of it, from 0 to 1."""
 
-import math
 from typing import TYPE_CHECKING, Any, Final
 
 from turntrace import attributes as a
@@ -56,6 +55,8 @@ class PutFeedback:
 
     def write(self, ledger: LedgerWriter) -> None:
         """Write the row, and put the scores into the outbox, in one transaction."""
+        if ledger.session(self._session_id) is None:
+            return  # it was erased
         subject = self._session_id if self._turn is None else self._turn[0]
         row: dict[str, Any] = {"id": derived_id("feedback", subject, self._name), "session_id": self._session_id}
         row |= {"turn_id": None if self._turn is None else subject, "name": self._name, "at_ns": self._at_ns}
@@ -76,7 +77,7 @@ class PutFeedback:
 def _checked(value: Any) -> float | bool:
     if isinstance(value, bool):
         return value
-    if isinstance(value, int | float) and math.isfinite(value) and 0 <= value <= 1:
+    if isinstance(value, int | float) and 0 <= value <= 1:
         return float(value)
     hint = f"feedback({value / 5:g})" if isinstance(value, int | float) and 1 < value <= 5 else "feedback(1.0)"
     raise ConfigurationError(

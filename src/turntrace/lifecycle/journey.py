@@ -95,17 +95,19 @@ class EnterStage(SpanJob):
 
     def write(self, ledger: LedgerWriter) -> None:
         """Enter the stage and put its event into the outbox, in one transaction."""
-        entered = ledger.enter_stage(self._session.user_id, self._wanted)
+        session = ledger.session(self._session.id)
+        # Whose it is, is known of the session by now, or not at all any more: it was erased.
+        entered = None if session is None else ledger.enter_stage(session.user_id, self._wanted)
         if entered is None:
             return
         if not self._spans:
             self._keep(self._event(entered))
-            if self._turn is not None and not self._turn.account.is_closed:
+            if self._turn is not None and self._turn.account.is_closed:
+                # The row of the turn may be written after this one, in the same transaction.
+                self._tracker.submit(_CountSpans(self._turn, self._recorded))
+            elif self._turn is not None:
                 self._turn.account.spans += self._recorded
-                self._recorded = 0
         self._put_spans(ledger)
-        if self._turn is not None and self._recorded:
-            ledger.add_to_turn(self._turn.id, self._session.id, {"spans": self._recorded})
 
     def _event(self, entered: StageEntered) -> Any:
         target, at_ns = self._tracker.target, entered.at_ns
@@ -124,6 +126,21 @@ class EnterStage(SpanJob):
             self._recorded = int(span.is_recording())
             end_span(span, at_ns, None)
         return ended
+
+
+class _CountSpans:
+    """Adds spans to the row of a turn that has ended."""
+
+    def __init__(self, turn: "Turn", spans: int) -> None:
+        self._turn = turn
+        self._spans = spans
+
+    def prepare(self) -> None:
+        """Do nothing: all is known."""
+
+    def write(self, ledger: LedgerWriter) -> None:
+        """Add them."""
+        ledger.add_to_turn(self._turn.id, self._turn.conversation.session.id, {"spans": self._spans})
 
 
 def checked_stages(name: str, stages: Any) -> tuple[str, ...]:

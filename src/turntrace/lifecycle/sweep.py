@@ -108,6 +108,7 @@ class _AbandonTurn(SpanJob):
             channel=session.channel,
             tier=session.tier,
             org_id=session.org_id,
+            topic=self._row["topic"],
         )
         failure = Failure("abandoned", None, failed=False)
         shown = {
