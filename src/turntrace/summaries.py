@@ -123,7 +123,7 @@ class UserSummary:
         user_id: Hash of the user's id.
         sessions_total: Sessions so far.
         open_sessions: Of them, those that have not ended.
-        total_turns: Turns of all sessions that have ended.
+        total_turns: Turns that have ended, of all sessions.
         first_session_ns: When the first session began, in nanoseconds since 1970.
         latest_session_ns: When the latest one began.
         last_activity_ns: When the user was active last.

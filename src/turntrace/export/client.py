@@ -175,7 +175,7 @@ def open_target(provider: trace.TracerProvider | None = None, *, outbox: bool | 
     if not settings.tracing_enabled:
         return SpanTarget(trace.NoOpTracerProvider(), to_outbox=False)
     if provider is not None:
-        return SpanTarget(provider, to_outbox=bool(outbox))
+        return SpanTarget(provider, to_outbox=bool(outbox), takes_scores=settings.has_keys)
     if settings.has_keys:
         return SpanTarget(_langfuse_provider(settings), to_outbox=bool(outbox), takes_scores=True)
     found = _global_provider(settings)

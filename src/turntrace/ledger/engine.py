@@ -101,6 +101,27 @@ class Database:
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
                 yield connection
 
+    @contextmanager
+    def erasing(self) -> Iterator[Connection]:
+        """Give a connection as `writing` does; on SQLite, what is deleted leaves no bytes behind in the file.
+
+        Raises:
+            LedgerError: If the database cannot be written.
+        """
+        with self._turn_of_writers():
+            self._pragma("secure_delete=ON")
+            try:
+                with self.writing(many_rows=True) as connection:
+                    yield connection
+            finally:
+                self._pragma("wal_checkpoint(TRUNCATE)")
+                self._pragma("secure_delete=OFF")
+
+    def _pragma(self, words: str) -> None:
+        if self._is_sqlite:
+            with _named_errors(self.engine):
+                self._write_connection().connection.cursor().execute(f"PRAGMA {words}")
+
     def _turn_of_writers(self) -> AbstractContextManager[object]:
         return self._lock if self._is_sqlite else nullcontext()
 

@@ -260,7 +260,7 @@ class Ledger(LedgerQuestions):
         Args:
             user_id: Hash of the user's id.
         """
-        with self._database.writing(many_rows=True) as connection:
+        with self._database.erasing() as connection:
             return forget(connection, user_id)
 
     def erase_waiting(self, user_id: str, erased: Erased) -> int:
@@ -270,5 +270,5 @@ class Ledger(LedgerQuestions):
             user_id: Hash of the user's id.
             erased: What was erased of the user before.
         """
-        with self._database.writing() as connection:
+        with self._database.erasing() as connection:
             return erase_waiting(connection, user_id, erased)

@@ -51,6 +51,8 @@ class SettleTurn(SpanJob):
 
     def write(self, ledger: LedgerWriter) -> None:
         """Put the spans into the outbox; what ended after its turn is added to the turn and its session."""
+        if self._tracker.is_forgotten(self._turn.conversation.session.id):
+            return
         self._put_spans(ledger)
         self._put_decisions(ledger)
         late = {} if self._late is None else {name: getattr(self._late, name) for name in LATE_SUMS}
@@ -97,7 +99,8 @@ class FinishTurn(SettleTurn):
 
     def write(self, ledger: LedgerWriter) -> None:
         """Put the spans into the outbox and end the row of the turn, in one transaction."""
-        if self._summary is None:
+        if self._summary is None or self._tracker.is_forgotten(self._summary.session_id):
+            self._tracker.finished(self._turn.id)
             return
         self._put_spans(ledger)
         self._put_decisions(ledger)

@@ -78,6 +78,7 @@ class EndSession(SpanJob):
         self._session_id = session_id
         self._reason = reason
         self._ended_ns = ended_ns
+        self._evaluated = False
 
     def write(self, ledger: LedgerWriter) -> None:
         """End the session and put its span into the outbox, in one transaction, once."""
@@ -99,7 +100,9 @@ class EndSession(SpanJob):
             self._keep(_session_end(tracker, ended))
         self._put_spans(ledger)
         put_scores(tracker, ledger, [session_score(ended.id, *score) for score in scores_of(ended).items()])
-        tracker.evaluate(ended)
+        if self._reason is not None and not self._evaluated:  # an end that is sent again is none
+            self._evaluated = True
+            tracker.evaluate(ended)
 
 
 def put_scores(tracker: "SessionTracker", ledger: LedgerWriter, scores: list[bytes]) -> None:

@@ -120,6 +120,7 @@ class SessionTracker(Afterwards):
         self.windows = Windows()
         self._turns: dict[str, Turn] = {}
         self._finishing: dict[str, Turn] = {}
+        self._forgotten: set[str] = set()
         self._handler: Any = None
         self._lock = threading.Lock()
         self._evaluators = Evaluators(self, evaluators, evaluator_timeout)
@@ -237,7 +238,12 @@ class SessionTracker(Afterwards):
 
     def forget_sessions(self, session_ids: Sequence[str]) -> None:
         """Let no run fall into sessions that were erased."""
+        self._forgotten.update(session_ids)
         self._sittings.forget(session_ids)
+
+    def is_forgotten(self, session_id: str) -> bool:
+        """Tell whether a session was erased by this process, while a turn of it may still run."""
+        return session_id in self._forgotten
 
     # --- turns --------------------------------------------------------------------------------------------------------
     def start_turn(self, conversation: Conversation, message: Any = None, *, role: str = "user") -> Turn:
