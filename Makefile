@@ -10,7 +10,7 @@ help:
 	@echo "make test   run the tests"
 	@echo "make lint   ruff"
 	@echo "make types  mypy, strict"
-	@echo "make bench  what tracking costs a turn, next to others (takes minutes)"
+	@echo "make bench  what tracking, fitting and the ledger cost, next to others (takes minutes)"
 	@echo "make clean  remove the virtual environment and what tools left"
 
 $(VENV)/.made:
@@ -41,6 +41,8 @@ types: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/turn_overhead.py
+	$(BIN)/python benchmarks/context.py
+	$(BIN)/python benchmarks/ledger.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

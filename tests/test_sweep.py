@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
 
 from turntrace import Session, SessionTracker, Turn
 from turntrace import attributes as a
@@ -256,25 +257,6 @@ def test_a_turn_whose_process_died_is_closed_with_the_root_that_its_trace_lacks(
     # what the user wrote last had no answer
     assert (summary.last_turn, summary.last_action, summary.dropoff) == (3, "failed", True)
     assert summary.ended_ns == begun + IDLE
-
-
-def test_a_turn_that_ends_after_it_was_closed_is_not_doubled(workers: list[SessionTracker], clock: Clock) -> None:
-    slow, other = workers
-    session = slow.start_session(user_id="alice")
-    turn = session.conversation("c1").start_turn("Take your time")
-    clock.advance(minutes=31)
-    assert other.sweep() == Swept(sessions=1, turns=1)
-    turn.set_answer("At last")
-    turn.end()
-    slow.flush()
-    [(summary, _)] = slow.ledger.turns(session.id)
-    assert summary.status == "abandoned"
-    assert session.summary().total_turns == 1
-    roots = named(slow, "conversation.turn")
-    assert len({(span.trace_id, span.span_id) for span in roots}) == 1  # the true one replaces the other
-    assert roots[-1].attributes[a.TURN_STATUS] == "completed"
-    assert len(named(slow, "session.end")) == 1
-    assert session.conversation("c1").start_turn("Next").number == 2
 
 
 def test_many_turns_of_processes_that_died_are_closed_in_batches(workers: list[SessionTracker], clock: Clock) -> None:
@@ -645,3 +627,35 @@ def test_a_conversation_that_two_users_share_stays_the_others(
     assert rows == [("shared", "of bob", tracker.hash_user("bob") if begun_by_bob else None, 2)]
     assert tracker.ledger.turn_numbers("shared") == ([1, 3] if begun_by_bob else [2, 4])
     assert exchange(sessions["bob"], conversation="shared").number == (4 if begun_by_bob else 5)
+
+
+def test_a_turn_that_goes_on_after_it_was_swept_is_whole_when_it_ends(tmp_path: Path, clock: Clock) -> None:
+    """It ran longer than sessions may be silent, in a process that the sweeper cannot see."""
+    url = f"sqlite:///{tmp_path / 'ledger.db'}"
+    works, sweeps = (
+        SessionTracker(url, clock=clock, tracer_provider=TracerProvider(), outbox=True, user_hash_key="k" * 16)
+        for _ in range(2)
+    )
+    session = works.start_session(user_id="ann")
+    turn = session.conversation("c").start_turn("A long piece of work, please")
+    clock.advance(minutes=31)
+    swept = sweeps.sweep()
+    assert (swept.turns, swept.sessions) == (1, 1)
+    turn.set_answer("Done.")
+    turn.end()
+    works.flush()
+    [(row, _)] = sweeps.ledger.turns(session.id)
+    assert (row.status, row.number, row.latency_ms) == ("completed", 1, 31 * 60_000)
+    summary = sweeps.session_summary(session.id)
+    assert summary is not None
+    assert (summary.total_turns, summary.active_ms, summary.end_reason) == (1, 31 * 60_000, "inactive_timeout")
+    roots = [span for span in outbox_spans(sweeps.ledger) if span.name == "conversation.turn"]
+    assert [root.attributes["turn.status"] for root in roots] == ["abandoned", "completed"]
+    assert len({(root.trace_id, root.span_id) for root in roots}) == 1  # the later one overwrites the earlier
+    ends = [span for span in outbox_spans(sweeps.ledger) if span.name == "session.end"]
+    assert [end.attributes["session.total_turns"] for end in ends] == [1, 1]
+    assert ends[-1].attributes["session.active_ms"] == 31 * 60_000
+    assert len({(end.trace_id, end.span_id) for end in ends}) == 1
+    assert session.conversation("c").start_turn("Next").number == 2
+    works.shutdown()
+    sweeps.shutdown()

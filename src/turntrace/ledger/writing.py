@@ -11,7 +11,7 @@ from turntrace.ledger.ends import idle_sessions, last_turn_of, note_last_turn, p
 from turntrace.ledger.journeys import enter_stage, unconverted_in
 from turntrace.ledger.rows import decision_values, first_session, full_summary, plain_summary, steps_text
 from turntrace.ledger.statements import TURN_COLUMNS, Statements
-from turntrace.ledger.tables import open_turns, outbox, sessions, turns
+from turntrace.ledger.tables import conversations, open_turns, outbox, sessions, turns
 from turntrace.records import Step, TurnSummary, TurnTags
 from turntrace.summaries import SessionSummary, StageEntered
 
@@ -89,19 +89,30 @@ class LedgerWriter:
             topic: What the conversation is about.
 
         Returns:
-            Whether this was its end; a turn that had ended before is not changed.
+            Whether this was its end; a turn that had ended before is not changed, but for one that a sweep closed as
+            abandoned though it went on.
         """
         values = {f"new_{name}": getattr(turn, name) for name in TURN_COLUMNS}
         values |= {"new_steps": steps_text(steps), "new_spans": spans, "topic": topic}
         values["new_failed"] = int(turn.status == "failed")
         statements, cursor = self._statements, self._cursor
-        if statements.close_turn.run(cursor, values).rowcount != 1:
+        if statements.close_turn.run(cursor, values).rowcount != 1 and not self._take_back(turn):
             return TurnEnd.ENDED_BEFORE
         statements.insert_turn.run(cursor, values)
         session = statements.add_to_session.run(cursor, values).fetchone()
         statements.upsert_conversation.run(cursor, values)
         ended_after_session = session is not None and session[0] is not None
         return TurnEnd.ENDED_AFTER_SESSION if ended_after_session else TurnEnd.ENDED
+
+    def _take_back(self, turn: TurnSummary) -> bool:
+        """Take back the end of a turn that a sweep closed as abandoned while it went on in its process."""
+        abandoned = delete(turns).where(turns.c.id == turn.id, turns.c.status == "abandoned")
+        if self._connection.execute(abandoned).rowcount != 1:
+            return False
+        for table, row_id in ((sessions, turn.session_id), (conversations, turn.conversation_id)):
+            once_less = update(table).where(table.c.id == row_id).values(total_turns=table.c.total_turns - 1)
+            self._connection.execute(once_less)
+        return True
 
     def add_to_turn(self, turn_id: str, session_id: str, late: Mapping[str, float]) -> None:
         """Add what ended after its turn to the turn and its session.
