@@ -1,5 +1,6 @@
 """Eight workers on one ledger, with sessions that end under them, sweeps, and one worker that is killed."""
 
+import asyncio
 import random
 import signal
 import threading
@@ -12,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, select, text
+from opentelemetry.sdk.trace import TracerProvider
+from sqlalchemy import Connection, create_engine, select, text
 
 import fresh
 import many_workers
 import postgres
 from ledger_processes import IDLE, NOON, begin, ended, finish
 from many_workers import HELD, Work, noted, open_tracker
+from turntrace import SessionTracker
 from turntrace import attributes as a
 from turntrace.errors import LedgerError
 from turntrace.ledger import Ledger
@@ -273,3 +276,33 @@ def test_what_the_driver_says_at_a_turn_is_named_as_an_error_of_the_ledger(url: 
     assert finish(ledger, ended("t1"))
     engine.dispose()
     ledger.close()
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_the_event_loop_goes_on_while_the_server_lets_a_session_and_a_turn_wait(url: str) -> None:
+    """The tables are locked by somebody else until the loop has gone round many times more."""
+    tracker = SessionTracker(url, tracer_provider=TracerProvider(), outbox=True)
+    engine = create_engine(url)
+
+    async def rounds_until_free(waiting: asyncio.Task[Any], locked: Connection) -> Any:
+        for _ in range(20):
+            await asyncio.sleep(0.01)
+            assert not waiting.done()
+        locked.rollback()
+        return await asyncio.wait_for(waiting, 30)
+
+    async def talk() -> int:
+        with engine.connect() as locked:
+            locked.exec_driver_sql("LOCK TABLE turntrace_sessions IN ACCESS EXCLUSIVE MODE")
+            session = await rounds_until_free(asyncio.create_task(tracker.astart_session(user_id="ann")), locked)
+            locked.exec_driver_sql("LOCK TABLE turntrace_open_turns IN ACCESS EXCLUSIVE MODE")
+            waiting = asyncio.create_task(session.conversation("c").astart_turn("Hello"))
+            turn = await rounds_until_free(waiting, locked)
+            await turn.aend()
+            locked.exec_driver_sql("LOCK TABLE turntrace_turns IN ACCESS EXCLUSIVE MODE")
+            summary = await rounds_until_free(asyncio.create_task(session.asummary()), locked)
+            return int(summary.total_turns)
+
+    assert asyncio.run(talk()) == 1
+    tracker.shutdown()
+    engine.dispose()

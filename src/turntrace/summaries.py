@@ -173,6 +173,11 @@ class UserSummary:
         """Mean working time of a turn, in milliseconds; None without any turn."""
         return self.active_ms / self.total_turns if self.total_turns else None
 
+    @property
+    def avg_turn_tokens(self) -> float | None:
+        """Mean tokens of a turn; None without any turn."""
+        return self.total_tokens / self.total_turns if self.total_turns else None
+
 
 @dataclass(frozen=True, slots=True)
 class JourneySummary:
