@@ -566,3 +566,25 @@ def test_a_strategy_of_few_messages_keeps_its_word_in_a_real_graph(capture: Capt
     tracker = capture.tracker()
     talk(single(fits_in_a_node(context)).compile(checkpointer=InMemorySaver()), tracker, 4)
     assert [each.messages_after for each in decisions_of(tracker)] == [1, 3, 1, 1]
+
+
+def test_messages_that_cannot_be_looked_at_do_not_cost_the_turn(
+    capture: Capture, lenient: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Strange:
+        """Stands in a state where a message should."""
+
+        type = "human"
+
+        @property
+        def id(self) -> str:
+            raise RuntimeError("no id today")
+
+    tracker = capture.tracker()
+    with tracker.session() as session, session.conversation("c").turn("Hello") as turn:
+        step = turn.open_step("agent", "chain")
+        turn.note_state(step, [Strange()], "agent:1")
+        turn.close_step(step)
+    [(row, steps)] = tracker.ledger.turns(session.id)
+    assert (row.status, [each.name for each in steps]) == ("completed", ["agent"])
+    assert [record.message for record in caplog.records if "working out what was pruned" in record.message]

@@ -14,7 +14,7 @@ from turntrace.identity import safe_text
 from turntrace.ledger import LATE_SUMS, LedgerWriter, TurnEnd
 from turntrace.lifecycle.ending import EndedStep, Failure, add_up, end_span, end_steps, words_of
 from turntrace.lifecycle.session_jobs import EndSession, SpanJob, known_json
-from turntrace.lifecycle.steps import TurnAccount
+from turntrace.lifecycle.steps import Fit, Glimpse, TurnAccount
 from turntrace.lifecycle.windows import Noted, add_given
 from turntrace.records import Step, TurnSummary, elapsed_ms
 
@@ -45,7 +45,7 @@ class SettleTurn(SpanJob):
     def _take_ended(self, account: TurnAccount) -> tuple[list[EndedStep], list[ReadableSpan]]:
         """Add up what has ended, with an event for each time that something was pruned."""
         steps, others, noted = self._turn.take_ended()
-        self._noted = self._tracker.windows.decisions(self._turn, noted, account) if noted else []
+        self._noted = (_decisions(self._turn, noted, account) or []) if noted else []
         events = [each.step for each in self._noted if each.step is not None]
         return add_up(steps + events, account), others
 
@@ -63,6 +63,11 @@ class SettleTurn(SpanJob):
         tags = self._turn.words
         for noted in self._noted:
             ledger.put_decision(noted.decision, noted.dropped, tags)
+
+
+@never_breaks("working out what was pruned")
+def _decisions(turn: "Turn", noted: list[Fit | Glimpse], account: TurnAccount) -> list[Noted]:
+    return turn.tracker.windows.decisions(turn, noted, account)
 
 
 class FinishTurn(SettleTurn):

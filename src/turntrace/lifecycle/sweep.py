@@ -18,7 +18,7 @@ from turntrace.records import SessionFacts, TurnRequest, TurnSummary, TurnTags
 if TYPE_CHECKING:
     from turntrace.lifecycle.tracker import SessionTracker
 
-_BATCH: Final = 200
+_BATCH: Final = 50
 _LEAST_S: Final = 1.0
 
 
