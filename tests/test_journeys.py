@@ -3,15 +3,17 @@
 import asyncio
 import sqlite3
 import threading
+from collections.abc import AsyncIterator, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from langchain_core.runnables import RunnableLambda
 from langgraph.checkpoint.memory import InMemorySaver
 
 from apps import State, asks, config_of, single
-from turntrace import Journey, SessionCallbackHandler, SessionTracker, current_turn
+from turntrace import Journey, SessionCallbackHandler, SessionTracker, current_turn, track_node
 from turntrace import attributes as a
 from turntrace.errors import ConfigurationError, IdentityError
 from turntrace.summaries import StageEntered
@@ -393,3 +395,62 @@ def test_an_async_app_asks_where_a_journey_stands(capture: Capture, tracker: Ses
 def test_what_is_shown_of_a_journey_tells_no_user(tracker: SessionTracker) -> None:
     journey = tracker.start_session(user_id="alice", session_id="s1").journey("onboarding", STAGES)
     assert repr(journey) == "<Journey 'onboarding' of <Session 's1'>>"
+
+
+# --- declared on a node -----------------------------------------------------------------------------------------------
+def plain(_: State) -> Any:
+    return {"found": ["it"]}
+
+
+async def waiting(_: State) -> Any:
+    return {"found": ["it"]}
+
+
+def generating(_: State) -> Iterator[Any]:
+    yield {"found": ["it"]}
+
+
+async def generating_later(_: State) -> AsyncIterator[Any]:
+    yield {"found": ["it"]}
+
+
+@pytest.mark.parametrize("node", [plain, waiting, generating, generating_later, RunnableLambda(plain, waiting)])
+def test_a_node_is_declared_as_a_stage(capture: Capture, node: Any) -> None:
+    tracker = capture.tracker(journeys={"onboarding": STAGES})
+    graph: Any = single(track_node(node, journey="onboarding", stage="connect")).compile()
+    config = {**config_of(user_id="ann"), "callbacks": [SessionCallbackHandler(tracker)]}
+    asyncio.run(graph.ainvoke(asks(), config))
+    [session] = tracker.ledger.sessions()
+    assert passed(tracker, session.id) == [("connect", False, False)]
+    assert_all_tagged(capture.spans())
+
+
+def test_a_node_that_fails_enters_nothing(capture: Capture) -> None:
+    @track_node(journey="onboarding", stage="connect")
+    def failing(_: State) -> Any:
+        raise LookupError("no")
+
+    tracker = capture.tracker(journeys={"onboarding": STAGES})
+    config = {**config_of(user_id="ann"), "callbacks": [SessionCallbackHandler(tracker)]}
+    graph: Any = single(failing).compile()
+    with pytest.raises(LookupError):
+        graph.invoke(asks(), config)
+    assert tracker.ledger.stages(tracker.ledger.sessions()[0].id) == []
+
+
+def test_a_node_whose_stage_is_unknown_works_all_the_same(
+    capture: Capture, lenient: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = capture.tracker(journeys={"onboarding": STAGES})
+    graph: Any = single(track_node(plain, journey="onboarding", stage="nowhere")).compile()
+    result = graph.invoke(asks(), {**config_of(), "callbacks": [SessionCallbackHandler(tracker)]})
+    assert result["found"] == ["it"]
+    [told] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "no stage 'nowhere'" in told
+    assert "signup, connect, done" in told
+
+
+@pytest.mark.parametrize("given", [{"journey": "onboarding"}, {"stage": "connect"}])
+def test_a_journey_needs_a_stage_and_a_stage_a_journey(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=r'journey="onboarding", stage="connect"'):
+        track_node(plain, **given)
