@@ -426,13 +426,12 @@ def test_a_node_is_declared_as_a_stage(capture: Capture, node: Any) -> None:
 
 
 def test_a_node_that_fails_enters_nothing(capture: Capture) -> None:
-    @track_node(journey="onboarding", stage="connect")
     def failing(_: State) -> Any:
         raise LookupError("no")
 
     tracker = capture.tracker(journeys={"onboarding": STAGES})
     config = {**config_of(user_id="ann"), "callbacks": [SessionCallbackHandler(tracker)]}
-    graph: Any = single(failing).compile()
+    graph: Any = single(track_node(journey="onboarding", stage="connect")(failing)).compile()
     with pytest.raises(LookupError):
         graph.invoke(asks(), config)
     assert tracker.ledger.stages(tracker.ledger.sessions()[0].id) == []
