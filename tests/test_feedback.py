@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from opentelemetry.trace import SpanKind
 
+import fresh
 from turntrace import SessionSummary, SessionTracker
 from turntrace import attributes as a
 from turntrace.content import ContentPolicy
@@ -515,3 +517,40 @@ def test_settings_that_cannot_be_used_are_refused(settings: dict[str, Any], why:
     make: Callable[..., SessionTracker] = SessionTracker
     with pytest.raises(ConfigurationError, match=why):
         make("sqlite://", **settings)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_process_that_was_forked_evaluates_its_own_sessions_only(tmp_path: Path) -> None:
+    """While the parent's evaluator is at work: the child neither waits for it nor does its work again."""
+    url = f"sqlite:///{tmp_path / 'ledger.db'}"
+    script = f"""
+import json, os, threading, time
+from opentelemetry.sdk.trace import TracerProvider
+from turntrace import SessionTracker
+
+def slow(session):
+    time.sleep(1.0)
+    return {{"by": "child" if os.getpid() != parent else "parent"}}
+
+parent = os.getpid()
+tracker = SessionTracker({url!r}, tracer_provider=TracerProvider(), outbox=True, evaluators=[slow])
+with tracker.session(session_id="of the parent"):
+    pass
+tracker.session_summary("of the parent")  # its evaluation has begun
+child = os.fork()
+if child == 0:
+    with tracker.session(session_id="of the child"):
+        pass
+    tracker.flush()
+    os._exit(0)
+os.waitpid(child, 0)
+tracker.flush()
+tell(json.dumps([json.loads(i.body) for i in tracker.ledger.outbox() if i.kind == "score"]).encode())
+"""
+    process = fresh.Fresh(script)
+    scores = json.loads(process.told())
+    process.finish()
+    assert sorted((score["sessionId"], score["value"]) for score in scores if score["name"] == "by") == [
+        ("of the child", "child"),
+        ("of the parent", "parent"),
+    ]

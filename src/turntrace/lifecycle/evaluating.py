@@ -3,9 +3,11 @@
 import asyncio
 import inspect
 import math
+import os
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -56,6 +58,13 @@ class Evaluators:
         self._tracker = tracker
         self._evaluators = tuple(evaluators)
         self._limit_s = limit_s
+        self._begin_anew()
+        weak_self = weakref.ref(self)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=lambda: _call(weak_self()))
+
+    def _begin_anew(self) -> None:
+        """Begin without anything to do, as in a process that was forked: what waits there is the parent's."""
         self._waiting: queue.SimpleQueue[SessionSummary] = queue.SimpleQueue()
         self._undone = 0
         self._lock = threading.Lock()
@@ -68,7 +77,7 @@ class Evaluators:
         with self._lock:
             self._undone += 1
             self._waiting.put(session)
-            if self._thread is None or not self._thread.is_alive():  # not in a process that was forked meanwhile
+            if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="turntrace-evaluators", daemon=True)
                 self._thread.start()
 
@@ -121,6 +130,11 @@ class Evaluators:
             return {}
         found: dict[str, Any] = answer
         return found
+
+
+def _call(evaluators: Evaluators | None) -> None:
+    if evaluators is not None:
+        evaluators._begin_anew()
 
 
 async def _awaited(found: Awaitable[Any], limit_s: float) -> Any:
