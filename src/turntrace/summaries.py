@@ -11,8 +11,34 @@ from turntrace.records import Record, elapsed_ms, iso_time, word
 NS_PER_DAY: Final = 86_400 * 1_000_000_000
 
 
+class _Totals:
+    """What follows from totals: of a session, or of all sessions of a user."""
+
+    __slots__ = ()
+
+    input_tokens: int
+    output_tokens: int
+    active_ms: int
+    total_turns: int
+
+    @property
+    def total_tokens(self) -> int:
+        """Input and output tokens of all calls."""
+        return self.input_tokens + self.output_tokens
+
+    @property
+    def avg_turn_latency_ms(self) -> float | None:
+        """Mean working time of a turn, in milliseconds; None without any turn."""
+        return self.active_ms / self.total_turns if self.total_turns else None
+
+    @property
+    def avg_turn_tokens(self) -> float | None:
+        """Mean tokens of a turn; None without any turn."""
+        return self.total_tokens / self.total_turns if self.total_turns else None
+
+
 @dataclass(frozen=True, slots=True)
-class SessionSummary(Record):
+class SessionSummary(_Totals, Record):
     """What the ledger knows of a session.
 
     Attributes:
@@ -78,24 +104,9 @@ class SessionSummary(Record):
     user_retention_days: int | None = word(a.USER_RETENTION_DAYS)
 
     @property
-    def total_tokens(self) -> int:
-        """Input and output tokens of all calls."""
-        return self.input_tokens + self.output_tokens
-
-    @property
     def duration_ms(self) -> int:
         """From the first to the last activity, in milliseconds."""
         return elapsed_ms(self.started_ns, self.last_activity_ns)
-
-    @property
-    def avg_turn_latency_ms(self) -> float | None:
-        """Mean working time of a turn, in milliseconds; None without any turn."""
-        return self.active_ms / self.total_turns if self.total_turns else None
-
-    @property
-    def avg_turn_tokens(self) -> float | None:
-        """Mean tokens of a turn; None without any turn."""
-        return self.total_tokens / self.total_turns if self.total_turns else None
 
     def attributes(self) -> dict[str, AttributeValue]:
         """Return the attributes that the span ``session.end`` has beyond those of every span of the session."""
@@ -116,7 +127,7 @@ class SessionSummary(Record):
 
 
 @dataclass(frozen=True, slots=True)
-class UserSummary:
+class UserSummary(_Totals):
     """What the ledger knows of a user, over all sessions.
 
     Attributes:
@@ -154,11 +165,6 @@ class UserSummary:
     journeys: Mapping[str, "JourneySummary"] = field(default_factory=dict)
 
     @property
-    def total_tokens(self) -> int:
-        """Input and output tokens of all calls."""
-        return self.input_tokens + self.output_tokens
-
-    @property
     def avg_session_length(self) -> float:
         """Mean turns of a session."""
         return self.total_turns / self.sessions_total if self.sessions_total else 0.0
@@ -167,16 +173,6 @@ class UserSummary:
     def retention_days(self) -> int:
         """Whole days from the first to the latest session."""
         return max(0, self.latest_session_ns - self.first_session_ns) // NS_PER_DAY
-
-    @property
-    def avg_turn_latency_ms(self) -> float | None:
-        """Mean working time of a turn, in milliseconds; None without any turn."""
-        return self.active_ms / self.total_turns if self.total_turns else None
-
-    @property
-    def avg_turn_tokens(self) -> float | None:
-        """Mean tokens of a turn; None without any turn."""
-        return self.total_tokens / self.total_turns if self.total_turns else None
 
 
 @dataclass(frozen=True, slots=True)
