@@ -588,3 +588,20 @@ def test_messages_that_cannot_be_looked_at_do_not_cost_the_turn(
     [(row, steps)] = tracker.ledger.turns(session.id)
     assert (row.status, [each.name for each in steps]) == ("completed", ["agent"])
     assert [record.message for record in caplog.records if "working out what was pruned" in record.message]
+
+
+def test_a_call_of_the_newest_message_only_does_not_hide_a_later_removal(capture: Capture) -> None:
+    def router(state: State) -> Any:
+        FakeModel().invoke(state["messages"][-1:])
+
+    def forget(state: State) -> Any:
+        old = state["messages"][:-1] if len(state["messages"]) > 4 else ()
+        return {"messages": [RemoveMessage(id=str(message.id)) for message in old]}
+
+    builder: Any = StateGraph(State)
+    builder.add_node("router", router).add_node("forget", forget).add_node("agent", agent_of(FakeModel()))
+    builder.add_edge(START, "router").add_edge("router", "forget").add_edge("forget", "agent")
+    tracker = capture.tracker()
+    talk(builder.compile(checkpointer=InMemorySaver()), tracker, 3)
+    [decision] = external(tracker)
+    assert (decision.strategy, decision.messages_pruned) == ("forget", 4)

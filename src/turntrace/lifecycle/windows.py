@@ -185,10 +185,10 @@ def _looked(turn: "Turn", glimpse: Glimpse, conversation: _Conversation) -> _Dec
     site.ids = [_id_of(message) for message in messages]
     now = set(site.ids)
     gone = tuple([each for each in seen if each is not None and each not in now and each not in conversation.lost])
-    conversation.lost.update(gone)
     overlaps = any(each is not None and each in now for each in seen)
     if not gone or not (overlaps or (same_run and place == _ROOT_STATE)):
         return None  # nothing is gone, or another list of messages altogether
+    conversation.lost.update(gone)
     call = glimpse.step.call
     provided = None if call is None or call.usage is None else call.usage.input_tokens
     decision = PruningDecision(
