@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, inspect
 
+import postgres
 from turntrace import SessionTracker
 from turntrace.errors import ConfigurationError, LedgerError, TurntraceError
 from turntrace.ledger import Ledger
@@ -320,3 +321,44 @@ def test_a_step_up_that_fails_leaves_the_ledger_as_it_was(path: Path, url: str) 
     with database(path) as connection:
         assert connection.execute("SELECT name, sql FROM sqlite_master ORDER BY name").fetchall() == before
     assert version(path) == "1"
+
+
+ADDED = {
+    "turntrace_sessions": (
+        *("prunings", "feedback_sum", "feedback_count", "dropoff", "last_turn", "last_intent", "last_action"),
+        *("last_turn_ns", "journey_name", "journey_stage", "journey_converted", "journey_conversion_turn"),
+        "journey_conversion_time_ms",
+    ),
+    "turntrace_turns": (
+        *("context_tokens", "context_messages", "context_limit"),
+        *("prunings", "messages_pruned", "tokens_pruned"),
+    ),
+}
+FIRST = ("meta", "sessions", "conversations", "open_turns", "turns", "outbox")
+
+
+def test_a_ledger_of_the_first_schema_on_postgresql_is_brought_up_without_loss() -> None:
+    with postgres.server() as server:
+        url = postgres.new_schema(server)
+        engine = create_engine(url)
+        with engine.begin() as connection:
+            metadata.create_all(connection, tables=[metadata.tables[f"turntrace_{name}"] for name in FIRST])
+            for table, names in ADDED.items():
+                for name in names:
+                    connection.exec_driver_sql(f"ALTER TABLE {table} DROP COLUMN {name}")
+            connection.exec_driver_sql("INSERT INTO turntrace_meta VALUES ('schema_version', '1')")
+            connection.exec_driver_sql(
+                "INSERT INTO turntrace_sessions (id, channel, type, sessions_total, started_ns, last_activity_ns, "
+                "announced, total_turns, failed_turns, llm_calls, tool_calls, input_tokens, output_tokens, "
+                "total_cost_usd, unpriced_calls, active_ms, wait_ms) "
+                "VALUES ('s1', 'web', 'chat', 1, 1, 2, true, 3, 0, 0, 0, 5, 6, 0.5, 0, 7, 0)"
+            )
+        ledger = Ledger(url)
+        session = ledger.session("s1")
+        assert session is not None
+        assert (session.total_turns, session.total_tokens, session.total_cost_usd, session.prunings) == (3, 11, 0.5, 0)
+        assert set(inspect(engine).get_table_names()) == set(metadata.tables)
+        for table, names in ADDED.items():
+            assert set(names) <= {column["name"] for column in inspect(engine).get_columns(table)}
+        ledger.close()
+        engine.dispose()

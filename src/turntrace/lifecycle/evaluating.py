@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import logging
 import math
 import os
 import queue
@@ -27,6 +28,8 @@ Evaluator: TypeAlias = Callable[[SessionSummary], "Scores | Awaitable[Scores]"]
 """From a session that has ended to named scores: bools, numbers, or words of a few."""
 
 _POLL_S: Final = 0.01
+
+logger = logging.getLogger("turntrace")
 
 
 class Evaluators:
@@ -125,8 +128,8 @@ class Evaluators:
         if isinstance(answer, Exception):
             try:
                 caught(f"evaluating a session by {name}", answer)
-            except Exception:  # strict: the others go on all the same
-                return {}
+            except Exception:
+                logger.exception("turntrace: an evaluator failed")  # strict: the others go on all the same
             return {}
         found: dict[str, Any] = answer
         return found
