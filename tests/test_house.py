@@ -17,7 +17,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 GROUND = (
     *("attributes", "records", "summaries", "decisions", "identity"),
-    *("content", "current", "errors", "settings", "boundary"),
+    *("content", "current", "errors", "settings", "boundary", "waiting"),
 )
 FLOORS: dict[str, float] = {
     **dict.fromkeys(GROUND, 1),

@@ -346,6 +346,8 @@ def test_a_ledger_of_the_first_schema_on_postgresql_is_brought_up_without_loss()
             for table, names in ADDED.items():
                 for name in names:
                     connection.exec_driver_sql(f"ALTER TABLE {table} DROP COLUMN {name}")
+            for name in ("attempts", "next_try_ns", "leased_until_ns", "refused"):
+                connection.exec_driver_sql(f"ALTER TABLE turntrace_outbox ADD COLUMN {name} BIGINT")
             connection.exec_driver_sql("INSERT INTO turntrace_meta VALUES ('schema_version', '1')")
             connection.exec_driver_sql(
                 "INSERT INTO turntrace_sessions (id, channel, type, sessions_total, started_ns, last_activity_ns, "

@@ -9,7 +9,8 @@
     ├── TranscriptError      a recorded conversation that cannot be read
     ├── ContextError         messages that cannot be counted or fitted
     │   └── ContextOverflowError   messages that stay too many tokens, whatever is pruned
-    └── LedgerError          the ledger cannot be opened, read or written
+    ├── LedgerError          the ledger cannot be opened, read or written
+    └── DeliveryError        Langfuse cannot be asked
 
 Each message says what was passed, what is allowed, and what to type instead. Inside the callback and the node wrapper
 none of these reaches the app: there they are caught, logged once a kind, and counted.
@@ -63,3 +64,7 @@ class ContextOverflowError(ContextError):
 
 class LedgerError(TurntraceError, RuntimeError):
     """The ledger cannot be opened, read or written."""
+
+
+class DeliveryError(TurntraceError, RuntimeError):
+    """Langfuse cannot be asked: it does not answer, or not as one."""

@@ -16,6 +16,10 @@ MAX_IDLE_S: Final = 10 * 366 * 86_400.0
 """Longest idle time, in seconds: ten years."""
 
 
+LANGFUSE_CLOUD: Final = "https://cloud.langfuse.com"
+"""The server where ``LANGFUSE_BASE_URL`` says none, as Langfuse's SDK has it."""
+
+
 class Settings(BaseSettings):
     """What is read from the environment; an argument of `turntrace.SessionTracker` goes before it.
 
@@ -25,6 +29,7 @@ class Settings(BaseSettings):
         content: What of the content is recorded: ``metadata``, ``turn`` or ``full``.
         idle_after: Seconds of silence after which the next turn begins a new session.
         channel: Channel of sessions that are given none.
+        outbox_max_mb: How many megabytes (1,000,000 bytes) may wait to be sent; beyond it the oldest are dropped.
     """
 
     model_config = SettingsConfigDict(env_prefix="TURNTRACE_", extra="ignore")
@@ -34,6 +39,7 @@ class Settings(BaseSettings):
     content: ContentLevel = "metadata"
     idle_after: float = Field(default=1800.0, gt=0, le=MAX_IDLE_S, allow_inf_nan=False)
     channel: str = Field(default="unknown", min_length=1, max_length=200)
+    outbox_max_mb: float = Field(default=512.0, gt=0, allow_inf_nan=False)
 
     @property
     def ledger(self) -> str:
@@ -54,11 +60,18 @@ class LangfuseSettings(BaseSettings):
     release: str | None = None
     tracing_enabled: bool = True
     sample_rate: float = Field(default=1.0, ge=0.0, le=1.0)
+    timeout: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+    otel_traces_export_path: str = "api/public/otel/v1/traces"
 
     @property
     def has_keys(self) -> bool:
         """Whether there is a server to send to."""
         return bool(self.public_key and self.secret_key and self.secret_key.get_secret_value())
+
+    @property
+    def server(self) -> str:
+        """URL of the server, without a slash at its end."""
+        return (self.base_url or self.host or LANGFUSE_CLOUD).rstrip("/")
 
 
 def default_ledger_path() -> Path:

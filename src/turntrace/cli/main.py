@@ -208,5 +208,28 @@ def sweep(
     return OK
 
 
+@_command
+def export(
+    watch: Annotated[bool, typer.Option("--watch", help="Go on, and send what comes, until Ctrl-C.")] = False,
+    status: Annotated[
+        bool, typer.Option("--status", help="Send nothing: show what waits, what was set apart and why.")
+    ] = False,
+    again: Annotated[bool, typer.Option("--again", help="Try what was set apart once more.")] = False,
+    ledger: LedgerOption = None,
+) -> int:
+    """Send what waits in the outbox to Langfuse.
+
+    Its server and keys are LANGFUSE_BASE_URL, LANGFUSE_PUBLIC_KEY and LANGFUSE_SECRET_KEY. Exit codes: 0 when nothing
+    waits any more, 1 when something does.
+    """
+    from turntrace.cli import sending
+
+    opened = open_existing(ledger)
+    if status:
+        sending.show_status(Console(), opened.to_send.status(), ledger_url=opened.url)
+        return OK
+    return sending.send(opened, watch=watch, again=again)
+
+
 if __name__ == "__main__":
     main()

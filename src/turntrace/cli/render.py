@@ -193,8 +193,8 @@ def next_steps(console: Console, *, ledger_url: str, waits: bool, session_id: st
     console.print(Text(f"Look again: turntrace sessions, turntrace show {session_id[:_SHORT_ID]}"), soft_wrap=True)
     if waits:
         hint = (
-            "To see it in Langfuse, set LANGFUSE_PUBLIC_KEY, LANGFUSE_SECRET_KEY and LANGFUSE_BASE_URL and run this "
-            "again: the spans then go there instead of waiting in the ledger."
+            "To see it in Langfuse, set LANGFUSE_PUBLIC_KEY, LANGFUSE_SECRET_KEY and LANGFUSE_BASE_URL, then: "
+            "turntrace export"
         )
     else:
         hint = "The spans go to Langfuse, whose keys are set: open its Sessions page."

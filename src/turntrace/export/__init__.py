@@ -2,16 +2,26 @@
 
 from turntrace.export.client import SpanTarget, ids_of, open_target
 from turntrace.export.encode import from_otlp, to_otlp
-from turntrace.export.scores import SCORE_KIND, scores_of, session_score, trace_score
+from turntrace.export.scores import Score, read_score, scores_of, session_score, trace_score, write_score
+from turntrace.export.sender import Pace, Sender, Sent
+from turntrace.export.server import Answer, LangfuseServer, Outcome
 
 __all__ = [
-    "SCORE_KIND",
+    "Answer",
+    "LangfuseServer",
+    "Outcome",
+    "Pace",
+    "Score",
+    "Sender",
+    "Sent",
     "SpanTarget",
     "from_otlp",
     "ids_of",
     "open_target",
+    "read_score",
     "scores_of",
     "session_score",
     "to_otlp",
     "trace_score",
+    "write_score",
 ]

@@ -14,16 +14,19 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace import Tracer as SdkTracer
 from opentelemetry.sdk.trace.id_generator import IdGenerator, RandomIdGenerator
-from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
+from opentelemetry.sdk.trace.sampling import Decision, TraceIdRatioBased
 
 from turntrace.attributes import SCOPE_NAME, AttributeValue
 from turntrace.boundary import caught
+from turntrace.export.exporter import OutboxExporter
 from turntrace.export.processor import TurnSpanProcessor, processor_of
+from turntrace.export.server import LangfuseServer
 from turntrace.settings import LangfuseSettings, read_langfuse_settings
 
 logger = logging.getLogger("turntrace")
 
 _own_providers: "weakref.WeakSet[TracerProvider]" = weakref.WeakSet()
+_said: set[str] = set()
 _lock = threading.Lock()
 _EMPTY = Context()
 _REQUESTS_REMEMBERED = 10_000
@@ -58,10 +61,25 @@ class SpanTarget:
         provider: The provider to start spans on.
         to_outbox: Whether the outbox is what keeps and sends them.
         takes_scores: Whether there is a Langfuse to take scores, though spans go another way.
+        environment: What Langfuse calls the environment of what is tracked.
+        exporter: The exporter by which Langfuse's client sends, where it is ours.
+        server: The server to send to, where there are keys.
     """
 
-    def __init__(self, provider: trace.TracerProvider, *, to_outbox: bool, takes_scores: bool = False) -> None:
+    def __init__(
+        self,
+        provider: trace.TracerProvider,
+        *,
+        to_outbox: bool,
+        takes_scores: bool = False,
+        environment: str | None = None,
+        exporter: OutboxExporter | None = None,
+        server: LangfuseServer | None = None,
+    ) -> None:
         self.provider = provider
+        self.environment = environment
+        self.exporter = exporter
+        self.server = server
         self.to_outbox = to_outbox
         self.takes_scores = to_outbox or takes_scores
         self._tracer = provider.get_tracer(SCOPE_NAME)
@@ -153,6 +171,17 @@ class SpanTarget:
             with self.processor.capturing() as spans:
                 yield spans
 
+    def is_sampled(self, trace_id: str) -> bool:
+        """Tell whether the spans of a trace are recorded, as Langfuse's client decides it for the trace's scores.
+
+        Args:
+            trace_id: Id of the trace, 32 hexadecimal digits.
+        """
+        sampler = getattr(self.provider, "sampler", None)
+        if not trace_id or not isinstance(sampler, TraceIdRatioBased):
+            return True
+        return sampler.should_sample(None, int(trace_id, 16), "score").decision is Decision.RECORD_AND_SAMPLE
+
     def flush(self) -> None:
         """Have the provider send what it holds."""
         force_flush = getattr(self.provider, "force_flush", None)
@@ -163,9 +192,10 @@ class SpanTarget:
 def open_target(provider: trace.TracerProvider | None = None, *, outbox: bool | None = None) -> SpanTarget:
     """Find out where spans go.
 
-    A provider that the app gives, or one that is already set for the process, gets our spans beside its own. With
-    ``LANGFUSE_PUBLIC_KEY`` and ``LANGFUSE_SECRET_KEY`` they go to Langfuse through its client. With neither they wait
-    in the outbox.
+    With ``LANGFUSE_PUBLIC_KEY`` and ``LANGFUSE_SECRET_KEY`` a client of Langfuse's listens to the provider that the
+    app gives, to the one that is set for the process, or to a new one, and what it would send goes through the
+    outbox. A client that the app had made before sends by itself. Without keys, spans go to a provider of the app's,
+    and where there is none they wait in the outbox.
 
     Args:
         provider: The app's own provider.
@@ -174,13 +204,18 @@ def open_target(provider: trace.TracerProvider | None = None, *, outbox: bool | 
     settings = read_langfuse_settings()
     if not settings.tracing_enabled:
         return SpanTarget(trace.NoOpTracerProvider(), to_outbox=False)
-    if provider is not None:
-        return SpanTarget(provider, to_outbox=bool(outbox), takes_scores=settings.has_keys)
+    known: dict[str, Any] = {"environment": settings.tracing_environment}
     if settings.has_keys:
-        return SpanTarget(_langfuse_provider(settings), to_outbox=bool(outbox), takes_scores=True)
-    found = _global_provider(settings)
-    alone = isinstance(found, TracerProvider) and found in _own_providers
-    return SpanTarget(found, to_outbox=alone if outbox is None else outbox)
+        used, exporter = _with_langfuse(settings, provider)
+        to_outbox = exporter is not None if outbox is None else outbox
+        known |= {"exporter": exporter, "server": LangfuseServer(settings)}
+        return SpanTarget(used, to_outbox=to_outbox, takes_scores=True, **known)
+    found = provider or _global_provider(settings)
+    is_own = isinstance(found, TracerProvider) and found in _own_providers
+    target = SpanTarget(found, to_outbox=is_own if outbox is None else outbox, **known)
+    if not target.to_outbox and provider is None:
+        _say_once("the tracer provider of this process is the app's own", found)
+    return target
 
 
 def _global_provider(settings: LangfuseSettings) -> trace.TracerProvider:
@@ -199,25 +234,48 @@ def _global_provider(settings: LangfuseSettings) -> trace.TracerProvider:
         return own
 
 
-def _langfuse_provider(settings: LangfuseSettings) -> trace.TracerProvider:
+def _with_langfuse(
+    settings: LangfuseSettings, provider: trace.TracerProvider | None
+) -> tuple[trace.TracerProvider, OutboxExporter | None]:
+    """Have Langfuse's client listen; return the provider, and the exporter where the client sends by ours."""
     from langfuse import Langfuse  # half a second, which only those with keys are to wait for
 
-    found = _global_provider(settings)
-    if isinstance(found, TracerProvider):
+    found = provider or trace.get_tracer_provider()
+    is_new = isinstance(found, trace.ProxyTracerProvider)
+    if not is_new and not isinstance(found, TracerProvider):
+        _say_once("the tracer provider is not one of the OpenTelemetry SDK, so Langfuse's client cannot listen", found)
+        return found, None
+    # Without a provider the client makes one, with the environment, release and sample rate as it reads them.
+    given = found if isinstance(found, TracerProvider) else None
+    client = Langfuse(tracer_provider=given, span_exporter=OutboxExporter())
+    # A client that the app had made before keeps its provider and exporter, and names them nowhere else.
+    resources = getattr(client, "_resources", None)
+    listening = getattr(resources, "tracer_provider", None)
+    exporter = getattr(resources, "span_exporter", None)
+    used: trace.TracerProvider = provider or listening or trace.get_tracer_provider()
+    if listening is not used:
+        _say_once("Langfuse's client was made before, and listens to another provider than the tracker's", used)
+        return used, None
+    if not isinstance(exporter, OutboxExporter):
+        _say_once("Langfuse's client was made before the tracker", used)
+        return used, None
+    if isinstance(used, TracerProvider):
         with _lock:
-            _own_providers.discard(found)
-        client = Langfuse(tracer_provider=found)
-        # A client that the app had made before with a provider of its own keeps it, and names it nowhere else.
-        resources = getattr(client, "_resources", None)
-        used = getattr(resources, "tracer_provider", None)
-        found = used if isinstance(used, TracerProvider) else found
-    else:
-        logger.warning(
-            "turntrace: the tracer provider of this process (%s) is not one of the OpenTelemetry SDK, so Langfuse's "
-            "client cannot listen to it: spans go where that provider sends them.",
-            type(found).__name__,
-        )
-    return found
+            _own_providers.discard(used)
+    return used, exporter
+
+
+def _say_once(why: str, provider: trace.TracerProvider) -> None:
+    with _lock:
+        if why in _said:
+            return
+        _said.add(why)
+    logger.warning(
+        "turntrace: %s (%s): spans go where it sends them, and what it loses in an outage is lost. "
+        "SessionTracker(outbox=True) keeps them in the outbox too.",
+        why,
+        type(provider).__name__,
+    )
 
 
 def ids_of(span: trace.Span) -> tuple[str, str]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span
 from opentelemetry.sdk.trace import ReadableSpan
 
 
@@ -18,3 +19,30 @@ def from_otlp(body: bytes) -> ExportTraceServiceRequest:
     request = ExportTraceServiceRequest()
     request.ParseFromString(body)
     return request
+
+
+def halves(body: bytes) -> list[tuple[bytes, int]]:
+    """Split what `to_otlp` wrote into two of as many spans each, with their numbers; one span is not split."""
+    request = from_otlp(body)
+    spans = [
+        (resource, scope, span)
+        for resource in request.resource_spans
+        for scope in resource.scope_spans
+        for span in scope.spans
+    ]
+    middle = len(spans) // 2
+    return [(_request_of(part), len(part)) for part in (spans[:middle], spans[middle:]) if part]
+
+
+def _request_of(spans: Sequence[tuple[ResourceSpans, ScopeSpans, Span]]) -> bytes:
+    request = ExportTraceServiceRequest()
+    last: tuple[ResourceSpans, ScopeSpans] | None = None
+    for resource, scope, span in spans:
+        if last is None or last[0] is not resource:
+            request.resource_spans.add(resource=resource.resource, schema_url=resource.schema_url)
+        if last is None or last[1] is not scope:
+            request.resource_spans[-1].scope_spans.add(scope=scope.scope, schema_url=scope.schema_url)
+        request.resource_spans[-1].scope_spans[-1].spans.append(span)
+        last = (resource, scope)
+    body: bytes = request.SerializeToString()
+    return body

@@ -3,6 +3,7 @@
 Sending one again overwrites it. A score has exactly one subject: a session, or the trace of a turn.
 """
 
+import json
 from typing import Any, Final
 
 from turntrace import attributes as a
@@ -10,17 +11,17 @@ from turntrace.content import to_json
 from turntrace.identity import derived_id
 from turntrace.summaries import SessionSummary
 
-SCORE_KIND: Final = "score"
-"""The kind of a row of the outbox that holds a score."""
-
 SCORE_PRUNINGS: Final = "context.prunings"
 """Name of the session score for how often something was pruned."""
 
 Value = str | bool | int | float
 
 
-def session_score(session_id: str, name: str, value: Value, *, comment: str | None = None) -> bytes:
-    """Return a score of a session, as JSON.
+Score = dict[str, Any]
+
+
+def session_score(session_id: str, name: str, value: Value, *, comment: str | None = None) -> Score:
+    """Return a score of a session.
 
     Args:
         session_id: The session.
@@ -31,8 +32,8 @@ def session_score(session_id: str, name: str, value: Value, *, comment: str | No
     return _score({"sessionId": session_id}, session_id, name, value, comment)
 
 
-def trace_score(trace_id: str, turn_id: str, name: str, value: Value, *, comment: str | None = None) -> bytes:
-    """Return a score of a turn's trace, as JSON.
+def trace_score(trace_id: str, turn_id: str, name: str, value: Value, *, comment: str | None = None) -> Score:
+    """Return a score of a turn's trace.
 
     Args:
         trace_id: Id of the trace, 32 hexadecimal digits.
@@ -44,17 +45,31 @@ def trace_score(trace_id: str, turn_id: str, name: str, value: Value, *, comment
     return _score({"traceId": trace_id}, turn_id, name, value, comment)
 
 
-def _score(subject: dict[str, str], subject_id: str, name: str, value: Value, comment: str | None) -> bytes:
+def write_score(score: Score, *, environment: str | None = None) -> bytes:
+    """Return a score as JSON.
+
+    Args:
+        score: The score.
+        environment: The environment of the spans of its subject, as Langfuse calls it.
+    """
+    return to_json(score if environment is None else {**score, "environment": environment}).encode()
+
+
+def read_score(body: bytes) -> Score:
+    """Read back what `write_score` wrote."""
+    score: Score = json.loads(body)
+    return score
+
+
+def _score(subject: dict[str, str], subject_id: str, name: str, value: Value, comment: str | None) -> Score:
     kind, given = "NUMERIC", value
     if isinstance(value, bool):
         kind, given = "BOOLEAN", int(value)  # it takes 0 and 1, not true
     elif isinstance(value, str):
         kind = "CATEGORICAL"
-    body: dict[str, Any] = {"id": derived_id("score", subject_id, name), **subject, "name": name}
+    body: Score = {"id": derived_id("score", subject_id, name), **subject, "name": name}
     body |= {"value": given, "dataType": kind}
-    if comment is not None:
-        body["comment"] = comment
-    return to_json(body).encode()
+    return body if comment is None else {**body, "comment": comment}
 
 
 def scores_of(session: SessionSummary) -> dict[str, Value]:

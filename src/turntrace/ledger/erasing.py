@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Collection
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
-from sqlalchemy import Connection, delete, exists, func, literal, or_, select, update
+from sqlalchemy import Connection, Table, delete, exists, func, literal, or_, select, update
 
 from turntrace import attributes as a
 from turntrace.ledger.tables import (
@@ -17,12 +17,13 @@ from turntrace.ledger.tables import (
     journeys,
     open_turns,
     outbox,
+    refused,
     sessions,
     stages,
     turns,
 )
+from turntrace.waiting import SCORE
 
-_SCORE: Final = "score"
 _BATCH: Final = 200
 _BY_SESSION: Final = (decisions, feedback, stages, turns, open_turns)
 
@@ -92,27 +93,31 @@ def erase_waiting(connection: Connection, user_id: str, erased: Erased) -> int:
     Returns:
         How many spans and scores were taken out.
     """
+    return sum(_erase_from(connection, table, user_id, erased) for table in (outbox, refused))
+
+
+def _erase_from(connection: Connection, table: Table, user_id: str, erased: Erased) -> int:
     taken, after = 0, 0
     session_ids = frozenset(erased.sessions)
     while True:
-        query = select(outbox.c.id, outbox.c.kind, outbox.c.body).where(outbox.c.id > after)
-        rows = connection.execute(query.order_by(outbox.c.id).limit(_BATCH)).all()
+        query = select(table.c.id, table.c.kind, table.c.body).where(table.c.id > after)
+        rows = connection.execute(query.order_by(table.c.id).limit(_BATCH)).all()
         for row in rows:
-            if row.kind == _SCORE:
+            if row.kind == SCORE:
                 score = json.loads(row.body)
                 if score.get("sessionId") in session_ids or score.get("traceId") in erased.traces:
-                    connection.execute(delete(outbox).where(outbox.c.id == row.id))
+                    connection.execute(delete(table).where(table.c.id == row.id))
                     taken += 1
             else:
-                taken += _take_spans(connection, row.id, row.body, user_id, session_ids)
+                taken += _take_spans(connection, table, row, user_id, session_ids)
         if len(rows) < _BATCH:
             return taken
         after = rows[-1].id
 
 
-def _take_spans(connection: Connection, item_id: int, body: bytes, user_id: str, session_ids: Collection[str]) -> int:
+def _take_spans(connection: Connection, table: Table, row: Any, user_id: str, session_ids: Collection[str]) -> int:
     request = ExportTraceServiceRequest()
-    request.ParseFromString(body)
+    request.ParseFromString(row.body)
     taken = kept = 0
     for scope in (scope for resource in request.resource_spans for scope in resource.scope_spans):
         others = [span for span in scope.spans if not _is_of(span, user_id, session_ids)]
@@ -121,12 +126,12 @@ def _take_spans(connection: Connection, item_id: int, body: bytes, user_id: str,
         if len(others) < len(scope.spans):
             del scope.spans[:]
             scope.spans.extend(others)
-    known = outbox.c.id == item_id
+    known = table.c.id == row.id
     if taken and kept:
         left = {"body": request.SerializeToString(), "items": kept}
-        connection.execute(update(outbox).where(known).values(left))
+        connection.execute(update(table).where(known).values(left))
     elif taken:
-        connection.execute(delete(outbox).where(known))
+        connection.execute(delete(table).where(known))
     return taken
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Final
 
 from sqlalchemy import Connection, select
@@ -24,26 +23,9 @@ from turntrace.ledger.tables import decisions, open_turns, outbox, sessions, tur
 from turntrace.ledger.writing import owner_of
 from turntrace.records import Step, TurnSummary
 from turntrace.summaries import JourneySummary, SessionSummary, StageEntered, UserSummary
+from turntrace.waiting import OutboxItem
 
 _SETTLE_S: Final = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class OutboxItem:
-    """A row of the outbox.
-
-    Attributes:
-        kind: ``spans``: an OTLP ``ExportTraceServiceRequest`` in protobuf.
-        body: What is to be sent.
-        items: How many spans the body holds.
-        created_ns: When it was put there, in nanoseconds since 1970.
-    """
-
-    id: int
-    kind: str
-    body: bytes
-    items: int
-    created_ns: int
 
 
 class LedgerQuestions:

@@ -14,8 +14,11 @@ from turntrace.ledger.tables import (
     feedback,
     gates,
     journeys,
+    leases,
     meta,
     metadata,
+    outbox,
+    refused,
     sessions,
     stages,
     turns,
@@ -50,8 +53,16 @@ def _to_3(connection: Connection) -> None:
         table.create(connection)
 
 
-MIGRATIONS: Final[dict[int, Callable[[Connection], None]]] = {1: _to_2, 2: _to_3}
-"""By version: what brings a ledger of that version to the next. Each only adds, and runs in one transaction."""
+def _to_4(connection: Connection) -> None:
+    """Add who sends and what was refused, each in a table of its own; rows of the outbox do not change any more."""
+    for table in (refused, leases):
+        table.create(connection)
+    for name in ("attempts", "next_try_ns", "leased_until_ns", "refused"):  # no version wrote anything into them
+        connection.exec_driver_sql(f"ALTER TABLE {outbox.name} DROP COLUMN {name}")
+
+
+MIGRATIONS: Final[dict[int, Callable[[Connection], None]]] = {1: _to_2, 2: _to_3, 3: _to_4}
+"""By version: what brings a ledger of that version to the next, in one transaction."""
 
 
 def prepare(connection: Connection) -> None:

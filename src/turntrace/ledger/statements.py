@@ -125,7 +125,7 @@ def _may_begin() -> tuple[Any, ...]:
 def _put() -> Any:
     named = {"kind": "kind", "body": "body", "items": "items", "created_ns": "created"}
     row = {column: _parameter(name, outbox.c[column]) for column, name in named.items()}
-    return insert(outbox).values(row | {"attempts": 0, "next_try_ns": 0, "leased_until_ns": 0})
+    return insert(outbox).values(row)
 
 
 def _put_decision() -> Any:

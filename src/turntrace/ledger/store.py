@@ -19,6 +19,7 @@ from turntrace.identity import new_hash_key
 from turntrace.ledger import schema
 from turntrace.ledger.engine import Database
 from turntrace.ledger.erasing import Erased, erase_waiting, forget
+from turntrace.ledger.outbox import StoredOutbox
 from turntrace.ledger.questions import LedgerQuestions
 from turntrace.ledger.rows import (
     continue_session,
@@ -67,6 +68,7 @@ class Ledger(LedgerQuestions):
 
     Attributes:
         settle: Called before a question is asked, with the seconds that it may take: writes down what still waits.
+        to_send: The outbox.
 
     Raises:
         ConfigurationError: If the URL cannot be used.
@@ -78,6 +80,7 @@ class Ledger(LedgerQuestions):
         self._database = Database(engine_or_url)
         self._side_by_side(schema.prepare)
         self._statements = Statements(self._database.dialect)
+        self.to_send = StoredOutbox(self._database)
 
     @property
     def url(self) -> str:
@@ -251,7 +254,9 @@ class Ledger(LedgerQuestions):
     def writing(self) -> Iterator[LedgerWriter]:
         """Give a writer whose changes are all made at the end of the block, or none of them."""
         with self._database.writing(many_rows=True) as connection:
-            yield LedgerWriter(connection, self._statements)
+            writer = LedgerWriter(connection, self._statements)
+            yield writer
+        self.to_send.note_growth(writer.put_bytes)
 
     # --- erasing ------------------------------------------------------------------------------------------------------
     def forget_user(self, user_id: str) -> Erased:

@@ -22,7 +22,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 """Version of the tables below; a change of them raises it and adds a migration to `turntrace.ledger.schema`."""
 
 metadata = MetaData()
@@ -244,9 +244,26 @@ outbox = Table(
     Column("body", LargeBinary, nullable=False),
     Column("items", Integer, nullable=False),
     Column("created_ns", BigInteger, nullable=False),
-    Column("attempts", Integer, nullable=False, default=0),
-    Column("next_try_ns", BigInteger, nullable=False, default=0),
-    Column("leased_until_ns", BigInteger, nullable=False, default=0),
-    Column("refused", Text),
     sqlite_autoincrement=True,
+)
+
+# What Langfuse would not take, set apart with its words.
+refused = Table(
+    "turntrace_refused",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("kind", String(20), nullable=False),
+    Column("body", LargeBinary, nullable=False),
+    Column("items", Integer, nullable=False),
+    Column("created_ns", BigInteger, nullable=False),
+    Column("why", Text, nullable=False),
+)
+
+# Who sends from the outbox, and until when it must have said that it lives.
+leases = Table(
+    "turntrace_leases",
+    metadata,
+    Column("name", String(40), primary_key=True),
+    Column("owner", String(64), nullable=False),
+    Column("until_ns", BigInteger, nullable=False),
 )

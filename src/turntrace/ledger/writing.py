@@ -47,17 +47,23 @@ class StageWanted(NamedTuple):
 
 
 class LedgerWriter:
-    """Changes to the ledger within one transaction. Made by `Ledger.writing`."""
+    """Changes to the ledger within one transaction. Made by `Ledger.writing`.
+
+    Attributes:
+        put_bytes: How many bytes were put into the outbox.
+    """
 
     def __init__(self, connection: Connection, statements: Statements) -> None:
         self._connection = connection
         self._statements = statements
         self._cursor = connection.connection.cursor()
+        self.put_bytes = 0
 
     def put(self, kind: str, body: bytes, *, items: int, created_ns: int) -> None:
         """Put something into the outbox."""
         values = {"kind": kind, "body": body, "items": items, "created": created_ns}
         self._statements.put.run(self._cursor, values)
+        self.put_bytes += len(body)
 
     def remove(self, item_id: int) -> None:
         """Take something out of the outbox."""

@@ -80,6 +80,19 @@ def idle_ns_of(idle_after: float | timedelta) -> int:
     return int(seconds * 1_000_000_000)
 
 
+def outbox_bytes_of(megabytes: float) -> int:
+    """Return how many bytes may wait in the outbox.
+
+    Raises:
+        ConfigurationError: If it is not a number above 0.
+    """
+    if isinstance(megabytes, bool) or not isinstance(megabytes, int | float) or not 0 < megabytes < float("inf"):
+        raise ConfigurationError(
+            f"outbox_max_mb is {megabytes!r:.40}. Allowed is a number of megabytes above 0: outbox_max_mb=512."
+        )
+    return int(megabytes * 1_000_000)
+
+
 def hash_key_of(given: str | bytes | None, from_environment: Any, ledger: Ledger) -> bytes:
     """Return the key for hashing users: the given one, that of the environment, or the one that the ledger keeps."""
     key = given if given is not None else from_environment and from_environment.get_secret_value()

@@ -1,7 +1,7 @@
 """What the writer does when steps and turns end: it ends their spans and writes their rows together."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from opentelemetry.sdk.trace import ReadableSpan
 
@@ -20,8 +20,6 @@ from turntrace.records import Step, TurnSummary, elapsed_ms
 
 if TYPE_CHECKING:
     from turntrace.lifecycle.turn import Turn
-
-_KIND_SPANS: Final = "spans"
 
 
 class SettleTurn(SpanJob):

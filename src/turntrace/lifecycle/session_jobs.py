@@ -1,26 +1,25 @@
 """What the writer does when sessions begin and end: it makes their spans and writes their rows together."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from opentelemetry.sdk.trace import ReadableSpan
 
 from turntrace import attributes as a
 from turntrace.attributes import AttributeValue
 from turntrace.content import to_json
-from turntrace.export import SCORE_KIND, scores_of, session_score, to_otlp
+from turntrace.export import Score, scores_of, session_score, to_otlp, write_score
 from turntrace.identity import derived_id
 from turntrace.ledger import LedgerWriter
 from turntrace.lifecycle.dropoff import DropoffFacts
 from turntrace.lifecycle.ending import end_span
 from turntrace.records import SessionFacts
 from turntrace.summaries import SessionSummary
+from turntrace.waiting import SCORE, SPANS
 
 if TYPE_CHECKING:
     from turntrace.lifecycle.tracker import SessionTracker
-
-_KIND_SPANS: Final = "spans"
 
 
 class SpanJob:
@@ -41,7 +40,7 @@ class SpanJob:
 
     def _put_spans(self, ledger: LedgerWriter) -> None:
         if self._body:
-            ledger.put(_KIND_SPANS, self._body, items=len(self._spans), created_ns=self._tracker.clock())
+            ledger.put(SPANS, self._body, items=len(self._spans), created_ns=self._tracker.clock())
 
 
 class AnnounceSession(SpanJob):
@@ -105,12 +104,14 @@ class EndSession(SpanJob):
             tracker.evaluate(ended)
 
 
-def put_scores(tracker: "SessionTracker", ledger: LedgerWriter, scores: list[bytes]) -> None:
-    """Put scores into the outbox, where there is a Langfuse to take them."""
-    if tracker.target.takes_scores:
+def put_scores(tracker: "SessionTracker", ledger: LedgerWriter, scores: Iterable[Score]) -> None:
+    """Put scores into the outbox, where there is a Langfuse to take them; none of a trace that is not sampled."""
+    target = tracker.target
+    if target.takes_scores:
         now = tracker.clock()
         for score in scores:
-            ledger.put(SCORE_KIND, score, items=1, created_ns=now)
+            if target.is_sampled(score.get("traceId", "")):
+                ledger.put(SCORE, write_score(score, environment=target.environment), items=1, created_ns=now)
 
 
 def known_json(facts: Any) -> str:

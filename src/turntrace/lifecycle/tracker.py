@@ -1,8 +1,10 @@
 """The tracker: begins sessions and turns, and has what ends written down."""
 
 import asyncio
+import atexit
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, ClassVar, Final, Self
@@ -13,7 +15,7 @@ from sqlalchemy import Engine
 from turntrace.boundary import never_breaks
 from turntrace.content import ContentLevel, ContentPolicy, classify_input
 from turntrace.errors import ConfigurationError, StateError
-from turntrace.export import SpanTarget, open_target
+from turntrace.export import Pace, SpanTarget, open_target
 from turntrace.identity import check_id, check_text, new_id
 from turntrace.ledger import Ledger
 from turntrace.lifecycle.asking import Afterwards
@@ -25,23 +27,26 @@ from turntrace.lifecycle.checks import (
     checked_type,
     hash_key_of,
     idle_ns_of,
+    outbox_bytes_of,
     text_or_none,
 )
 from turntrace.lifecycle.closing import FinishTurn, SettleTurn
 from turntrace.lifecycle.dropoff import DropoffFacts, is_dropoff
 from turntrace.lifecycle.evaluating import Evaluator, Evaluators
 from turntrace.lifecycle.journey import checked_stages
+from turntrace.lifecycle.sending import Sending
 from turntrace.lifecycle.session import Conversation, Session, SessionBlock
 from turntrace.lifecycle.sittings import Sittings, key_of_run
 from turntrace.lifecycle.sweep import Sweeper, restart_after_fork
 from turntrace.lifecycle.turn import Turn
 from turntrace.lifecycle.windows import Windows
-from turntrace.lifecycle.writer import Job, Writer
+from turntrace.lifecycle.writer import Job
 from turntrace.records import SessionFacts, TurnRequest
 from turntrace.settings import read_settings
 from turntrace.summaries import SessionSummary
 
 _STOP_S: Final = 30.0
+_EXIT_S: Final = 10.0
 
 
 class SessionTracker(Afterwards):
@@ -62,7 +67,11 @@ class SessionTracker(Afterwards):
         channel: Channel of sessions that are given none. Default: ``TURNTRACE_CHANNEL``, else ``unknown``.
         tracer_provider: The app's own OpenTelemetry provider. Default: the one that Langfuse's client uses, or the one
             set for the process.
-        outbox: Whether spans go into the ledger's outbox. Default: only when nothing else takes them.
+        outbox: Whether spans go into the ledger's outbox, from where they are sent to Langfuse. Default: unless
+            the app's own provider or client sends them.
+        outbox_max_mb: How many megabytes may wait there; beyond it the oldest are dropped, which is logged. Default:
+            ``TURNTRACE_OUTBOX_MAX_MB``, else 512.
+        pace: How long the sender waits for what.
         journeys: The journeys of the app: from their names to their stages, in order.
         dropoff: Says of a session that has ended whether it is a drop-off. Default: `turntrace.lifecycle.dropoff`'s.
         evaluators: Functions from the `SessionSummary` of a session that has ended to named scores, sync or async.
@@ -91,6 +100,8 @@ class SessionTracker(Afterwards):
         channel: str | None = None,
         tracer_provider: trace.TracerProvider | None = None,
         outbox: bool | None = None,
+        outbox_max_mb: float | None = None,
+        pace: Pace | None = None,
         journeys: Mapping[str, Sequence[str]] | None = None,
         dropoff: Callable[[DropoffFacts], bool] = is_dropoff,
         evaluators: Sequence[Evaluator] = (),
@@ -112,10 +123,10 @@ class SessionTracker(Afterwards):
         self.ledger = Ledger(settings.ledger if ledger is None else ledger)
         self._hasher = UserHasher(hash_key_of(user_hash_key, settings.user_hash_key, self.ledger))
         self.target: SpanTarget = open_target(tracer_provider, outbox=outbox)
-        self._writer = Writer(self.ledger)
+        max_bytes = outbox_bytes_of(settings.outbox_max_mb if outbox_max_mb is None else outbox_max_mb)
+        self._sending = Sending(self.ledger, self.target, max_bytes, pace)
+        self._writer = self._sending.writer
         self.ledger.settle = self._writer.drain  # whoever asks the ledger sees all that has ended
-        if self.target.processor is not None:
-            self.target.processor.flush_with(self._writer)
         self._sittings = Sittings(self, self._writer)
         self.windows = Windows()
         self._turns: dict[str, Turn] = {}
@@ -123,6 +134,9 @@ class SessionTracker(Afterwards):
         self._forgotten: set[str] = set()
         self._handler: Any = None
         self._lock = threading.Lock()
+        self._is_shut_down = False
+        weak = weakref.ref(self)
+        atexit.register(lambda: None if (alive := weak()) is None else alive._at_exit())
         self._evaluators = Evaluators(self, evaluators, evaluator_timeout)
         self._sweeper = None if sweep_every is None else Sweeper(self, sweep_every)
         if self._sweeper is not None:
@@ -341,20 +355,18 @@ class SessionTracker(Afterwards):
 
     # --- the end ------------------------------------------------------------------------------------------------------
     def flush(self, timeout: float | None = 30.0) -> bool:
-        """Wait until all that has ended is in the ledger, and have the spans sent.
+        """Wait until all that has ended is in the ledger, and have it sent, unless Langfuse takes nothing now.
 
         Args:
             timeout: Seconds to wait at most; None waits as long as it takes.
 
         Returns:
-            Whether all is in the ledger.
+            Whether all is in the ledger; what cannot be sent waits there.
         """
         written = self._writer.drain(timeout)
         if self._evaluators.drain(timeout):
             written = self._writer.drain(timeout) and written
-        if not self.target.to_outbox:
-            self.target.flush()
-        return written
+        return self._sending.flush(timeout) and written
 
     async def aflush(self, timeout: float | None = 30.0) -> bool:
         """Do what `flush` does, without blocking the event loop."""
@@ -375,8 +387,14 @@ class SessionTracker(Afterwards):
             for session_id in self._sittings.used():
                 self.end_session(session_id, "shutdown")
         self.flush()
-        self._writer.stop(_STOP_S)
+        self._sending.stop(_STOP_S)
         self.ledger.close()
+        self._is_shut_down = True
+
+    def _at_exit(self) -> None:
+        if not self._is_shut_down:
+            self.flush(_EXIT_S)
+            self._sending.stop(_EXIT_S)
 
     async def ashutdown(self, *, end_sessions: bool = False) -> None:
         """Do what `shutdown` does, without blocking the event loop."""

@@ -41,10 +41,12 @@ class Writer:
 
     Args:
         ledger: Where to write.
+        written: Called after each transaction.
     """
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, written: Callable[[], object] = lambda: None) -> None:
         self._ledger = ledger
+        self._written = written
         self._jobs: queue.SimpleQueue[Job | threading.Event] = queue.SimpleQueue()  # an event marks a place
         self._hurry = threading.Event()
         self._thread: threading.Thread | None = None
@@ -160,8 +162,15 @@ class Writer:
                 if self._failing:
                     self._failing = False
                     logger.warning("turntrace: the ledger can be written again.")
+                self._after_writing()
                 return True
         return True
+
+    def _after_writing(self) -> None:
+        try:
+            self._written()
+        except Exception as error:  # what was written is written
+            _caught(self._written, error)
 
     def _at_exit(self) -> None:
         if not self.drain(_EXIT_S):
@@ -180,7 +189,7 @@ def _call(writer: Writer | None, method: Callable[[Writer], None]) -> None:
         method(writer)
 
 
-def _caught(job: Job, error: Exception) -> None:
+def _caught(job: object, error: Exception) -> None:
     try:
         caught(f"writing down ({type(job).__name__})", error)
     except Exception:

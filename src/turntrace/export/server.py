@@ -1,0 +1,240 @@
+"""A Langfuse server over HTTP: what is sent to it, what it answers, and what can be read back."""
+
+import base64
+import gzip
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from enum import Enum
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Final
+
+from opentelemetry import context
+
+from turntrace.errors import DeliveryError
+from turntrace.settings import LangfuseSettings
+
+if TYPE_CHECKING:
+    import httpx
+
+_GZIP_LEVEL: Final = 1  # a tenth of the size for a sixth of the time of the highest
+_WORDS_LENGTH: Final = 300
+_PAGE: Final = 1000
+_NOT_INSTRUMENTED: Final = "suppress_instrumentation"
+"""The key by which OpenTelemetry's instrumentations know that a request is not the app's."""
+
+
+class Outcome(Enum):
+    """What an answer means for what was sent."""
+
+    ACCEPTED = "accepted"
+    LATER = "later"
+    TOO_LARGE = "too large"
+    REFUSED = "refused"
+    CLOSED = "closed"
+
+
+_MEANINGS: Final = {408: Outcome.LATER, 413: Outcome.TOO_LARGE, 429: Outcome.LATER} | dict.fromkeys(
+    (400, 422), Outcome.REFUSED
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What became of a request.
+
+    Attributes:
+        outcome: What it means.
+        words: The status and what the server said, or why there is no answer.
+        retry_after_s: Seconds that the server asks to wait; 0 when it says nothing.
+    """
+
+    outcome: Outcome
+    words: str = ""
+    retry_after_s: float = 0.0
+
+
+class LangfuseServer:
+    """A Langfuse server, as its keys and URL say. May be used by several threads.
+
+    Args:
+        settings: The settings of Langfuse's SDK; they must hold keys.
+    """
+
+    def __init__(self, settings: LangfuseSettings) -> None:
+        secret = settings.secret_key.get_secret_value() if settings.secret_key is not None else ""
+        keys = base64.b64encode(f"{settings.public_key}:{secret}".encode()).decode("ascii")
+        self.url = settings.server
+        self.timeout_s = settings.timeout
+        self._spans_url = f"{self.url}/{settings.otel_traces_export_path.lstrip('/')}"
+        self._headers = {
+            "Authorization": f"Basic {keys}",
+            "x-langfuse-sdk-name": "turntrace",
+            "x-langfuse-sdk-version": version("turntrace"),
+            "x-langfuse-public-key": str(settings.public_key),
+        }
+        self._client: httpx.Client | None = None
+        self._lock = threading.Lock()
+
+    # --- sending ------------------------------------------------------------------------------------------------------
+    def post_spans(self, body: bytes) -> Answer:
+        """Send spans.
+
+        Args:
+            body: An OTLP ``ExportTraceServiceRequest`` in protobuf.
+        """
+        headers = {
+            "Content-Type": "application/x-protobuf",
+            "Content-Encoding": "gzip",
+            "x-langfuse-ingestion-version": "4",
+        }
+        return self._post(self._spans_url, gzip.compress(body, _GZIP_LEVEL, mtime=0), headers)
+
+    def post_scores(self, body: bytes) -> Answer:
+        """Send one score as a JSON object, or several as an array."""
+        return self._post(f"{self.url}/api/public/scores", body, {"Content-Type": "application/json"})
+
+    def _post(self, url: str, body: bytes, headers: Mapping[str, str]) -> Answer:
+        import httpx
+
+        try:
+            response = self._request("POST", url, content=body, headers=headers)
+        except (httpx.TransportError, httpx.InvalidURL, httpx.DecodingError) as error:
+            return Answer(Outcome.LATER, f"{type(error).__name__}: {error}"[:_WORDS_LENGTH])
+        return _read_answer(response)
+
+    def _request(self, method: str, url: str, **request: Any) -> "httpx.Response":
+        token = context.attach(context.set_value(_NOT_INSTRUMENTED, True))
+        try:
+            return self._open().request(method, url, **request)
+        finally:
+            context.detach(token)
+
+    def _open(self) -> "httpx.Client":
+        import httpx
+
+        with self._lock:
+            if self._client is None:
+                self._client = httpx.Client(headers=self._headers, timeout=self.timeout_s)
+            return self._client
+
+    def close(self) -> None:
+        """Close the connections; another request opens them again."""
+        with self._lock:
+            client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
+    def after_fork(self) -> None:
+        """Leave the connections to the process that was forked."""
+        self._lock = threading.Lock()
+        self._client = None
+
+    # --- reading back -------------------------------------------------------------------------------------------------
+    def health(self) -> tuple[str, float]:
+        """Return the version of the server, and by how many seconds its clock is ahead of this machine's.
+
+        Raises:
+            DeliveryError: If there is no answer, or not that of a Langfuse.
+        """
+        before = time.time()
+        response = self._get("/api/public/health", {})
+        said = response.headers.get("Date")
+        # Its clock is told in whole seconds: the middle of that second against the middle of the request.
+        there = parsedate_to_datetime(said).timestamp() + 0.5 if said else before
+        try:
+            return str(response.json()["version"]), there - (before + time.time()) / 2
+        except (ValueError, KeyError, TypeError):
+            raise DeliveryError(
+                f"What answers at {self.url} is not a Langfuse. Set LANGFUSE_BASE_URL to its address, "
+                f"as {self.url.split('//')[0]}//localhost:3000."
+            ) from None
+
+    def project(self) -> str:
+        """Return the name of the project that the keys open.
+
+        Raises:
+            DeliveryError: If the keys open none, or there is no answer.
+        """
+        found = self._json("/api/public/projects", {})["data"]
+        return str(found[0].get("name") or found[0].get("id")) if found else "without a name"
+
+    def observations(self, session_id: str) -> Iterator[dict[str, Any]]:
+        """Give the observations of a session, as ``GET /api/public/v2/observations`` returns them.
+
+        Raises:
+            DeliveryError: If they cannot be read.
+        """
+        mine = [{"type": "string", "column": "sessionId", "operator": "=", "value": session_id}]
+        fields = "core,basic,time,metadata,model,usage,metrics"
+        return self._pages("/api/public/v2/observations", {"fields": fields, "filter": json.dumps(mine)})
+
+    def scores(self, *, session_id: str | None = None, trace_id: str | None = None) -> Iterator[dict[str, Any]]:
+        """Give the scores of a session, or of a turn's trace, as ``GET /api/public/v3/scores`` returns them.
+
+        Raises:
+            DeliveryError: If they cannot be read.
+        """
+        subject = {"sessionId": session_id} if trace_id is None else {"traceId": trace_id}
+        return self._pages("/api/public/v3/scores", {**subject, "fields": "core,subject,details"})
+
+    def _pages(self, path: str, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        cursor = None
+        while True:
+            page = self._json(path, {**asked, "limit": _PAGE} | ({} if cursor is None else {"cursor": cursor}))
+            yield from page["data"]
+            cursor = page.get("meta", {}).get("cursor")
+            if not cursor:
+                return
+
+    def _json(self, path: str, asked: Mapping[str, Any]) -> Any:
+        try:
+            return self._get(path, asked).json()
+        except ValueError:
+            raise DeliveryError(f"{self.url}{path} does not answer in JSON: is it a Langfuse?") from None
+
+    def _get(self, path: str, asked: Mapping[str, Any]) -> "httpx.Response":
+        import httpx
+
+        try:
+            response = self._request("GET", f"{self.url}{path}", params=asked)
+        except (httpx.TransportError, httpx.InvalidURL, httpx.DecodingError) as error:
+            raise DeliveryError(
+                f"Langfuse at {self.url} cannot be reached ({type(error).__name__}: {error}). "
+                "Check LANGFUSE_BASE_URL and the network."
+            ) from error
+        answer = _read_answer(response)
+        if answer.outcome is not Outcome.ACCEPTED:
+            raise DeliveryError(f"Langfuse at {self.url} answers {path} with {answer.words}.")
+        return response
+
+
+def several(scores: Sequence[bytes]) -> bytes:
+    """Return scores as one JSON array."""
+    return b"[" + b",".join(scores) + b"]"
+
+
+def _read_answer(response: "httpx.Response") -> Answer:
+    status = response.status_code
+    if response.is_success:
+        return Answer(Outcome.ACCEPTED)
+    outcome = _MEANINGS.get(status, Outcome.LATER if status >= 500 else Outcome.CLOSED)
+    words = f"{status}: {' '.join(response.text.split())}"[:_WORDS_LENGTH]
+    return Answer(outcome, words, _seconds(response.headers.get("Retry-After")))
+
+
+def _seconds(retry_after: str | None) -> float:
+    """Read ``Retry-After``: seconds, or a date."""
+    if not retry_after:
+        return 0.0
+    try:
+        return max(0.0, float(retry_after))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except ValueError:
+        return 0.0

@@ -1,0 +1,107 @@
+"""Having what was written sent: the sender of a tracker, and the bound of what may wait."""
+
+import logging
+import time
+from typing import Final
+
+from turntrace.boundary import caught
+from turntrace.errors import LedgerError
+from turntrace.export import Pace, Sender, SpanTarget
+from turntrace.ledger import Ledger, LedgerWriter
+from turntrace.lifecycle.writer import Writer
+from turntrace.waiting import SPANS
+
+logger = logging.getLogger("turntrace")
+
+MB: Final = 1_000_000
+
+
+class Sending:
+    """Sends what is in the outbox of a ledger, where there is a Langfuse, and keeps it within its bound.
+
+    Args:
+        ledger: The ledger.
+        target: Where spans go.
+        max_bytes: How many bytes may wait.
+        pace: How long the sender waits for what.
+    """
+
+    def __init__(self, ledger: Ledger, target: SpanTarget, max_bytes: int, pace: Pace | None) -> None:
+        self._ledger = ledger
+        self._target = target
+        self._max_bytes = max_bytes
+        self.sender = None if target.server is None else Sender(ledger.to_send, target.server, pace)
+        self.writer = Writer(ledger, self._written)
+        if target.exporter is not None:
+            target.exporter.keep = self._keep
+        if target.processor is not None:
+            target.processor.flush_with(self)
+        if self.sender is not None:
+            self.sender.start()  # what an earlier process left behind goes first
+
+    def _written(self) -> None:
+        """Keep the outbox within its bound and have it sent. Called by the writer after it has written."""
+        dropped = self._ledger.to_send.trim(self._max_bytes)
+        if dropped.items:
+            logger.warning(
+                "turntrace: the outbox is full (%s MB, outbox_max_mb): the oldest %s spans and scores were dropped.",
+                f"{self._max_bytes / MB:g}",
+                f"{dropped.items:,}",
+            )
+        if self.sender is not None:
+            self.sender.wake()
+
+    def _keep(self, body: bytes, spans: int) -> None:
+        """Put spans that ended outside of turns into the outbox. Called in a thread of OpenTelemetry's."""
+        job = _KeepSpans(body, spans)
+        try:
+            with self._ledger.writing() as ledger:
+                job.write(ledger)
+        except LedgerError:
+            self.writer.submit(job)  # which tries for as long as it takes
+        else:
+            self._written()
+
+    def drain(self, timeout: float | None) -> bool:
+        """Write down what has ended and send what waits, unless Langfuse takes nothing now.
+
+        Args:
+            timeout: Seconds after which it is not waited for longer; None for as long as it takes.
+
+        Returns:
+            Whether all is written.
+        """
+        written = self.writer.drain(timeout)
+        if self.sender is not None:
+            try:
+                self.sender.drain(timeout)
+            except LedgerError as error:
+                caught("sending what waits in the outbox", error)
+        return written
+
+    def flush(self, timeout: float | None) -> bool:
+        """Do what `drain` does, with what the provider holds back."""
+        self._target.flush()
+        return self.drain(timeout)
+
+    def stop(self, timeout: float) -> None:
+        """End the threads."""
+        self.writer.stop(timeout)
+        if self.sender is not None:
+            self.sender.stop(timeout)
+
+
+class _KeepSpans:
+    """Puts spans of others into the outbox."""
+
+    def __init__(self, body: bytes, spans: int) -> None:
+        self._body = body
+        self._spans = spans
+        self._at_ns = time.time_ns()
+
+    def prepare(self) -> None:
+        """Do nothing: all is known."""
+
+    def write(self, ledger: LedgerWriter) -> None:
+        """Put them there."""
+        ledger.put(SPANS, self._body, items=self._spans, created_ns=self._at_ns)
