@@ -69,7 +69,7 @@ def test_help_names_every_command(run: Run) -> None:
     assert result.exit_code == 0
     for name in ("demo", "replay", "sessions", "show", "sweep"):
         assert re.search(rf"^\s+{name} ", result.stdout, re.MULTILINE)
-    assert "export" not in result.stdout
+    assert "export" in result.stdout
 
 
 def test_an_unknown_command_or_option_is_a_mistake_of_the_caller(run: Run) -> None:
@@ -249,7 +249,7 @@ def test_the_demo_shows_a_session_as_a_tree_and_all_as_a_table(run: Run, url: st
     assert sorted(shown) == ["completed", "error", "handoff", "user_exit", "user_exit"]
     assert url in result.stdout
     assert "LANGFUSE_PUBLIC_KEY" in result.stdout
-    assert "turntrace export" not in result.stdout
+    assert "turntrace export" in result.stdout
 
     session_id = re.search(r"turntrace show (\w+)", result.stdout)
     assert session_id is not None

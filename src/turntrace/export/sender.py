@@ -54,6 +54,9 @@ class Pace:
         return max(waited, min(answer.retry_after_s, _MAX_RETRY_AFTER_S))
 
 
+_TIME_IS_UP: Final = Answer(Outcome.LATER, "the time is up")
+
+
 @dataclass(frozen=True, slots=True)
 class Sent:
     """What came of sending what waits.
@@ -157,28 +160,35 @@ class Sender:
         Raises:
             LedgerError: If the outbox cannot be read or written.
         """
+        if not self._sending.acquire(timeout=-1 if until is None else max(0.0, until - time.monotonic())):
+            return Sent(stopped_by=_TIME_IS_UP)
+        try:
+            return self._send_batches(until, on_sent)
+        finally:
+            self._sending.release()
+
+    def _send_batches(self, until: float | None, on_sent: Callable[[Delivered], object] | None) -> Sent:
         items = refused = 0
-        with self._sending:
-            while True:
-                if until is not None and time.monotonic() >= until:
-                    return Sent(items, refused, Answer(Outcome.LATER, "the time is up"))
-                claim = self._outbox.claim(
-                    self._owner, lease_s=self._lease_s, max_rows=_MAX_ROWS, max_bytes=MAX_REQUEST_BYTES
-                )
-                if not claim.items:
-                    return Sent(items, refused, busy_s=claim.busy_s)
-                self._leased_until = time.monotonic() + self._lease_s
-                done = deliver(self.server, claim.items, self._is_still_ours)
-                stopped_by = done.stopped_by
-                is_last = stopped_by is not None or len(claim.items) < _MAX_ROWS
-                holds = self._lease_s if stopped_by is not None or not is_last else 0
-                self._outbox.settle(self._owner, done.sent, done.refused, lease_s=holds)
-                items, refused = items + done.items, refused + len(done.refused)
-                self._note(done)
-                if on_sent is not None:
-                    on_sent(done)
-                if stopped_by is not None:
-                    return Sent(items, refused, stopped_by)
+        while True:
+            if until is not None and time.monotonic() >= until:
+                return Sent(items, refused, _TIME_IS_UP)
+            claim = self._outbox.claim(
+                self._owner, lease_s=self._lease_s, max_rows=_MAX_ROWS, max_bytes=MAX_REQUEST_BYTES
+            )
+            if not claim.items:
+                return Sent(items, refused, busy_s=claim.busy_s)
+            self._leased_until = time.monotonic() + self._lease_s
+            done = deliver(self.server, claim.items, self._is_still_ours)
+            stopped_by = done.stopped_by
+            is_last = stopped_by is not None or len(claim.items) < _MAX_ROWS
+            holds = self._lease_s if stopped_by is not None or not is_last else 0
+            self._outbox.settle(self._owner, done.sent, done.refused, lease_s=holds)
+            items, refused = items + done.items, refused + len(done.refused)
+            self._note(done)
+            if on_sent is not None:
+                on_sent(done)
+            if stopped_by is not None:
+                return Sent(items, refused, stopped_by)
 
     def _is_still_ours(self) -> bool:
         """Go on holding the lease in a delivery of many requests; tell whether nobody else has it."""

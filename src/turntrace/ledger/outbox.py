@@ -117,7 +117,7 @@ class StoredOutbox:
             sums = func.count(), func.sum(outbox.c["items"]), func.sum(func.length(outbox.c.body))
             kinds = select(outbox.c.kind, *sums, func.min(outbox.c.created_ns)).group_by(outbox.c.kind)
             found = {kind: Waiting(*map(int, row)) for kind, *row in connection.execute(kinds)}
-            apart = select(refused.c.why, func.sum(refused.c.items)).group_by(refused.c.why).order_by(refused.c.why)
+            apart = select(refused.c.why, func.sum(refused.c["items"])).group_by(refused.c.why).order_by(refused.c.why)
             return OutboxStatus(
                 spans=found.get(SPANS, Waiting()),
                 scores=found.get(SCORE, Waiting()),
