@@ -3,14 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help demo test lint types bench clean
+.PHONY: help demo test test-live lint types bench clean
 
 help:
 	@echo "make demo   run the demo: a support desk, three users, five sessions, seen in the terminal"
 	@echo "make test   run the tests"
+	@echo "make test-live   the tests of what arrives, against the Langfuse of LANGFUSE_BASE_URL and its keys"
 	@echo "make lint   ruff"
 	@echo "make types  mypy, strict"
-	@echo "make bench  what tracking, fitting and the ledger cost, next to others (takes minutes)"
+	@echo "make bench  what tracking, fitting, the ledger and sending cost, next to others (takes minutes)"
 	@echo "make clean  remove the virtual environment and what tools left"
 
 $(VENV)/.made:
@@ -32,6 +33,9 @@ demo: $(VENV)/.app
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
 
+test-live: $(VENV)/.dev
+	TURNTRACE_LIVE=1 $(BIN)/python -m pytest -m live $(ARGS)
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,6 +47,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/turn_overhead.py
 	$(BIN)/python benchmarks/context.py
 	$(BIN)/python benchmarks/ledger.py
+	$(BIN)/python benchmarks/export.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -29,13 +29,18 @@ from pathlib import Path
 
 import httpx
 from _tables import machine, middle
+from langfuse import Langfuse
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.trace import Tracer, set_span_in_context
 from rich.console import Console
 from rich.table import Table
 
-KEYS = ("pk-lf-test", "sk-lf-test")
+from turntrace import SessionTracker
+from turntrace.export import to_otlp
+from turntrace.ledger import LedgerWriter
+
+OURS, THEIRS, SECRET = "pk-lf-test", "pk-lf-other", "sk-lf-test"  # Langfuse's client is one for a key in a process
 SPANS_A_TURN = 7
 MOST_QUEUED = 1_400
 WARM_UP_TURNS = 100
@@ -79,10 +84,8 @@ class ByLangfuse:
     name = "Langfuse's exporter"
 
     def __init__(self, url: str) -> None:
-        from langfuse import Langfuse
-
         self._provider = TracerProvider()
-        self._client = Langfuse(public_key=KEYS[0], secret_key=KEYS[1], base_url=url, tracer_provider=self._provider)
+        self._client = Langfuse(public_key=THEIRS, secret_key=SECRET, base_url=url, tracer_provider=self._provider)
         self._tracer = self._provider.get_tracer("benchmark")
 
     def round(self, turns: int) -> float:
@@ -109,11 +112,9 @@ class Turn:
 
     def prepare(self) -> None:
         """Encode them."""
-        from turntrace.export import to_otlp
-
         self._body = to_otlp(self._spans)
 
-    def write(self, ledger: "LedgerWriter") -> None:
+    def write(self, ledger: LedgerWriter) -> None:
         """Put them there."""
         ledger.put("spans", self._body, items=len(self._spans), created_ns=time.time_ns())
 
@@ -124,11 +125,10 @@ class ByOutbox:
     name = "outbox"
 
     def __init__(self, url: str, folder: Path) -> None:
-        from turntrace import SessionTracker
-
-        os.environ.update(LANGFUSE_PUBLIC_KEY="pk-lf-test", LANGFUSE_SECRET_KEY=KEYS[1], LANGFUSE_BASE_URL=url)
+        os.environ.update(LANGFUSE_PUBLIC_KEY=OURS, LANGFUSE_SECRET_KEY=SECRET, LANGFUSE_BASE_URL=url)
         provider = TracerProvider()
-        self._tracker = SessionTracker(f"sqlite:///{folder}/ledger.db", tracer_provider=provider, outbox=True)
+        self._tracker = SessionTracker(f"sqlite:///{folder}/ledger.db", tracer_provider=provider)
+        assert self._tracker.target.to_outbox
         self._target = self._tracker.target
         self._tracer = provider.get_tracer("turntrace")
 
@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    server_file = Path(__file__).parent.parent / "tests" / "langfuse_server.py"
+    server_file = Path(__file__).parent.parent / "tests" / "loopback.py"
     with subprocess.Popen([sys.executable, str(server_file)], stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
@@ -168,7 +168,6 @@ def main() -> None:
 def run(url: str, options: argparse.Namespace) -> None:
     """Run the rounds, and print what they came to."""
     with tempfile.TemporaryDirectory() as folder:
-        # Langfuse's client is one for a key in a process: the one that sends by itself has the key, ours another.
         ours = ByOutbox(url, Path(folder))
         theirs = ByLangfuse(url)
         figures = {ours.name: Figures(), theirs.name: Figures()}
@@ -191,6 +190,32 @@ def measure(one_round: Callable[[int], float], turns: int, figures: Figures) -> 
     spans = turns * SPANS_A_TURN
     figures.per_second.append(spans / (time.perf_counter() - began))
     figures.caller_us.append(cpu / spans * 1e6)
+
+
+def arrived(url: str) -> int:
+    """Ask the server how many spans it has."""
+    return int(httpx.get(f"{url}/count").json()["spans"])
+
+
+def show(figures: dict[str, Figures], options: argparse.Namespace, made: int, has: int) -> None:
+    """Print the figures."""
+    table = Table("way", "spans/s", "caller CPU, us a span")
+    for name, of_way in figures.items():
+        table.add_row(name, middle(of_way.per_second), middle(of_way.caller_us))
+    ours, theirs = figures[ByOutbox.name], figures[ByLangfuse.name]
+    pairs = [a / b for a, b in zip(ours.per_second, theirs.per_second, strict=True)]
+    console = Console()
+    console.print(machine())
+    console.print(table)
+    console.print(f"throughput, outbox / Langfuse's exporter: {middle(pairs)} (target: at least 0.8)")
+    cpu = [a - b for a, b in zip(ours.caller_us, theirs.caller_us, strict=True)]
+    console.print(f"caller CPU, outbox - Langfuse's exporter: {middle(cpu)} us a span")
+    console.print(f"spans made {made:,}, on the server {has:,}")
+    if options.json is not None:
+        found = {"throughput_ratio": statistics.median(pairs), "caller_us_difference": statistics.median(cpu)}
+        options.json.write_text(json.dumps(found), encoding="utf-8")
+    if has != made:
+        raise SystemExit("spans are missing")
 
 
 if __name__ == "__main__":

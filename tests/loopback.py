@@ -25,6 +25,11 @@ from google.protobuf.message import DecodeError
 from loopback_store import Span, Store, decode
 
 PUBLIC_KEY, SECRET_KEY = "pk-lf-test", "sk-lf-test"
+OTHER_PUBLIC_KEY = "pk-lf-other"
+"""Another key of the same project: Langfuse's client is one for a key in a process."""
+_KEYS = {
+    "Basic " + base64.b64encode(f"{public}:{SECRET_KEY}".encode()).decode() for public in (PUBLIC_KEY, OTHER_PUBLIC_KEY)
+}
 VERSION = "4.16.0"
 OTLP, SCORES = "/api/public/otel/v1/traces", "/api/public/scores"
 _WRONG_KEYS = {"message": "Invalid credentials. Confirm that you've configured the correct host."}
@@ -308,11 +313,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def _refused(self) -> Answer | None:
-        keys = base64.b64encode(f"{PUBLIC_KEY}:{SECRET_KEY}".encode()).decode()
         given = self.headers.get("Authorization")
         if given is None:
             return 401, {"message": "No authorization header"}
-        return None if given == f"Basic {keys}" else (401, _WRONG_KEYS)
+        return None if given in _KEYS else (401, _WRONG_KEYS)
 
     def _take_spans(self, body: bytes) -> tuple[Answer, int]:
         refused = self._refused()
@@ -360,6 +364,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _asked(self, path: str, asked: dict[str, str]) -> Answer:
         if path in ("/api/public/health", "/api/public/ready"):
             return 200, {"status": "OK", "version": self.owner.version}
+        if path == "/count":  # for benchmarks
+            return 200, {"spans": len(self.owner.spans())}
         refused = self._refused()
         if refused is not None:
             return refused

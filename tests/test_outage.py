@@ -150,13 +150,13 @@ def assert_flat(samples: Path) -> None:
     """While the server was away nothing piled up in memory, and a conversation took no longer than before."""
     of_process: dict[str, list[tuple[float, float]]] = {}
     for line in samples.read_text(encoding="utf-8").splitlines():
-        process, memory, took = line.split()
-        of_process.setdefault(process, []).append((float(memory), float(took)))
+        process, mb, seconds = line.split()
+        of_process.setdefault(process, []).append((float(mb), float(seconds)))
     longest = max(of_process.values(), key=len)[WARM:]
     assert len(longest) >= 8
-    memory = [mb for mb, _ in longest]
+    memory = [each for each, _ in longest]
     assert memory[-1] - memory[0] < 25
-    took = [seconds for _, seconds in longest]
+    took = [each for _, each in longest]
     half = len(took) // 2
     assert statistics.median(took[half:]) < 4 * statistics.median(took[:half])
     print(f"memory {memory[0]:.0f} to {memory[-1]:.0f} MB; a conversation {1000 * statistics.median(took):.0f} ms")

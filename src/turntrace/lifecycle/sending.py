@@ -30,6 +30,7 @@ class Sending:
         self._ledger = ledger
         self._target = target
         self._max_bytes = max_bytes
+        self._is_stopped = False
         self.sender = None if target.server is None else Sender(ledger.to_send, target.server, pace)
         self.writer = Writer(ledger, self._written)
         if target.exporter is not None:
@@ -48,7 +49,7 @@ class Sending:
                 f"{self._max_bytes / MB:g}",
                 f"{dropped.items:,}",
             )
-        if self.sender is not None:
+        if self.sender is not None and not self._is_stopped:
             self.sender.wake()
 
     def _keep(self, body: bytes, spans: int) -> None:
@@ -72,7 +73,7 @@ class Sending:
             Whether all is written.
         """
         written = self.writer.drain(timeout)
-        if self.sender is not None:
+        if self.sender is not None and not self._is_stopped:
             try:
                 self.sender.drain(timeout)
             except LedgerError as error:
@@ -85,7 +86,8 @@ class Sending:
         return self.drain(timeout)
 
     def stop(self, timeout: float) -> None:
-        """End the threads."""
+        """End the threads; what is written after it, a later process sends."""
+        self._is_stopped = True
         self.writer.stop(timeout)
         if self.sender is not None:
             self.sender.stop(timeout)
