@@ -4,16 +4,20 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
 from typer.testing import CliRunner, Result
 
 import turntrace
+from loopback import LangfuseServer
 from turntrace import SessionTracker
 from turntrace.cli.main import app
 from turntrace.cli.render import duration, money, safe
@@ -407,3 +411,110 @@ def test_a_sweep_does_not_make_a_ledger(run: Run, tmp_path: Path) -> None:
     result = run("sweep", "--ledger", f"sqlite:///{tmp_path}/none.db")
     assert result.exit_code == 2
     assert not (tmp_path / "none.db").exists()
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def waiting(url: str) -> str:
+    """A ledger with a session whose spans and scores wait."""
+    tracker = SessionTracker(url, tracer_provider=TracerProvider(), outbox=True)
+    with tracker.session() as session, session.conversation("c-1").turn("Hello"):
+        pass
+    tracker.shutdown()
+    return url
+
+
+def set_keys(monkeypatch: pytest.MonkeyPatch, server: LangfuseServer) -> None:
+    for name, value in {**server.keys, "LANGFUSE_TIMEOUT": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_export_without_keys_says_what_to_set(run: Run, waiting: str) -> None:
+    result = run("export", "--ledger", waiting)
+    assert result.exit_code == 2
+    assert "set LANGFUSE_PUBLIC_KEY" in result.stderr
+
+
+def test_export_sends_what_waits_and_says_so(run: Run, waiting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LangfuseServer() as server:
+        set_keys(monkeypatch, server)
+        result = run("export", "--ledger", waiting)
+        assert result.exit_code == 0
+        assert "Nothing waits." in result.stdout
+        assert {span.name for span in server.spans()} == {"session.start", "conversation.turn", "session.end"}
+        assert server.scores()
+        before = len(server.requests)
+        assert run("export", "--ledger", waiting).exit_code == 0
+        assert len(server.requests) == before
+
+
+@pytest.mark.usefixtures("lenient")
+def test_export_to_a_server_that_is_away_ends_with_1_and_keeps_all(
+    run: Run, waiting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = LangfuseServer().start()
+    server.stop()
+    set_keys(monkeypatch, server)
+    result = run("export", "--ledger", waiting)
+    assert result.exit_code == 1
+    assert re.search(r"3 spans and \d+ scores wait: ConnectError", result.stdout)
+    with server:
+        assert run("export", "--ledger", waiting).exit_code == 0
+
+
+@pytest.mark.usefixtures("lenient")
+def test_export_with_wrong_keys_says_so_at_once(run: Run, waiting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LangfuseServer() as server:
+        set_keys(monkeypatch, server)
+        monkeypatch.setenv("LANGFUSE_SECRET_KEY", "sk-lf-wrong")
+        result = run("export", "--ledger", waiting)
+        assert result.exit_code == 1
+        assert "turntrace doctor" in result.stdout
+        assert len(server.requests) == 1
+
+
+def test_export_shows_what_waits_and_what_was_set_apart_and_sends_that_again(
+    run: Run, waiting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = run("export", "--status", "--ledger", waiting)
+    assert status.exit_code == 0
+    assert re.search(r"^spans that wait +3  ", status.stdout, re.MULTILINE)
+    assert re.search(r"^oldest +\d{4}-\d\d-\d\d .* ago$", status.stdout, re.MULTILINE)
+    with LangfuseServer() as server:
+        set_keys(monkeypatch, server)
+        server.refuses = lambda span: span.name == "conversation.turn"
+        result = run("export", "--ledger", waiting)
+        assert result.exit_code == 0
+        assert "1 were refused and set apart" in result.stdout
+        status = run("export", "--status", "--ledger", waiting)
+        assert re.search(r"^set apart +1$", status.stdout, re.MULTILINE)
+        assert "1: 400:" in status.stdout
+        server.refuses = None
+        assert run("export", "--again", "--ledger", waiting).exit_code == 0
+        assert "conversation.turn" in {span.name for span in server.spans()}
+
+
+def test_export_watches_until_it_is_stopped(waiting: str) -> None:
+    with LangfuseServer() as server:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "turntrace.cli.main", "export", "--watch", "--ledger", waiting],
+            env={**os.environ, **server.keys},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        until(lambda: len(server.spans()) == 3)
+        tracker = SessionTracker(waiting, tracer_provider=TracerProvider(), outbox=True)
+        with tracker.session() as session, session.conversation("c-2").turn("Hello"):
+            pass
+        tracker.shutdown()
+        until(lambda: len(server.spans()) == 6)
+        process.send_signal(signal.SIGINT)
+        assert "Nothing waits." in process.communicate(timeout=60)[0]
+        assert process.returncode == 0
+
+
+def until(true: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < give_up
+        time.sleep(0.05)

@@ -13,6 +13,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+import postgres
 from loopback import OTLP, SCORES, Failure, LangfuseServer
 from loopback_store import decode
 from turntrace import SessionTracker
@@ -22,7 +23,7 @@ from turntrace.export import LangfuseServer as Address
 from turntrace.export.encode import halves
 from turntrace.ledger import Ledger
 from turntrace.settings import LangfuseSettings
-from turntrace.waiting import SCORE, SPANS
+from turntrace.waiting import SCORE, SPANS, Refusal
 
 QUICK = Pace(linger_s=0.0, first_s=0.02, most_s=0.1, closed_s=0.05, closed_most_s=0.1)
 PATIENCE_S = 30.0
@@ -288,8 +289,17 @@ def test_of_a_score_that_was_given_again_the_newest_value_counts(server: Langfus
 
 
 # --- who sends, and how much may wait ---------------------------------------------------------------------------------
-def test_several_senders_never_send_at_once_and_send_each_row_once(server: LangfuseServer, tmp_path: Path) -> None:
-    ledgers = [Ledger(f"sqlite:///{tmp_path / 'ledger.db'}") for _ in range(4)]
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'ledger.db'}"
+        return
+    with postgres.server() as running:
+        yield postgres.new_schema(running)
+
+
+def test_several_senders_never_send_at_once_and_send_each_row_once(server: LangfuseServer, url: str) -> None:
+    ledgers = [Ledger(url) for _ in range(4)]
     bodies = [spans_of(1, name=f"turn{number}") for number in range(300)]
     senders = [Sender(ledger.to_send, address(server), QUICK) for ledger in ledgers]
     for sender in senders:
@@ -328,16 +338,20 @@ def test_whoever_lost_the_lease_in_a_delivery_stops(server: LangfuseServer, ledg
     assert outbox.renew("other", lease_s=60)
 
 
-@pytest.mark.parametrize("database", ["file", "memory"])
-def test_beyond_its_bound_the_oldest_go_and_are_counted(database: str, tmp_path: Path) -> None:
-    ledger = Ledger("sqlite://" if database == "memory" else f"sqlite:///{tmp_path / 'other.db'}")
+def test_beyond_its_bound_the_oldest_go_and_are_counted(url: str) -> None:
+    ledger = Ledger(url)
     for number in range(20):
         put(ledger, SPANS, bytes([number]) * 1_000, items=2)
     assert ledger.to_send.trim(20_000) == (0, 0)
     put(ledger, SPANS, b"x" * 3_500, items=2)
     assert ledger.to_send.trim(20_000) == (8, 4_000)
     assert [item.body[0] for item in ledger.outbox()][:2] == [4, 5]
-    assert ledger.to_send.status().dropped == 8
+    status = ledger.to_send.status()
+    assert (status.dropped, status.spans.items, status.spans.size) == (8, 34, 19_500)
+    ledger.to_send.settle("me", [], [Refusal(ledger.outbox()[0], "so it says")], lease_s=0)
+    assert ledger.to_send.status().refused == (("so it says", 2),)
+    assert ledger.to_send.try_again() == 1
+    assert ledger.to_send.status().spans.items == 36
     ledger.close()
 
 

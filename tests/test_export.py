@@ -2,6 +2,7 @@
 
 import base64
 import gzip
+import json
 import logging
 import sqlite3
 import subprocess
@@ -521,6 +522,94 @@ def test_with_one_key_only_spans_wait_in_the_outbox(server: Server, url: str) ->
     run(PLAYS_AND_FLUSHES, url, LANGFUSE_PUBLIC_KEY="pk-lf-1", LANGFUSE_BASE_URL=server.url)
     assert sorted(in_ledger(url)[1]) == sorted([*NAMES, "agent", "work"])
     assert server.requests == []
+
+
+def test_a_client_that_the_app_made_before_sends_by_itself_and_that_is_said_once(server: Server, url: str) -> None:
+    before = "from langfuse import Langfuse\nLangfuse()\n"
+    out = run(before + PLAYS_AND_FLUSHES + "SessionTracker()\n", url, **keys(server))
+    assert out.count("made before the tracker") == 1
+    assert "SessionTracker(outbox=True)" in out
+    assert sorted(span.name for span in server.spans() if span.scope == "turntrace") == sorted([*NAMES, "agent"])
+    assert in_ledger(url) == (1, [])
+
+
+def test_spans_of_others_outside_of_turns_go_through_the_outbox_too(server: Server, url: str) -> None:
+    server.status = 503
+    script = """
+from langfuse import get_client, observe
+from turntrace import SessionTracker
+tracker = SessionTracker()
+
+@observe()
+def nightly():
+    pass
+
+nightly()
+with tracker.session(session_id="mine") as session:
+    with session.conversation("c1").turn("Hello"):
+        pass
+get_client().flush()
+"""
+    run(script, url, **keys(server))
+    turns, names = in_ledger(url)
+    assert (turns, sorted(names)) == (1, sorted([*NAMES, "nightly"]))
+
+
+def test_a_second_tracker_of_a_process_is_as_durable(server: Server, url: str, tmp_path: Path) -> None:
+    server.status = 503
+    other = f"sqlite:///{tmp_path}/other.db"
+    run(
+        f"from turntrace import SessionTracker\nSessionTracker({other!r}).shutdown()\n" + PLAYS_AND_FLUSHES,
+        url,
+        **keys(server),
+    )
+    assert sorted(in_ledger(url)[1]) == sorted([*NAMES, "agent", "work"])
+
+
+def test_a_worker_that_is_forked_sends_what_it_tracks(server: Server, url: str) -> None:
+    script = """
+import os
+from turntrace import SessionTracker
+tracker = SessionTracker()  # as gunicorn --preload does it, before it forks its workers
+
+def talk(name):
+    with tracker.session(session_id=name) as session:
+        with session.conversation(name).turn("Hello"):
+            pass
+    tracker.flush()
+
+talk("mine")
+workers = []
+for number in range(3):
+    pid = os.fork()
+    if pid == 0:
+        talk(f"worker-{number}")
+        os._exit(0)
+    workers.append(pid)
+assert [os.waitpid(pid, 0)[1] for pid in workers] == [0, 0, 0]
+talk("again")
+"""
+    run(script, url, **keys(server))
+    sessions = [span.attributes["session.id"] for span in server.spans() if span.name == "conversation.turn"]
+    assert sorted(sessions) == ["again", "mine", "worker-0", "worker-1", "worker-2"]
+
+
+def test_no_score_is_sent_of_a_turn_that_is_not_sampled(server: Server, url: str) -> None:
+    script = """
+from turntrace import SessionTracker
+tracker = SessionTracker()
+with tracker.session(session_id="mine") as session:
+    with session.conversation("c1").turn("Hello") as turn:
+        pass
+    turn.feedback(True)
+tracker.flush()
+"""
+    run(script, url, **keys(server), LANGFUSE_SAMPLE_RATE="0", LANGFUSE_TRACING_ENVIRONMENT="staging")
+    scores = [json.loads(request.body) for request in server.requests if request.path == "/api/public/scores"]
+    scores = [score for body in scores for score in (body if isinstance(body, list) else [body])]
+    assert {score["name"] for score in scores} >= {"session.total_turns", "session.user_satisfaction"}
+    assert all("traceId" not in score for score in scores)
+    assert {score["environment"] for score in scores} == {"staging"}
 
 
 # --- what finds the place ---------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ FLOORS: dict[str, float] = {
     **dict.fromkeys(("context", "export", "ledger"), 2),
     "lifecycle": 3,
     **dict.fromkeys(("graph", "analytics"), 4),
-    "report": 5,
+    **dict.fromkeys(("report", "doctor"), 5),
     "demo": 6,
     "cli": 6.5,  # on one floor with the demo, which it runs
 }

@@ -231,5 +231,22 @@ def export(
     return sending.send(opened, watch=watch, again=again)
 
 
+@_command
+def doctor(
+    verify: Annotated[
+        str | None,
+        typer.Option("--verify", metavar="SESSION", help="Compare a session in the ledger with what Langfuse has."),
+    ] = None,
+    ledger: LedgerOption = None,
+) -> int:
+    """Look at keys, server, clock, ledger, encodings and versions, and say what to do.
+
+    Exit codes: 1 when something is to be put right, or what was tracked has not arrived.
+    """
+    from turntrace.cli import doctor
+
+    return doctor.doctor(ledger, verify)
+
+
 if __name__ == "__main__":
     main()

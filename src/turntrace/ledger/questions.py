@@ -95,6 +95,12 @@ class LedgerQuestions:
         with self._asking() as connection:
             return [(row["turn_id"], decision_from(row)) for row in connection.execute(query).mappings()]
 
+    def span_counts(self, session_id: str) -> dict[str, int]:
+        """Return how many spans the traces of a session's turns that have ended have, by the ids of the turns."""
+        query = select(turns.c.id, turns.c.spans).where(turns.c.session_id == session_id)
+        with self._asking() as connection:
+            return {row["id"]: row["spans"] for row in connection.execute(query).mappings()}
+
     def user(self, user_id: str) -> UserSummary | None:
         """Return what is known of a user over all sessions, or None.
 
