@@ -224,6 +224,12 @@ LANGFUSE_COST_DETAILS: Final = _name(
 LANGFUSE_COMPLETION_START_TIME: Final = _name(
     "langfuse.observation.completion_start_time", str, "generation", "first token", unit="ISO 8601", source="Langfuse"
 )
+LANGFUSE_PROMPT_NAME: Final = _name(
+    "langfuse.observation.prompt.name", str, "generation", "the linked prompt of Langfuse's", source="Langfuse"
+)
+LANGFUSE_PROMPT_VERSION: Final = _name(
+    "langfuse.observation.prompt.version", int, "generation", "version of that prompt", source="Langfuse"
+)
 LANGFUSE_METADATA_PREFIX: Final = "langfuse.observation.metadata."
 
 GEN_AI_OPERATION_NAME: Final = _name(

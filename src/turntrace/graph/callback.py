@@ -30,7 +30,8 @@ class SessionCallbackHandler(GraphCallbackHandler):
 
     It reads from the config's metadata: ``session_id``, ``user_id``, ``conversation_id`` (else ``thread_id``),
     ``channel``, ``topic``, ``tier``, ``org_id``, ``locale`` and ``client_version``; ``langfuse_session_id``,
-    ``langfuse_user_id`` and ``langfuse_tags`` mean the same as with Langfuse's own handler.
+    ``langfuse_user_id`` and ``langfuse_tags`` mean the same as with Langfuse's own handler. So does ``langfuse_prompt``
+    in the metadata of a prompt template or a chain: the call of a model that follows is linked to that prompt.
 
     Args:
         tracker: The tracker that keeps the turns. Default: one for the process, with settings from the environment.

@@ -8,6 +8,8 @@ from langchain_core.outputs import ChatGeneration, LLMResult
 from langgraph.errors import GraphBubbleUp, GraphInterrupt
 from langgraph.types import Command
 
+from turntrace import attributes as a
+from turntrace.attributes import AttributeValue
 from turntrace.content import last_message
 from turntrace.identity import safe_id, safe_text
 from turntrace.records import LLMCall, TurnRequest, Usage
@@ -15,6 +17,8 @@ from turntrace.records import LLMCall, TurnRequest, Usage
 HIDDEN_TAG: Final = "langsmith:hidden"
 _STEP_TAG: Final = "graph:step:"
 _SENT: Final = "__pregel_push"
+_PROMPT_KEY: Final = "langfuse_prompt"
+_MAX_VERSION: Final = 2**31 - 1
 _TEXTS: Final = frozenset({"channel", "topic", "tier", "org_id", "locale", "client_version"})
 _REQUEST_KEYS: Final = _TEXTS | {
     *("session_id", "user_id", "conversation_id", "thread_id"),
@@ -86,6 +90,30 @@ def tools_of(options: Mapping[str, Any]) -> Sequence[Any]:
     params = options.get("invocation_params")
     tools = params.get("tools") if isinstance(params, Mapping) else None
     return tools if isinstance(tools, list | tuple) else ()
+
+
+def prompt_of(metadata: Mapping[str, Any] | None) -> Mapping[str, AttributeValue] | None:
+    """Return the attributes that link a generation to the prompt of Langfuse's that a run's metadata names.
+
+    Returns:
+        None when it names no prompt; nothing when it names one that cannot be linked: a fallback that stands for a
+        prompt that could not be fetched, or something that is none.
+    """
+    prompt = None if metadata is None else metadata.get(_PROMPT_KEY)
+    if prompt is None:
+        return None
+    try:
+        if not prompt:
+            return None
+        name, version = prompt.name, prompt.version
+        if getattr(prompt, "is_fallback", False) or not isinstance(name, str) or type(version) is not int:
+            return {}
+        name.encode()  # what UTF-8 cannot hold cannot be sent
+    except Exception:  # the app may put anything there
+        return {}
+    if not name or not 0 <= version <= _MAX_VERSION:
+        return {}
+    return {a.LANGFUSE_PROMPT_NAME: name, a.LANGFUSE_PROMPT_VERSION: version}
 
 
 def message_in(inputs: Any, key: str = "messages") -> Any:

@@ -26,6 +26,8 @@ from turntrace.lifecycle.turn import TURN_ID_KEY
 
 Metadata: TypeAlias = Mapping[str, Any] | None
 Tags: TypeAlias = Sequence[str] | None
+Prompt: TypeAlias = Mapping[str, AttributeValue]
+"""What links a call of a model to a prompt of Langfuse's: attributes, none for a prompt that cannot be linked."""
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +41,8 @@ class Root:
         owns_turn: Whether the turn ends with it.
         below: The runs below it that have not ended.
         interrupted: Whether it stopped to wait for a person.
+        names_prompts: Whether a run below it named a prompt, so that calls of models have one to look for.
+        prompt: The prompt that it named itself, for a run whose parent is not known.
     """
 
     turn: Turn
@@ -47,6 +51,8 @@ class Root:
     above: OpenStep | None = None
     below: set[UUID] = field(default_factory=set)
     interrupted: bool = False
+    names_prompts: bool = False
+    prompt: Prompt | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -58,6 +64,8 @@ class Run:
         step: The step that it is, or the nearest one above it.
         is_step: Whether it is a step itself.
         is_root: Whether it is its root.
+        parent: The run above it; None for its root.
+        prompt: The prompt that a run right below it named, until a call of a model is linked to it.
         name: Its name, for a run that may turn out to be that of a graph.
         started_ns: When it began, in nanoseconds since 1970.
         entered: What `turntrace.current.enter` returned, to be given to `leave`.
@@ -69,6 +77,8 @@ class Run:
     step: OpenStep | None
     is_step: bool = False
     is_root: bool = False
+    parent: "Run | None" = None
+    prompt: Prompt | None = None
     name: str | None = None
     started_ns: int = 0
     entered: tuple[Scope, Context, Context] | None = None
@@ -123,13 +133,20 @@ class RunRegistry:
         if parent is None:
             root = self._root_of(parent_id, inputs, metadata)
             if root is not None:
+                if parent_id is not None:
+                    root.prompt = extract.prompt_of(metadata)
+                    root.names_prompts = root.prompt is not None
                 root.turn.agent_runs += 1
                 name = name or "graph"
                 self._step_began(run_id, root, None, name, "agent", {a.GEN_AI_AGENT_NAME: name})
             return
+        prompt = extract.prompt_of(metadata)
+        if prompt is not None:
+            parent.prompt = prompt
+            parent.root.names_prompts = True
         number = extract.step_of(tags)
         if number is None or extract.is_hidden(tags):
-            run = Run(parent.root, parent.step, name=name, started_ns=self._tracker.clock())
+            run = Run(parent.root, parent.step, parent=parent, name=name, started_ns=self._tracker.clock())
             self._note(run_id, run)
         else:
             self._make_graph(parent)
@@ -137,6 +154,8 @@ class RunRegistry:
             messages = extract.messages_of_state(inputs, self._messages_key, metadata)
             if messages is not None and run.step is not None:
                 run.root.turn.note_state(run.step, messages, extract.namespace_of(metadata))
+        if prompt is None:  # what is named beside a chain is also for the calls inside of it
+            run.prompt = parent.prompt
         self._enter(run)
 
     def llm_started(
@@ -153,9 +172,25 @@ class RunRegistry:
         run = self._call_began(run_id, parent_id, name, "generation", known, messages, metadata)
         if run is not None and run.step is not None:
             run.model, run.provider = model, provider
+            if run.root.names_prompts:
+                self._link_prompt(run, run.step)
             if isinstance(messages, list):
                 tools = extract.tools_of(options)
                 run.root.turn.note_sent(run.step, messages, tools, extract.namespace_of(metadata))
+
+    def _link_prompt(self, run: Run, step: OpenStep) -> None:
+        """Link a call of a model to the nearest prompt that was named above it and is not linked yet."""
+        with self._lock:  # of calls that begin at once, one is linked
+            holder: Run | Root = run.root
+            above = run.parent
+            while above is not None:
+                if above.prompt is not None:
+                    holder = above
+                    break
+                above = above.parent
+            prompt, holder.prompt = holder.prompt, None
+        for name, value in (prompt or {}).items():
+            step.add(name, value)
 
     def tool_started(
         self, run_id: UUID, parent_id: UUID | None, name: str | None, arguments: Any, metadata: Metadata
@@ -200,7 +235,7 @@ class RunRegistry:
     ) -> Run:
         above, context = (root.above, root.context) if parent is None else (parent.step, None)
         step = root.turn.open_step(name, kind, parent=above, context=context, attributes=known)
-        run = Run(root, step, is_step=True, is_root=parent is None)
+        run = Run(root, step, is_step=True, is_root=parent is None, parent=parent)
         self._note(run_id, run)
         return run
 
@@ -312,6 +347,7 @@ class RunRegistry:
         run = self._runs.pop(run_id, None)
         if run is not None:
             run.root.below.discard(run_id)
+            run.prompt = None  # also for what it started and left behind
             self._leave(run)
         return run
 

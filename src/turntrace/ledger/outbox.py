@@ -58,7 +58,8 @@ class StoredOutbox:
         with self._database.reading() as connection:
             chosen: list[int] = []
             total = 0
-            for row_id, size in connection.execute(sizes):
+            # All are fetched: a query that is left open would hold this connection to what it saw then.
+            for row_id, size in connection.execute(sizes).all():
                 total += size
                 if chosen and total > max_bytes:
                     break
