@@ -104,4 +104,10 @@ def langfuse_client(capture: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path:
         span_exporter=InMemorySpanExporter(),
     )
     yield client
+
+
+@pytest.fixture(autouse=True)
+def _no_client_is_left() -> Iterator[None]:
+    """Forget the clients of Langfuse's that a test made: there is one for a key in a process."""
+    yield
     LangfuseResourceManager.reset()

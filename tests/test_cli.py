@@ -507,7 +507,7 @@ def test_export_watches_until_it_is_stopped(waiting: str) -> None:
         with tracker.session() as session, session.conversation("c-2").turn("Hello"):
             pass
         tracker.shutdown()
-        until(lambda: len(server.spans()) == 6)
+        until(lambda: len(server.spans()) == 6 and tracker.ledger.to_send.status().is_empty)
         process.send_signal(signal.SIGINT)
         assert "Nothing waits." in process.communicate(timeout=60)[0]
         assert process.returncode == 0

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from turntrace.cli.render import duration, safe, stderr
 from turntrace.errors import ConfigurationError
-from turntrace.export import LangfuseServer, Outcome, Pace, Sender, Sent
+from turntrace.export import Delivered, LangfuseServer, Outcome, Pace, Sender, Sent
 from turntrace.ledger import Ledger
 from turntrace.settings import read_langfuse_settings
 from turntrace.waiting import OutboxStatus, Waiting
@@ -62,27 +62,40 @@ def send(ledger: Ledger, *, watch: bool, again: bool) -> int:
     return SOMETHING_WAITS
 
 
+class _Totals:
+    """What was sent and what was refused, so far."""
+
+    items = refused = 0
+
+
 def _send_all(sender: Sender, ledger: Ledger, progress: Progress, *, watch: bool) -> tuple[int, int]:
-    task = progress.task_ids[0]
-    items = refused = failures = 0
-    pace = Pace()
+    totals = _Totals()
+    try:
+        _send_until_done(sender, ledger, progress, totals, watch=watch)
+    except KeyboardInterrupt:
+        if not watch:
+            raise
+    return totals.items, totals.refused
+
+
+def _send_until_done(sender: Sender, ledger: Ledger, progress: Progress, totals: _Totals, *, watch: bool) -> None:
+    task, pace, failures = progress.task_ids[0], Pace(), 0
+
+    def note(done: Delivered) -> None:
+        totals.items += done.items
+        totals.refused += len(done.refused)
+        progress.advance(task, done.items + len(done.refused))
+
     while True:
-        sent = sender.send_waiting(on_sent=lambda done: progress.advance(task, done.items + len(done.refused)))
-        items, refused = items + sent.items, refused + sent.refused
+        sent = sender.send_waiting(on_sent=note)
         failures = failures + 1 if sent.stopped_by is not None and not sent.items else 0
         if not watch and (sent.is_all or _gives_up(sent, failures)):
-            return items, refused
+            return
         if sent.busy_s > 0:
             progress.update(task, description="another process is sending")
         elif sent.stopped_by is not None:
             progress.update(task, description=f"waiting: {safe(sent.stopped_by.words)[:40]}")
-        pause = _LOOK_S if sent.stopped_by is None else pace.delay(failures, sent.stopped_by)
-        try:
-            time.sleep(pause)
-        except KeyboardInterrupt:
-            if watch:
-                return items, refused
-            raise
+        time.sleep(_LOOK_S if sent.stopped_by is None else pace.delay(failures, sent.stopped_by))
         status = ledger.to_send.status()
         left = status.spans.items + status.scores.items
         progress.update(task, description="sending", total=progress.tasks[0].completed + left)

@@ -1,6 +1,7 @@
 """Spans and scores to Langfuse."""
 
 from turntrace.export.client import SpanTarget, ids_of, open_target
+from turntrace.export.delivery import Delivered
 from turntrace.export.encode import from_otlp, to_otlp
 from turntrace.export.scores import Score, read_score, scores_of, session_score, trace_score, write_score
 from turntrace.export.sender import Pace, Sender, Sent
@@ -8,6 +9,7 @@ from turntrace.export.server import Answer, LangfuseServer, Outcome
 
 __all__ = [
     "Answer",
+    "Delivered",
     "LangfuseServer",
     "Outcome",
     "Pace",

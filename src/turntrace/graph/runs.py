@@ -281,6 +281,7 @@ class RunRegistry:
         run = self._forget(run_id)
         if run is None:
             return
+        run.prompt = None  # also for what it left running
         answer = extract.answer_in(outputs, self._messages_key) if run.is_root else None
         if run.is_step and run.step is not None:
             if isinstance(answer, list) and len(answer) > 1:
@@ -347,7 +348,6 @@ class RunRegistry:
         run = self._runs.pop(run_id, None)
         if run is not None:
             run.root.below.discard(run_id)
-            run.prompt = None  # also for what it started and left behind
             self._leave(run)
         return run
 
