@@ -24,6 +24,7 @@ _MAX_ROWS: Final = 512
 _LOOK_S: Final = 30.0
 """How often a sender looks whether another process left something behind."""
 _BUSY_S: Final = 1.0
+_LEDGER_S: Final = 5.0
 _MAX_RETRY_AFTER_S: Final = 3600.0
 
 
@@ -249,7 +250,7 @@ class Sender:
             sent = self.send_waiting()
         except LedgerError as error:
             logger.warning("turntrace: %s Sending waits for it.", error)
-            self._rest(self._pace.most_s)
+            self._stopped.wait(_LEDGER_S)
             return 0.0
         except Exception as error:
             _caught(error)

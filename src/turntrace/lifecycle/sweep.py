@@ -1,14 +1,17 @@
 """The sweep: ends sessions that have been silent too long, and closes turns that nobody will end."""
 
+import logging
 import os
 import threading
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from turntrace import attributes as a
 from turntrace.boundary import never_breaks
-from turntrace.errors import ConfigurationError
+from turntrace.errors import ConfigurationError, LedgerError
 from turntrace.ledger import LedgerWriter
 from turntrace.lifecycle.ending import Failure, end_span, words_of
 from turntrace.lifecycle.session_jobs import EndSession, SpanJob, known_json
@@ -18,7 +21,11 @@ from turntrace.records import SessionFacts, TurnRequest, TurnSummary, TurnTags
 if TYPE_CHECKING:
     from turntrace.lifecycle.tracker import SessionTracker
 
+logger = logging.getLogger("turntrace")
+R = TypeVar("R")
+
 _BATCH: Final = 50
+_TRIES: Final = 5
 _LEAST_S: Final = 1.0
 
 
@@ -47,24 +54,44 @@ def sweep(tracker: "SessionTracker", now_ns: int, idle_ns: int) -> Swept:
     silent_since = now_ns - idle_ns
     closed, after = 0, ""
     while True:
-        with tracker.ledger.writing() as ledger:
-            stale = ledger.stale_turns(silent_since, _BATCH, after=after)
-            for row in stale:
-                if not tracker.holds(row["id"]):
-                    closed += _AbandonTurn(tracker, row).close(ledger)
+        stale, some = _patiently(partial(_close_some, tracker, silent_since, after))
+        closed += some
         if len(stale) < _BATCH:
             break
         after = stale[-1]["id"]
     ended = 0
     while True:
-        with tracker.ledger.writing() as ledger:
-            idle = ledger.idle_sessions(silent_since, _BATCH)
-            for session_id, last_activity_ns in idle:
-                # At the time when it had been silent for long enough, whoever finds out and when.
-                EndSession(tracker, session_id, "inactive_timeout", last_activity_ns + idle_ns).write(ledger)
-        ended += len(idle)
-        if len(idle) < _BATCH:
+        some = _patiently(partial(_end_some, tracker, silent_since, idle_ns))
+        ended += some
+        if some < _BATCH:
             return Swept(ended, closed)
+
+
+def _close_some(tracker: "SessionTracker", silent_since: int, after: str) -> tuple[Sequence[Any], int]:
+    """Close some turns that nobody will end, in a transaction; return those looked at and how many were closed."""
+    with tracker.ledger.writing() as ledger:
+        stale = ledger.stale_turns(silent_since, _BATCH, after=after)
+        return stale, sum(_AbandonTurn(tracker, row).close(ledger) for row in stale if not tracker.holds(row["id"]))
+
+
+def _end_some(tracker: "SessionTracker", silent_since: int, idle_ns: int) -> int:
+    """End some sessions that have been silent too long, in a transaction; return how many."""
+    with tracker.ledger.writing() as ledger:
+        idle = ledger.idle_sessions(silent_since, _BATCH)
+        for session_id, last_activity_ns in idle:
+            # At the time when it had been silent for long enough, whoever finds out and when.
+            EndSession(tracker, session_id, "inactive_timeout", last_activity_ns + idle_ns).write(ledger)
+        return len(idle)
+
+
+def _patiently(change: Callable[[], R]) -> R:
+    """Make a change, again where the ledger was locked for too long: SQLite does not serve those who wait in turn."""
+    for _ in range(_TRIES):
+        try:
+            return change()
+        except LedgerError as error:
+            logger.debug("turntrace: %s The sweep tries again.", error)
+    return change()
 
 
 class _AbandonTurn(SpanJob):
