@@ -1,12 +1,22 @@
 """Prompts of Langfuse's: a call of a model is linked to the same prompt as by Langfuse's own handler."""
 
 import asyncio
+import contextvars
+import gc
+import random
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import MagicMock
+from uuid import UUID
 
 import pytest
+from langchain.agents import create_agent
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.outputs import ChatGeneration, LLMResult
 from langchain_core.prompts import ChatPromptTemplate
-from langchain_core.runnables import Runnable, RunnableLambda
+from langchain_core.runnables import Runnable, RunnableLambda, RunnableParallel
 from langchain_core.tools import tool
 from langfuse import Langfuse
 from langfuse.api import Prompt_Text
@@ -18,10 +28,10 @@ from langgraph.graph import START, StateGraph
 from apps import Builder, FakeModel, State, asks, config_of
 from turntrace import SessionCallbackHandler
 from turntrace import attributes as a
+from turntrace.graph.runs import Run
 from turntrace.testing import Capture, CapturedSpan, captured_spans
 
 Call = Runnable[Any, Any]
-Calls = Callable[[str, Sequence[Call]], Any]  # a node of this name that makes these calls one by one
 Link = tuple[str, str | None, int | None]  # a model, and the name and version of the prompt it is linked to
 
 
@@ -46,17 +56,44 @@ def model(name: str = "one", **settings: Any) -> FakeModel:
 
 
 text: Call = RunnableLambda(lambda message: message.content)
+ASKING: Call = RunnableLambda(lambda _: asks())
 A, B = prompt("a", 1), prompt("b", 2)
 
 
 # --- graphs, and what is linked in them -------------------------------------------------------------------------------
 class Case(NamedTuple):
-    """Nodes that come one after the other, each with its calls; the metadata of the whole config; what is linked."""
+    """A graph of nodes that come one after the other.
+
+    Attributes:
+        nodes: The calls of each node.
+        links: What is linked; None where LangChain has other runs when it streams.
+        metadata: That of the whole config.
+        of_nodes: That of each node.
+    """
 
     nodes: Sequence[Sequence[Call]]
-    links: Sequence[Link]
+    links: Sequence[Link] | None
     metadata: Mapping[str, Any] = {}
     of_nodes: Mapping[str, Any] | None = None
+
+
+def sync_node(calls: Sequence[Call]) -> Callable[[Any], Any]:
+    def node(_: State) -> Any:
+        for call in calls:
+            call.invoke("tea")
+
+    return node
+
+
+def built(nodes: Sequence[Sequence[Call]], node: Any, metadata: Mapping[str, Any] | None = None) -> Builder:
+    builder: Builder = StateGraph(State)
+    before = START
+    for number, calls in enumerate(nodes):
+        name = f"node-{number}"
+        builder.add_node(name, node(calls), metadata=None if metadata is None else {**metadata})
+        builder.add_edge(before, name)
+        before = name
+    return builder
 
 
 def inside(call: Call) -> Call:
@@ -85,7 +122,14 @@ def in_a_tool(call: Call) -> Call:
 
 
 def failing(name: str) -> FakeModel:
-    return model(name, fails=ValueError("no"))
+    def says(_messages: Any) -> str:
+        raise ValueError("no")
+
+    return model(name, says=says)
+
+
+def subgraph(*nodes: Sequence[Call]) -> Call:
+    return ASKING | built(nodes, sync_node).compile()
 
 
 CASES: dict[str, Case] = {
@@ -137,8 +181,18 @@ CASES: dict[str, Case] = {
     "a chain in a tool": Case(
         [[in_a_tool(template(A) | model()), model("two")]], [("one", "a", 1), ("two", None, None)]
     ),
-    "a model of two": Case(
-        [[template(A) | failing("one").with_fallbacks([model("two")])]], [("one", "a", 1), ("two", None, None)]
+    "a model of two": Case([[template(A) | failing("one").with_fallbacks([model("two")])]], None),
+    "a subgraph": Case(
+        [[subgraph([template(A) | model()], [model("two")]), model("three")]],
+        [("one", "a", 1), ("two", None, None), ("three", None, None)],
+    ),
+    "a subgraph after a template": Case(
+        [[template(A) | subgraph([template(B) | model()], [model("two")])]], [("one", "b", 2), ("two", "a", 1)]
+    ),
+    "an agent": Case([[template(A), ASKING | create_agent(model(), [])]], [("one", "a", 1)]),
+    "the config of an agent": Case(
+        [[(ASKING | create_agent(model(), [])).with_config(metadata=names(A)), model("two"), model("three")]],
+        [("one", "a", 1), ("two", "a", 1), ("three", None, None)],
     ),
     "a fallback prompt": Case([[template(prompt("c", is_fallback=True)) | model()]], [("one", None, None)]),
     "a fallback prompt takes the place of another": Case(
@@ -162,14 +216,6 @@ class Way(NamedTuple):
 
     node: Callable[[Sequence[Call]], Callable[[Any], Any]]
     run: Callable[[Any, Any], Any]
-
-
-def sync_node(calls: Sequence[Call]) -> Callable[[Any], Any]:
-    def node(_: State) -> Any:
-        for call in calls:
-            call.invoke("tea")
-
-    return node
 
 
 def async_node(calls: Sequence[Call]) -> Callable[[Any], Any]:
@@ -199,17 +245,6 @@ WAYS = {
     "ainvoke": Way(async_node, lambda graph, config: asyncio.run(graph.ainvoke(asks(), config))),
     "astream": Way(streaming_node, lambda graph, config: asyncio.run(streamed(graph, config))),
 }
-
-
-def built(case: Case, way: Way) -> Builder:
-    builder: Builder = StateGraph(State)
-    before = START
-    for number, calls in enumerate(case.nodes):
-        node: Any = way.node(calls)
-        builder.add_node(f"node-{number}", node, metadata=None if case.of_nodes is None else {**case.of_nodes})
-        builder.add_edge(before, f"node-{number}")
-        before = f"node-{number}"
-    return builder
 
 
 def links_of(spans: Sequence[CapturedSpan], scope: str) -> list[Link]:
@@ -265,10 +300,196 @@ def test_the_names_are_those_of_langfuse() -> None:
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_calls_are_linked_as_by_langfuses_own_handler(case: Case, way: Way, both: Both) -> None:
-    graph: Any = built(case, way).compile(checkpointer=InMemorySaver())
+    graph: Any = built(case.nodes, way.node, case.of_nodes).compile(checkpointer=InMemorySaver())
 
     ours, theirs = both.links(lambda handler: way.run(graph, {**config_of(**case.metadata), "callbacks": [handler]}))
 
-    print(ours, theirs)
     assert ours == theirs
-    assert ours == list(case.links)
+    assert ours == (theirs if case.links is None else list(case.links))
+    assert ours
+
+
+def test_the_next_turn_is_not_linked(both: Both) -> None:
+    chain = (template() | model()).with_config(metadata=names(A))
+    with_it: Any = built([[chain]], sync_node).compile(checkpointer=InMemorySaver())
+    without: Any = built([[model("two")]], sync_node).compile(checkpointer=InMemorySaver())
+
+    def run(handler: Any) -> None:
+        config = {**config_of(), "callbacks": [handler]}
+        with_it.invoke(asks(), config)
+        without.invoke(asks(), config)
+
+    assert both.links(run) == ([("one", "a", 1), ("two", None, None)],) * 2
+
+
+def test_chains_side_by_side_are_linked_each_to_its_own(both: Both) -> None:
+    chains = {f"m-{number}": template(prompt(f"p-{number}", number)) | model(f"m-{number}") for number in range(1, 9)}
+    graph: Any = built([[RunnableParallel(chains)]], sync_node).compile()
+
+    ours, theirs = both.links(lambda handler: graph.invoke(asks(), {"callbacks": [handler]}))
+
+    assert sorted(ours) == sorted(theirs) == [(f"m-{number}", f"p-{number}", number) for number in range(1, 9)]
+
+
+def test_turns_at_once_are_linked_each_to_its_own(both: Both) -> None:
+    def answer(state: State) -> Any:
+        number = int(state["messages"][-1].text)
+        (template(prompt(f"p-{number}", number)) | model(f"m-{number}", delay=0.01)).invoke("tea")
+
+    graph: Any = built([[]], lambda _: answer).compile()
+
+    def run(handler: Any) -> None:
+        graph.batch([asks(str(number)) for number in range(1, 9)], {"callbacks": [handler]})
+
+    ours, theirs = both.links(run)
+    assert sorted(ours) == sorted(theirs) == [(f"m-{number}", f"p-{number}", number) for number in range(1, 9)]
+
+
+def test_of_calls_that_begin_at_once_each_prompt_is_for_one(both: Both) -> None:
+    calls = RunnableParallel({name: model(name, delay=0.01) for name in ("one", "two", "three")})
+    graph: Any = built([[template(A) | calls]], sync_node).compile()
+
+    ours, _ = both.links(lambda handler: graph.invoke(asks(), {"callbacks": [handler]}))
+
+    assert sorted(str(name) for _, name, _ in ours) == ["None", "a", "a"]  # beside the calls, and around them
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+def test_a_call_that_fails_is_linked(way: Way, both: Both) -> None:
+    graph: Any = built([[template(A) | failing("one")]], way.node).compile()
+
+    def run(handler: Any) -> None:
+        with pytest.raises(ValueError, match="no"):
+            way.run(graph, {"callbacks": [handler]})
+
+    assert both.links(run) == ([("one", "a", 1)],) * 2
+
+
+def test_a_call_whose_stream_is_left_is_linked(both: Both) -> None:
+    graph: Any = built([[template(A) | model(delay=0.01)]], sync_node).compile()
+
+    def run(handler: Any) -> None:
+        for _ in graph.stream(asks(), {"callbacks": [handler]}, stream_mode="messages"):
+            break
+
+    ours, _ = both.links(run)
+    assert ours == [("one", "a", 1)]
+
+
+# --- whatever stands in the metadata ----------------------------------------------------------------------------------
+class Exploding:
+    @property
+    def name(self) -> str:
+        raise RuntimeError("no name")
+
+
+class ExplodingTruth:
+    def __bool__(self) -> bool:
+        raise RuntimeError("neither")
+
+
+NONE_OF_LANGFUSE = {
+    "an object": object(),
+    "a text": "greeting",
+    "a number": 7,
+    "a dict": {"name": "greeting", "version": 3},
+    "nothing": "",
+    "a name that is none": SimpleNamespace(name=7, version=3),
+    "an empty name": SimpleNamespace(name="", version=3),
+    "a name that cannot be sent": SimpleNamespace(name="\ud800", version=3),
+    "a version that is none": SimpleNamespace(name="greeting", version="3"),
+    "a version of truth": SimpleNamespace(name="greeting", version=True),
+    "a version that cannot be sent": SimpleNamespace(name="greeting", version=2**70),
+    "a mock": MagicMock(),
+    "an error": Exploding(),
+    "an error in its truth": ExplodingTruth(),
+}
+
+
+@pytest.mark.parametrize("given", NONE_OF_LANGFUSE.values(), ids=NONE_OF_LANGFUSE.keys())
+def test_what_is_no_prompt_is_let_be(given: Any, capture: Capture) -> None:
+    handler = SessionCallbackHandler(capture.tracker())
+    graph: Any = built([[template(given) | model()]], sync_node).compile()
+
+    graph.invoke(asks(), {"callbacks": [handler]})
+
+    assert links_of(captured_spans(capture.spans()), a.SCOPE_NAME) == [("one", None, None)]
+
+
+def test_nothing_is_kept_when_a_turn_has_ended(capture: Capture) -> None:
+    tracker = capture.tracker()
+    graph: Any = built(CASES["the whole config"].nodes, sync_node).compile()
+
+    graph.invoke(asks(), {"metadata": names(A), "callbacks": [SessionCallbackHandler(tracker)]})
+    capture.spans()
+    gc.collect()
+
+    assert [run for run in gc.get_objects() if isinstance(run, Run) and run.root.turn.tracker is tracker] == []
+
+
+# --- any tree of runs -------------------------------------------------------------------------------------------------
+def tell(handler: BaseCallbackHandler, seed: int, top: UUID | None) -> None:
+    """Tell a handler of runs below each other, which end in any order; the same for the same seed."""
+    chance = random.Random(seed)
+
+    def new() -> UUID:
+        return UUID(int=chance.getrandbits(128), version=4)
+
+    root, calls = new(), 0
+    handler.on_chain_start({}, {}, run_id=root, parent_run_id=top, name="graph", metadata=some_metadata(chance))
+    parents: dict[UUID, UUID | None] = {root: top}
+    kinds = {root: "chain"}
+    while parents:
+        may_end = [run for run in parents if run != root] or [root]
+        if calls < 25 and chance.random() < 0.6:
+            above = chance.choice([run for run in parents if kinds[run] != "llm"])
+            run, kind = new(), chance.choice(["chain", "chain", "chain", "llm", "llm", "tool", "retriever"])
+            parents[run], kinds[run] = above, kind
+            told: dict[str, Any] = {"run_id": run, "parent_run_id": above, "metadata": some_metadata(chance)}
+            if kind == "chain":
+                handler.on_chain_start({}, {}, name="chain", tags=chance.choice([None, ["graph:step:1"]]), **told)
+            elif kind == "llm":
+                told["metadata"]["ls_model_name"] = f"m-{calls}"
+                if chance.random() < 0.5:
+                    handler.on_llm_start({}, ["tea"], name="model", invocation_params={}, **told)
+                else:
+                    handler.on_chat_model_start({}, [[HumanMessage("tea")]], name="model", invocation_params={}, **told)
+            elif kind == "tool":
+                handler.on_tool_start({}, "tea", name="tool", **told)
+            else:
+                handler.on_retriever_start({}, "tea", name="retriever", **told)
+            calls += 1
+        elif root not in may_end or calls >= 25:
+            run = chance.choice(may_end)
+            ended: dict[str, Any] = {"run_id": run, "parent_run_id": parents.pop(run)}
+            if kinds[run] == "chain" and chance.random() < 0.8:
+                handler.on_chain_end({}, **ended)
+            elif kinds[run] == "chain":
+                handler.on_chain_error(ValueError("no"), **ended)
+            elif kinds[run] == "llm":
+                answer = LLMResult(generations=[[ChatGeneration(message=AIMessage("5 euros"))]])
+                handler.on_llm_end(answer, **ended)
+            elif kinds[run] == "tool":
+                handler.on_tool_end("5 euros", **ended)
+            else:
+                handler.on_retriever_end([], **ended)
+
+
+def some_metadata(chance: random.Random) -> dict[str, Any]:
+    number = chance.randrange(8)
+    return names(prompt(f"p-{number}", number, is_fallback=number == 0)) if number < 4 else {}
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_any_tree_of_runs_is_linked_as_by_langfuses_own_handler(is_known: bool, both: Both) -> None:
+    linked = 0
+    for seed in range(40):
+        top = None if is_known else UUID(int=seed + 1, version=4)
+
+        def run(handler: BaseCallbackHandler, seed: int = seed, top: UUID | None = top) -> None:
+            contextvars.copy_context().run(tell, handler, seed, top)
+
+        ours, theirs = both.links(run)
+        assert ours == theirs, seed
+        linked += sum(name is not None for _, name, _ in ours)
+    assert linked > 50
