@@ -92,18 +92,17 @@ def ids() -> Ids:
 
 
 @pytest.fixture
-def langfuse_client(capture: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Langfuse]:
+def langfuse_client(capture: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Langfuse:
     """Give the one Langfuse client of the process, on the capture's provider: ``@observe`` finds it by itself."""
     # Its two HTTP clients, which send nothing here, would read the certificates of the machine for 50 ms.
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)
     monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
-    client = Langfuse(
+    return Langfuse(
         public_key="pk-lf-test",
         secret_key="sk-lf-test",
         tracer_provider=capture.provider,
         span_exporter=InMemorySpanExporter(),
     )
-    yield client
 
 
 @pytest.fixture(autouse=True)
