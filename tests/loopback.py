@@ -369,9 +369,10 @@ class _Handler(BaseHTTPRequestHandler):
         refused = self._refused()
         if refused is not None:
             return refused
-        if int(asked.get("limit", 1)) > 1000:
-            too_big = {"origin": "number", "code": "too_big", "maximum": 1000, "inclusive": True, "path": ["limit"]}
-            too_big["message"] = "Too big: expected number to be <=1000"
+        most = 100 if path == "/api/public/v3/scores" else 1000
+        if int(asked.get("limit", 1)) > most:
+            too_big = {"origin": "number", "code": "too_big", "maximum": most, "inclusive": True, "path": ["limit"]}
+            too_big["message"] = f"Too big: expected number to be <={most}"
             return 400, {"message": "Invalid request data", "error": [too_big]}
         if path == "/api/public/projects":
             project = {"id": "local-project", "name": "Local Project", "metadata": {}}

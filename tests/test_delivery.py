@@ -281,6 +281,15 @@ def test_a_score_that_is_refused_is_set_apart_and_the_others_arrive(
         assert "equal to either 0 or 1" in why
 
 
+def test_an_array_of_which_some_are_refused_loses_none(ledger: Ledger, caplog: pytest.LogCaptureFixture) -> None:
+    with LangfuseServer(score_arrays=True) as server:
+        server.fail(Failure("status", 207, body='{"accepted": 1, "rejected": 1}'), times=1)
+        put(ledger, SCORE, score(1), score(2, dataType="BOOLEAN", value=2))
+        sent = send(ledger, server)
+        assert (sent.items, sent.refused) == (1, 1)
+        assert set(server.scores()) == {"score-1"}
+
+
 def test_of_a_score_that_was_given_again_the_newest_value_counts(server: LangfuseServer, ledger: Ledger) -> None:
     put(ledger, SCORE, score(1, 0.1), score(2), score(1, 0.9))
     assert send(ledger, server).is_all

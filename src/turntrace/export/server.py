@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 _GZIP_LEVEL: Final = 1  # a tenth of the size for a sixth of the time of the highest
 _WORDS_LENGTH: Final = 300
-_PAGE: Final = 1000
+_OBSERVATIONS_A_PAGE: Final = 1000
+_SCORES_A_PAGE: Final = 100
+_SOME_REFUSED: Final = 207
+"""Of scores sent as an array some were not taken; each by itself then says which and why."""
 _NOT_INSTRUMENTED: Final = "suppress_instrumentation"
 """The key by which OpenTelemetry's instrumentations know that a request is not the app's."""
 
@@ -38,7 +41,7 @@ class Outcome(Enum):
 
 
 _MEANINGS: Final = {408: Outcome.LATER, 413: Outcome.TOO_LARGE, 429: Outcome.LATER} | dict.fromkeys(
-    (400, 422), Outcome.REFUSED
+    (_SOME_REFUSED, 400, 422), Outcome.REFUSED
 )
 
 
@@ -170,7 +173,8 @@ class LangfuseServer:
         """
         mine = [{"type": "string", "column": "sessionId", "operator": "=", "value": session_id}]
         fields = "core,basic,time,metadata,model,usage,metrics"
-        return self._pages("/api/public/v2/observations", {"fields": fields, "filter": json.dumps(mine)})
+        asked = {"fields": fields, "filter": json.dumps(mine), "limit": _OBSERVATIONS_A_PAGE}
+        return self._pages("/api/public/v2/observations", asked)
 
     def scores(self, *, session_id: str | None = None, trace_id: str | None = None) -> Iterator[dict[str, Any]]:
         """Give the scores of a session, or of a turn's trace, as ``GET /api/public/v3/scores`` returns them.
@@ -179,12 +183,14 @@ class LangfuseServer:
             DeliveryError: If they cannot be read.
         """
         subject = {"sessionId": session_id} if trace_id is None else {"traceId": trace_id}
-        return self._pages("/api/public/v3/scores", {**subject, "fields": "core,subject,details"})
+        return self._pages(
+            "/api/public/v3/scores", {**subject, "fields": "core,subject,details", "limit": _SCORES_A_PAGE}
+        )
 
     def _pages(self, path: str, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
         cursor = None
         while True:
-            page = self._json(path, {**asked, "limit": _PAGE} | ({} if cursor is None else {"cursor": cursor}))
+            page = self._json(path, asked if cursor is None else {**asked, "cursor": cursor})
             yield from page["data"]
             cursor = page.get("meta", {}).get("cursor")
             if not cursor:
@@ -219,7 +225,7 @@ def several(scores: Sequence[bytes]) -> bytes:
 
 def _read_answer(response: "httpx.Response") -> Answer:
     status = response.status_code
-    if response.is_success:
+    if response.is_success and status != _SOME_REFUSED:
         return Answer(Outcome.ACCEPTED)
     outcome = _MEANINGS.get(status, Outcome.LATER if status >= 500 else Outcome.CLOSED)
     words = f"{status}: {' '.join(response.text.split())}"[:_WORDS_LENGTH]
