@@ -33,6 +33,9 @@ with tracker.session(session_id="mine") as session:
         with session.conversation("c1").turn("Hello") as turn:
             step = turn.open_step("agent", "chain")
             turn.close_step(step)
+        turn.feedback(bool(number), name="helpful")
+    turn.feedback(0.25)
+    session.feedback(0.5, name="ease")
 tracker.shutdown()
 """
 
@@ -386,6 +389,26 @@ def test_a_score_that_is_missing_or_differs_is_named(
     assert f"- the score session.end_reason has the id another-id and not {other['id']}" in shown
     assert "- the score dropoff.detected is false here and true in Langfuse" in shown
     assert shown.count("\n- ") == 3
+
+
+def test_feedback_on_turns_is_compared_too(
+    there: tuple[str, LangfuseServer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, server = there
+    assert doctor(url, "mine") == 0
+    shown = capsys.readouterr().out
+    rows = [line.split() for line in shown.splitlines() if line.startswith("score ")]
+    assert [row[1] for row in rows if "c1" in row] == ["helpful", "helpful", "user_feedback"]
+    assert ["score", "ease", "0.5", "0.5", "ok"] in rows
+    rated = {score["name"]: score for score in server.scores().values() if "traceId" in score}
+    assert rated["helpful"]["value"] == 1  # that of the second turn, which came last
+    server.store.put_score({**rated["helpful"], "value": 0})
+    del server.store.scores[rated["user_feedback"]["id"]]
+    assert doctor(url, "mine") == 1
+    shown = capsys.readouterr().out
+    assert "- the score helpful of turn 2 of the conversation c1 is 1 here and false in Langfuse" in shown
+    assert "- the score user_feedback of turn 2 of the conversation c1 is not there" in shown
+    assert shown.count("\n- ") == 2
 
 
 def test_what_waits_is_said(there: tuple[str, LangfuseServer], url: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -214,6 +214,23 @@ class JourneySummary:
 
 
 @dataclass(frozen=True, slots=True)
+class Feedback:
+    """What a user thought of a turn or of a session.
+
+    Attributes:
+        turn_id: The turn; None when it is about the session.
+        name: Its name.
+        value: From 0 to 1.
+        at_ns: When it was given, in nanoseconds since 1970.
+    """
+
+    turn_id: str | None
+    name: str
+    value: float
+    at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class StageEntered(Record):
     """A step of a journey: what the event ``journey.stage`` says.
 

@@ -76,12 +76,14 @@ def _verify(console: Console, ledger_url: str | None, session_id: str) -> int:
     try:
         found = find_session(ledger, session_id).id
         with working("Asking Langfuse"):
-            waiting = waiting_of(ledger, found)
+            waiting = waiting_of(ledger, found, read_turns(ledger, found))
             observations = asked(lambda: list(server.observations(found)))
+            session, turns, feedback = find_session(ledger, found), read_turns(ledger, found), ledger.feedback(found)
+            rated = {given.turn_id for given in feedback}
+            traces = [turn.summary.trace_id for turn in turns if turn.summary.id in rated]
             scores = asked(lambda: list(server.scores(session_id=found)))
-            session = find_session(ledger, found)
-            turns = read_turns(ledger, found)
-            compared = asked(lambda: verify(session, turns, observations, scores))
+            scores += asked(lambda: [score for trace_id in traces for score in server.scores(trace_id=trace_id)])
+            compared = asked(lambda: verify(session, turns, observations, scores, feedback))
     finally:
         server.close()
         ledger.close()
@@ -112,7 +114,7 @@ def _say(console: Console, compared: "list[Comparison]", waiting: tuple[int, int
             words = f"{_count(count, what)} of it still {verb} in the outbox: turntrace export"
             console.print(Text(words), soft_wrap=True)
     if is_open:
-        console.print(Text("The session is open: its scores are sent when it ends, and are not compared."))
+        console.print(Text("The session is open: the scores of its totals are sent when it ends, and are not compared."))
     if all(each.ok for each in compared):
         console.print(Text("The ledger and Langfuse agree."))
         return ALL_WELL

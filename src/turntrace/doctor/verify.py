@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from turntrace import attributes as a
-from turntrace.export import Score, from_otlp, read_score, scores_of, session_score
+from turntrace.export import Score, from_otlp, read_score, scores_of, session_score, trace_score
 from turntrace.identity import derived_id
 from turntrace.ledger import Ledger
 from turntrace.records import Step, TurnSummary
-from turntrace.summaries import SessionSummary
+from turntrace.summaries import Feedback, SessionSummary
 from turntrace.waiting import SPANS
 
 _PAGE: Final = 200
@@ -66,18 +66,18 @@ def read_turns(ledger: Ledger, session_id: str) -> list[LedgerTurn]:
     return [LedgerTurn(turn, steps, spans.get(turn.id, 0)) for turn, steps in ledger.turns(session_id)]
 
 
-def waiting_of(ledger: Ledger, session_id: str) -> tuple[int, int]:
-    """Return how many spans and scores of a session wait in the outbox; scores are those of the session itself."""
+def waiting_of(ledger: Ledger, session_id: str, turns: Sequence[LedgerTurn]) -> tuple[int, int]:
+    """Return how many spans and scores of a session and its turns wait in the outbox."""
+    traces = {turn.summary.trace_id for turn in turns}
     mark, spans, scores, last = session_id.encode(), 0, 0, 0
     while items := ledger.outbox(limit=_PAGE, after_id=last):
         last = items[-1].id
         for item in items:
-            if mark not in item.body:
-                continue
-            if item.kind == SPANS:
+            if item.kind != SPANS:
+                score = read_score(item.body)
+                scores += score.get("sessionId") == session_id or score.get("traceId") in traces
+            elif mark in item.body:
                 spans += sum(of == session_id for of in _sessions_in(item.body))
-            else:
-                scores += read_score(item.body).get("sessionId") == session_id
     return spans, scores
 
 
@@ -89,20 +89,26 @@ def _sessions_in(body: bytes) -> Iterator[str]:
 
 
 def verify(
-    session: SessionSummary, turns: Sequence[LedgerTurn], observations: Iterable[Observation], scores: Iterable[Score]
+    session: SessionSummary,
+    turns: Sequence[LedgerTurn],
+    observations: Iterable[Observation],
+    scores: Iterable[Score],
+    feedback: Iterable[Feedback] = (),
 ) -> list[Comparison]:
     """Compare a session in the ledger with what Langfuse has of it.
 
     Turns that still run are left out on both sides. The scores of a session are sent when it ends, so those of one that
-    is open are not compared.
+    is open are not compared, except for feedback, which is sent when it is given.
 
     Args:
         session: The session.
         turns: Its turns.
         observations: What Langfuse has under its id, as ``GET /api/public/v2/observations`` returns it.
-        scores: Its scores there, as ``GET /api/public/v3/scores`` returns them.
+        scores: Its scores there and those of its turns' traces, as ``GET /api/public/v3/scores`` returns them.
+        feedback: The feedback that it was given, and its turns.
     """
-    return [*_Sides(session, turns, observations).compared(), *_compare_scores(session, scores)]
+    spans = _Sides(session, turns, observations).compared()
+    return [*spans, *_compare_scores(_expected(session, turns, feedback), scores)]
 
 
 class _Sides:
@@ -228,25 +234,45 @@ def _usage(each: Observation, side: str) -> int:
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
-def _compare_scores(session: SessionSummary, scores: Iterable[Score]) -> Iterator[Comparison]:
-    if session.ended_ns is None:
-        return
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """A score that Langfuse is to have, and what the ledger says of it."""
+
+    what: str
+    score: Score
+    value: Any
+
+
+def _expected(session: SessionSummary, turns: Sequence[LedgerTurn], feedback: Iterable[Feedback]) -> Iterator[_Expected]:
+    for name, value in scores_of(session).items() if session.ended_ns is not None else ():
+        yield _Expected(f"score {name}", session_score(session.id, name, value), value)
+    sampled = {turn.summary.id: turn for turn in turns if turn.spans}
+    for given in feedback:
+        if given.turn_id is None:
+            yield _Expected(f"score {given.name}", session_score(session.id, given.name, given.value), given.value)
+        elif given.turn_id in sampled:
+            turn = sampled[given.turn_id]
+            score = trace_score(turn.summary.trace_id or "", given.turn_id, given.name, given.value)
+            yield _Expected(f"score {given.name} of {turn.name}", score, given.value)
+
+
+def _compare_scores(expected: Iterable[_Expected], scores: Iterable[Score]) -> Iterator[Comparison]:
     there = {score["id"]: score for score in scores}
-    names = {score["name"]: score["id"] for score in there.values()}
-    for name, value in scores_of(session).items():
-        wanted = session_score(session.id, name, value)
+    others = {(score["subject"]["id"], score["name"]): score["id"] for score in there.values()}
+    for each in expected:
+        wanted, known = each.score, _shown(each.value)
         score = there.get(wanted["id"])
-        known = _shown(value)
-        if score is None or score["name"] != name:
-            words = f"the score {name} is not there"
-            if name in names:
-                words = f"the score {name} has the id {names[name]} and not {wanted['id']}"
-            yield Comparison(f"score {name}", known, "-", False, (words,))
+        if score is None or score["name"] != wanted["name"]:
+            words = f"the {each.what} is not there"
+            subject = wanted.get("sessionId") or wanted.get("traceId") or ""
+            if (subject, wanted["name"]) in others:
+                words = f"the {each.what} has the id {others[subject, wanted['name']]} and not {wanted['id']}"
+            yield Comparison(each.what, known, "-", False, (words,))
             continue
-        ok = _is_same(value, score.get("value"))
+        ok = _is_same(each.value, score.get("value"))
         found = _shown(score.get("value"))
-        words = f"the score {name} is {known} here and {found} in Langfuse"
-        yield Comparison(f"score {name}", known, found, ok, () if ok else (words,))
+        words = f"the {each.what} is {known} here and {found} in Langfuse"
+        yield Comparison(each.what, known, found, ok, () if ok else (words,))
 
 
 def _is_same(known: Any, found: Any) -> bool:
@@ -254,9 +280,7 @@ def _is_same(known: Any, found: Any) -> bool:
         return bool(known == found)
     if not isinstance(found, bool | int | float):
         return False
-    if isinstance(known, bool):
-        return float(known) == float(found)
-    return not isinstance(found, bool) and math.isclose(known, found, rel_tol=_TOLERANCE, abs_tol=1e-9)
+    return math.isclose(known, found, rel_tol=_TOLERANCE, abs_tol=1e-9)  # a yes or no reads back as true or false
 
 
 def _shown(value: Any) -> str:

@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace.sampling import Decision, TraceIdRatioBased
 
 from turntrace.attributes import SCOPE_NAME, AttributeValue
 from turntrace.boundary import caught
-from turntrace.export.exporter import OutboxExporter
+from turntrace.export.exporter import OutboxExporter, what_to_queue
 from turntrace.export.processor import TurnSpanProcessor, processor_of
 from turntrace.export.server import LangfuseServer
 from turntrace.settings import LangfuseSettings, read_langfuse_settings
@@ -247,7 +247,7 @@ def _with_langfuse(
         return found, None
     # Without a provider the client makes one, with the environment, release and sample rate as it reads them.
     given = found if isinstance(found, TracerProvider) else None
-    client = Langfuse(tracer_provider=given, span_exporter=OutboxExporter())
+    client = Langfuse(tracer_provider=given, span_exporter=OutboxExporter(), should_export_span=what_to_queue())
     # A client that the app had made before keeps its provider and exporter, and names them nowhere else.
     resources = getattr(client, "_resources", None)
     listening = getattr(resources, "tracer_provider", None)

@@ -19,10 +19,10 @@ from turntrace.ledger.rows import (
     user_summary,
 )
 from turntrace.ledger.statements import OPEN
-from turntrace.ledger.tables import decisions, open_turns, outbox, sessions, turns
+from turntrace.ledger.tables import decisions, feedback, open_turns, outbox, sessions, turns
 from turntrace.ledger.writing import owner_of
 from turntrace.records import Step, TurnSummary
-from turntrace.summaries import JourneySummary, SessionSummary, StageEntered, UserSummary
+from turntrace.summaries import Feedback, JourneySummary, SessionSummary, StageEntered, UserSummary
 from turntrace.waiting import OutboxItem
 
 _SETTLE_S: Final = 30.0
@@ -128,6 +128,13 @@ class LedgerQuestions:
         """Return the steps of journeys in a session, in order."""
         with self._asking() as connection:
             return steps_in(connection, session_id)
+
+    def feedback(self, session_id: str) -> list[Feedback]:
+        """Return the feedback on a session and on its turns, in the order in which it was given."""
+        columns = feedback.c.turn_id, feedback.c.name, feedback.c.value, feedback.c.at_ns
+        query = select(*columns).where(feedback.c.session_id == session_id).order_by(feedback.c.at_ns, feedback.c.id)
+        with self._asking() as connection:
+            return [Feedback(**row) for row in connection.execute(query).mappings()]
 
     def turn(self, turn_id: str) -> TurnSummary | None:
         """Return a turn that has ended, or one that runs (its status is ``open``); None when there is none."""
