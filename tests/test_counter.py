@@ -7,7 +7,6 @@ import json
 import logging
 import lzma
 import math
-import os
 import random
 import struct
 import threading
@@ -89,14 +88,8 @@ def of_content(content: Any, model: str = "gpt-4o") -> int:
 
 # --- the recorded conversations ---------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def recorded() -> list[dict[str, Any]]:
-    path = SHARED / "conversations" / "airline.jsonl"
-    if not path.exists():
-        reason = "the recorded conversations (../shared/data) are not on this machine"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    lines = path.read_text(encoding="utf-8").splitlines()
+def recorded(airline: Path) -> list[dict[str, Any]]:
+    lines = airline.read_text(encoding="utf-8").splitlines()
     return [message for line in lines for message in json.loads(line)["messages"]]
 
 

@@ -1,6 +1,5 @@
 """Langfuse is away while 100 recorded conversations are replayed, and the process is killed three times."""
 
-import os
 import signal
 import sqlite3
 import statistics
@@ -14,12 +13,14 @@ from typing import Any
 import pytest
 
 import fresh
+from conftest import AIRLINE
 from loopback import LangfuseServer
 from turntrace.export import scores_of, session_score
 from turntrace.identity import derived_id
 from turntrace.ledger import Ledger
 
-DATA = Path(__file__).parents[1].parent / "shared" / "data" / "conversations" / "airline.jsonl"
+pytestmark = pytest.mark.usefixtures("airline")
+
 KILLED_AT = (150, 330, 520)
 TURNS, SESSIONS = 757, 100
 PATIENCE_S = 100.0
@@ -50,15 +51,6 @@ with open(sys.argv[2], "a") as samples:
 """
 
 
-@pytest.fixture(autouse=True)
-def _data_is_there() -> None:
-    if not DATA.exists():
-        reason = "the recorded conversations (../shared/data) are not on this machine"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-
-
 def turns_in(path: Path) -> int:
     if not path.exists():
         return 0
@@ -71,7 +63,7 @@ def turns_in(path: Path) -> int:
 
 def start(environment: dict[str, str], samples: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-c", REPLAYS, str(DATA), str(samples)],
+        [sys.executable, "-c", REPLAYS, str(AIRLINE), str(samples)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
 
+from conftest import AIRLINE
 from turntrace import attributes as a
 from turntrace import boundary
 from turntrace.context import encoding
@@ -28,18 +29,11 @@ from turntrace.demo.transcripts import Line, find_sources, read_lines
 from turntrace.ledger import Ledger
 from turntrace.testing import CapturedSpan, assert_all_tagged, outbox_spans
 
-DATA = Path(__file__).parents[1].parent / "shared" / "data" / "conversations" / "airline.jsonl"
 KEY = "a key for hashing users in tests"
 WINDOW = 12
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _data_is_there() -> None:
-    if not DATA.exists():
-        reason = "the recorded conversations (../shared/data) are not on this machine"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
+pytestmark = pytest.mark.usefixtures("airline")
 
 
 @dataclass
@@ -78,12 +72,12 @@ def replayed(
 
 
 def all_lines() -> Iterator[Line]:
-    return read_lines(find_sources([str(DATA)]))
+    return read_lines(find_sources([str(AIRLINE)]))
 
 
 @pytest.fixture(scope="module")
 def recorded() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in AIRLINE.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +338,7 @@ def test_async_and_sync_come_to_the_same(played: Replayed, tmp_path: Path) -> No
 
 def start(path: Path, *options: str) -> "subprocess.Popen[str]":
     environment = {**os.environ, "TURNTRACE_LEDGER_URL": f"sqlite:///{path}", "TURNTRACE_USER_HASH_KEY": KEY}
-    command = [sys.executable, "-m", "turntrace.cli.main", "replay", str(DATA), *options]
+    command = [sys.executable, "-m", "turntrace.cli.main", "replay", str(AIRLINE), *options]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -114,7 +114,7 @@ def _say(console: Console, compared: "list[Comparison]", waiting: tuple[int, int
             words = f"{_count(count, what)} of it still {verb} in the outbox: turntrace export"
             console.print(Text(words), soft_wrap=True)
     if is_open:
-        console.print(Text("The session is open: the scores of its totals are sent when it ends, and are not compared."))
+        console.print(Text("The session is open: the scores of its totals are sent when it ends."))
     if all(each.ok for each in compared):
         console.print(Text("The ledger and Langfuse agree."))
         return ALL_WELL

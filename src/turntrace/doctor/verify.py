@@ -243,7 +243,9 @@ class _Expected:
     value: Any
 
 
-def _expected(session: SessionSummary, turns: Sequence[LedgerTurn], feedback: Iterable[Feedback]) -> Iterator[_Expected]:
+def _expected(
+    session: SessionSummary, turns: Sequence[LedgerTurn], feedback: Iterable[Feedback]
+) -> Iterator[_Expected]:
     for name, value in scores_of(session).items() if session.ended_ns is not None else ():
         yield _Expected(f"score {name}", session_score(session.id, name, value), value)
     sampled = {turn.summary.id: turn for turn in turns if turn.spans}

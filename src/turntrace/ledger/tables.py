@@ -4,7 +4,7 @@ Times are nanoseconds since 1970 in UTC (``*_ns``), durations are milliseconds (
 tables are prefixed ``turntrace_``, so the ledger can live in a database beside other tables.
 """
 
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import (
     BigInteger,
@@ -236,28 +236,22 @@ feedback = Table(
     Index("turntrace_feedback_session", "session_id"),
 )
 
-outbox = Table(
-    "turntrace_outbox",
-    metadata,
-    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
-    Column("kind", String(20), nullable=False),
-    Column("body", LargeBinary, nullable=False),
-    Column("items", Integer, nullable=False),
-    Column("created_ns", BigInteger, nullable=False),
-    sqlite_autoincrement=True,
-)
+
+def _sendable() -> list[Column[Any]]:
+    """Return the columns of what can be sent."""
+    return [
+        Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+        Column("kind", String(20), nullable=False),
+        Column("body", LargeBinary, nullable=False),
+        Column("items", Integer, nullable=False),
+        Column("created_ns", BigInteger, nullable=False),
+    ]
+
+
+outbox = Table("turntrace_outbox", metadata, *_sendable(), sqlite_autoincrement=True)
 
 # What Langfuse would not take, set apart with its words.
-refused = Table(
-    "turntrace_refused",
-    metadata,
-    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
-    Column("kind", String(20), nullable=False),
-    Column("body", LargeBinary, nullable=False),
-    Column("items", Integer, nullable=False),
-    Column("created_ns", BigInteger, nullable=False),
-    Column("why", Text, nullable=False),
-)
+refused = Table("turntrace_refused", metadata, *_sendable(), Column("why", Text, nullable=False))
 
 # Who sends from the outbox, and until when it must have said that it lives.
 leases = Table(
