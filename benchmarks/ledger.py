@@ -229,7 +229,9 @@ class Size:
             "trace_id": turn_id,
             "root_span_id": span_id,
         }
-        number = into.add(lambda: self._ledger.begin_turn(turn_id, active_since_ns=0, **known))
+        begun = into.add(lambda: self._ledger.begin_turn(turn_id, active_since_ns=0, **known))
+        assert begun is not None
+        number = begun.number
         assert number > TURNS_OF_SESSION
         used = {"llm_calls": 1, "input_tokens": 900, "output_tokens": 60, "cost_usd": 0.001, "latency_ms": 1200}
         return TurnSummary(id=turn_id, number=number, status="completed", ended_ns=now + SECOND_NS, **known, **used)

@@ -23,7 +23,7 @@ def begin(
     active_since: int = 0,
 ) -> int | None:
     """Begin a turn with what matters to a test."""
-    return ledger.begin_turn(
+    begun = ledger.begin_turn(
         turn_id,
         session_id=session,
         conversation_id=conversation,
@@ -34,6 +34,7 @@ def begin(
         trace_id=turn_id.rjust(32, "0")[-32:],
         root_span_id=turn_id.rjust(16, "0")[-16:],
     )
+    return None if begun is None else begun.number
 
 
 def ended(turn_id: str, *, at: int = NOON, **facts: object) -> TurnSummary:

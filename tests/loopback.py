@@ -22,6 +22,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from google.protobuf.message import DecodeError
 
+from loopback_answers import NO_JSON, NOT_HERE, WRONG_KEYS, BadRequestError, job_of
 from loopback_store import Span, Store, decode
 
 PUBLIC_KEY, SECRET_KEY = "pk-lf-test", "sk-lf-test"
@@ -32,18 +33,7 @@ _KEYS = {
 }
 VERSION = "4.16.0"
 OTLP, SCORES = "/api/public/otel/v1/traces", "/api/public/scores"
-_WRONG_KEYS = {"message": "Invalid credentials. Confirm that you've configured the correct host."}
-_NOT_HERE = {
-    "message": "This endpoint is not available on deployments running in Langfuse v4 events_only mode. "
-    "Learn more about Langfuse v4 at: https://langfuse.com/docs/v4"
-}
-_NO_ARRAY = {
-    "expected": "object",
-    "code": "invalid_type",
-    "path": [],
-    "message": "Invalid input: expected object, received array",
-}
-_SUBJECTS = ("traceId", "sessionId", "datasetRunId", "observationId")
+Answer = tuple[int, Any]
 
 
 @dataclass(frozen=True)
@@ -52,7 +42,8 @@ class Failure:
 
     Attributes:
         kind: ``status``; ``timeout``: no answer; ``reset``: the connection is cut while the request is read; ``half``:
-            it is cut in the middle of the answer.
+            it is cut in the middle of the answer; ``lost``: the request is taken and what it brings is stored, then the
+            connection is cut before the answer, so that the client cannot know that it arrived.
         status: The status to answer with.
         body: What to say.
         headers: Headers of the answer.
@@ -225,9 +216,6 @@ class _Http(ThreadingHTTPServer):
                 continue
 
 
-Answer = tuple[int, Any]
-
-
 class _Handler(BaseHTTPRequestHandler):
     owner: LangfuseServer
     protocol_version = "HTTP/1.1"
@@ -252,10 +240,14 @@ class _Handler(BaseHTTPRequestHandler):
                 self._reset()
                 return
             body = self.rfile.read(length)
-            if failure is not None:
+            if failure is not None and failure.kind != "lost":
                 self._fail(failure, at, length)
                 return
             answer, spans = self._take_spans(body) if is_otlp else (self._take_scores(path, body), 0)
+            if failure is not None:
+                self._note(at, 0, length, spans)
+                self._reset()
+                return
             self._note(at, answer[0], length, spans)
             self._answer(*answer)
         finally:
@@ -282,6 +274,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._reset()
             return
         self._note(at, failure.status if failure.kind == "status" else 0, length)
+        if failure.kind == "lost":
+            self._reset()
+            return
         if failure.kind == "half":
             self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n{")
             self._reset()
@@ -305,7 +300,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
         content = (body if isinstance(body, str) else json.dumps(body)).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json; charset=utf-8")
+        if body != NO_JSON:
+            self.send_header("Content-Type", "application/json; charset=utf-8")
         self.send_header("Content-Length", str(len(content)))
         for name, value in (headers or {}).items():
             self.send_header(name, value)
@@ -316,7 +312,7 @@ class _Handler(BaseHTTPRequestHandler):
         given = self.headers.get("Authorization")
         if given is None:
             return 401, {"message": "No authorization header"}
-        return None if given in _KEYS else (401, _WRONG_KEYS)
+        return None if given in _KEYS else (401, WRONG_KEYS)
 
     def _take_spans(self, body: bytes) -> tuple[Answer, int]:
         refused = self._refused()
@@ -339,7 +335,12 @@ class _Handler(BaseHTTPRequestHandler):
             count = self.owner.store.put_spans(plain)
         except DecodeError:
             return (400, {"error": "Failed to parse OTel Protobuf Trace"}), 0
-        return (200, {"name": "otel-ingestion-job"} if count else {}), count
+        return (200, self._job() if count else {}), count
+
+    def _job(self) -> dict[str, Any]:
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        public_key = base64.b64decode(headers["authorization"].removeprefix("Basic ")).decode().partition(":")[0]
+        return job_of(len(self.owner.requests) + 1, public_key, headers)
 
     def _take_scores(self, path: str, body: bytes) -> Answer:
         refused = self._refused()
@@ -348,18 +349,13 @@ class _Handler(BaseHTTPRequestHandler):
         if path != SCORES:
             return 404, {"message": "Not Found"}
         try:
-            given = json.loads(body)
+            given = json.loads(body, parse_constant=_no_number)
         except ValueError:
-            return 400, "Bad Request"
-        scores = given if isinstance(given, list) else [given]
-        if isinstance(given, list) and not self.owner.score_arrays:
-            return 400, {"message": "Invalid request data", "error": [_NO_ARRAY, _NO_ARRAY]}
-        mistakes = [mistake for score in scores for mistake in _mistakes(score)]
-        if mistakes:
-            return 400, {"message": "Invalid request data", "error": mistakes}
-        for score in scores:
-            self.owner.store.put_score(score)
-        return 200, [{"id": score["id"]} for score in scores] if isinstance(given, list) else {"id": given["id"]}
+            return 400, NO_JSON
+        try:
+            return 200, self.owner.store.take_scores(given, arrays=self.owner.score_arrays)
+        except BadRequestError as error:
+            return 400, error.body
 
     def _asked(self, path: str, asked: dict[str, str]) -> Answer:
         if path in ("/api/public/health", "/api/public/ready"):
@@ -369,19 +365,19 @@ class _Handler(BaseHTTPRequestHandler):
         refused = self._refused()
         if refused is not None:
             return refused
-        most = 100 if path == "/api/public/v3/scores" else 1000
-        if int(asked.get("limit", 1)) > most:
-            too_big = {"origin": "number", "code": "too_big", "maximum": most, "inclusive": True, "path": ["limit"]}
-            too_big["message"] = f"Too big: expected number to be <={most}"
-            return 400, {"message": "Invalid request data", "error": [too_big]}
         if path == "/api/public/projects":
             project = {"id": "local-project", "name": "Local Project", "metadata": {}}
             return 200, {"data": [{**project, "organization": {"id": "local-org", "name": "Local Org"}}]}
-        if path == "/api/public/v2/observations":
-            return 200, self.owner.store.observations(asked)
-        if path == "/api/public/v3/scores":
-            return 200, self.owner.store.read_scores(asked)
-        return 404, _NOT_HERE
+        reads = {
+            "/api/public/v2/observations": self.owner.store.observations,
+            "/api/public/v3/scores": self.owner.store.read_scores,
+        }
+        if path not in reads:
+            return 404, NOT_HERE
+        try:
+            return 200, reads[path](asked)
+        except BadRequestError as error:
+            return 400, error.body
 
 
 def _plain(body: bytes, encoding: str) -> bytes:
@@ -390,24 +386,8 @@ def _plain(body: bytes, encoding: str) -> bytes:
     return zlib.decompress(body) if encoding == "deflate" else body
 
 
-def _mistakes(score: dict[str, Any]) -> list[dict[str, Any]]:
-    subjects = [name for name in _SUBJECTS[:3] if name in score]
-    if len(subjects) != 1:
-        words = (
-            "Provide exactly one of the following: traceId (with optional observationId), sessionId or datasetRunId. "
-            "ObservationId requires traceId."
-        )
-        return [{"code": "custom", "path": list(_SUBJECTS), "message": words}]
-    value, kind = score.get("value"), score.get("dataType")
-    expected = "string" if kind == "CATEGORICAL" else "number"
-    if isinstance(value, bool) or not isinstance(value, str if expected == "string" else int | float):
-        received = "boolean" if isinstance(value, bool) else type(value).__name__
-        words = f"Invalid input: expected {expected}, received {received}"
-        return [{"expected": expected, "code": "invalid_type", "path": ["value"], "message": words}]
-    if kind == "BOOLEAN" and value not in (0, 1):
-        words = "Value must be a number equal to either 0 or 1 for data type BOOLEAN"
-        return [{"code": "custom", "path": ["value"], "message": words}]
-    return []
+def _no_number(constant: str) -> float:
+    raise ValueError(f"{constant} is no JSON")
 
 
 if __name__ == "__main__":

@@ -100,6 +100,7 @@ ANSWERS: dict[str, tuple[Failure | None, Outcome, str]] = {
     "no answer in time": (Failure("timeout"), LATER, "ReadTimeout"),
     "cut while it is sent": (Failure("reset"), LATER, "Error"),
     "cut in the answer": (Failure("half"), LATER, "Error"),
+    "taken, and the answer lost": (Failure("lost"), LATER, "Error"),
     "408": (Failure("status", 408), LATER, "408"),
     "429": (Failure("status", 429, headers={"Retry-After": "0.2"}), LATER, "429"),
     "500": (Failure("status", 500, body="it broke"), LATER, "500: it broke"),

@@ -400,8 +400,9 @@ def test_feedback_on_turns_is_compared_too(
     rows = [line.split() for line in shown.splitlines() if line.startswith("score ")]
     assert [row[1] for row in rows if "c1" in row] == ["helpful", "helpful", "user_feedback"]
     assert ["score", "ease", "0.5", "0.5", "ok"] in rows
-    rated = {score["name"]: score for score in server.scores().values() if "traceId" in score}
-    assert rated["helpful"]["value"] == 1  # that of the second turn, which came last
+    second = {turn.summary.number: turn.summary.trace_id for turn in sides_of(url, server, "mine")[1]}[2]
+    rated = {score["name"]: score for score in server.scores().values() if score.get("traceId") == second}
+    assert rated["helpful"]["value"] == 1
     server.store.put_score({**rated["helpful"], "value": 0})
     del server.store.scores[rated["user_feedback"]["id"]]
     assert doctor(url, "mine") == 1

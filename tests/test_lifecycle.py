@@ -608,7 +608,7 @@ def test_the_input_for_the_graph_is_the_users_message(message: Any, expected: An
         assert turn.config["configurable"] == {"thread_id": "c1"}
 
 
-@pytest.mark.parametrize("status", ["completed", "interrupted", "failed", "abandoned"])
+@pytest.mark.parametrize("status", ["completed", "failed", "abandoned"])
 def test_a_turn_ends_with_the_status_that_is_given(status: str, capture: Capture, tracker: SessionTracker) -> None:
     turn = tracker.start_session().conversation("c1").start_turn("Hello")
     turn.end(status)
@@ -631,11 +631,11 @@ def test_a_turn_that_nobody_waits_for_any_more_is_abandoned(
 def test_a_turn_ends_once(capture: Capture, tracker: SessionTracker, clock: Clock) -> None:
     with tracker.session() as session:
         with session.conversation("c1").turn("Hello") as turn:
-            turn.end("interrupted")
+            turn.end("abandoned")
             clock.advance(seconds=9)
         turn.end("failed", error=LookupError("secret"))
     summary = only_turn(tracker, session.id)
-    assert (summary.status, summary.latency_ms, summary.error) == ("interrupted", 0, None)
+    assert (summary.status, summary.latency_ms, summary.error) == ("abandoned", 0, None)
     assert len(named(capture, "conversation.turn")) == 1
     assert session.summary().total_turns == 1
     assert session.summary().failed_turns == 0

@@ -331,7 +331,7 @@ ADDED = {
     ),
     "turntrace_turns": (
         *("context_tokens", "context_messages", "context_limit"),
-        *("prunings", "messages_pruned", "tokens_pruned"),
+        *("prunings", "messages_pruned", "tokens_pruned", "forked_from", "checkpoint_id"),
     ),
 }
 FIRST = ("meta", "sessions", "conversations", "open_turns", "turns", "outbox")
@@ -346,6 +346,7 @@ def test_a_ledger_of_the_first_schema_on_postgresql_is_brought_up_without_loss()
             for table, names in ADDED.items():
                 for name in names:
                     connection.exec_driver_sql(f"ALTER TABLE {table} DROP COLUMN {name}")
+            connection.exec_driver_sql("DROP INDEX turntrace_turns_waiting")
             for name in ("attempts", "next_try_ns", "leased_until_ns", "refused"):
                 connection.exec_driver_sql(f"ALTER TABLE turntrace_outbox ADD COLUMN {name} BIGINT")
             connection.exec_driver_sql("INSERT INTO turntrace_meta VALUES ('schema_version', '1')")

@@ -49,6 +49,21 @@ def derived_id(*parts: str) -> str:
     return digest.hexdigest()[:32]
 
 
+def time_of_checkpoint(checkpoint_id: str) -> int | None:
+    """Return when a checkpoint of LangGraph's was made, in nanoseconds since 1970; None for an id that does not tell.
+
+    Its ids are UUIDs of version 6 (RFC 9562), which begin with the time in units of 100 ns since October 1582.
+    """
+    try:
+        found = UUID(checkpoint_id)
+    except ValueError:
+        return None
+    if found.version != 6:
+        return None
+    units = (found.int >> 80) << 12 | (found.int >> 64) & 0xFFF
+    return (units - 0x01B21DD213814000) * 100
+
+
 def is_trace_id(value: str) -> bool:
     """Tell whether an id has the form of a W3C trace id: 32 lower-case hexadecimal digits, not all zero."""
     return len(value) == 32 and set(value) <= set("0123456789abcdef") and value.strip("0") != ""

@@ -103,6 +103,7 @@ class TurnRequest:
         user_id: The raw id of the user; it is hashed before anything is kept.
         conversation_id: The conversation: LangGraph's ``thread_id``, or what the app chose.
         tags: Tags for the trace.
+        forked_from: The turn that it replays from a checkpoint, or goes on from.
     """
 
     session_id: str | None = None
@@ -115,6 +116,7 @@ class TurnRequest:
     locale: str | None = None
     client_version: str | None = None
     tags: tuple[str, ...] = ()
+    forked_from: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +196,8 @@ class TurnSummary(Record):
         prunings: How often something was pruned from what a model was given.
         messages_pruned: Messages that were dropped or replaced.
         tokens_pruned: Tokens of them, as far as they were counted.
+        forked_from: The turn that it replays from a checkpoint, or goes on from.
+        checkpoint_id: LangGraph's checkpoint at which it waits for a person.
     """
 
     id: str
@@ -231,6 +235,8 @@ class TurnSummary(Record):
     prunings: int = 0
     messages_pruned: int = 0
     tokens_pruned: int = 0
+    forked_from: str | None = word(a.TURN_FORKED_FROM)
+    checkpoint_id: str | None = None
 
     @property
     def context_window_pct(self) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any, Final
 from turntrace import attributes as a
 from turntrace.export import Score, from_otlp, read_score, scores_of, session_score, trace_score
 from turntrace.identity import derived_id
-from turntrace.ledger import Ledger
+from turntrace.ledger import ABANDONED, INTERRUPTED, OPEN, Ledger
 from turntrace.records import Step, TurnSummary
 from turntrace.summaries import Feedback, SessionSummary
 from turntrace.waiting import SPANS
@@ -16,8 +16,6 @@ from turntrace.waiting import SPANS
 _PAGE: Final = 200
 _MOST_EXTRA: Final = 20
 _TOLERANCE: Final = 1e-6
-_STATUS_OPEN: Final = "open"
-_STATUS_ABANDONED: Final = "abandoned"
 Observation = Mapping[str, Any]
 
 
@@ -118,12 +116,12 @@ class _Sides:
         self, session: SessionSummary, turns: Sequence[LedgerTurn], observations: Iterable[Observation]
     ) -> None:
         self.session = session
-        self.turns = [turn for turn in turns if turn.summary.status != _STATUS_OPEN]
+        self.turns = [turn for turn in turns if turn.summary.status != OPEN]
         self.by_trace: dict[str, dict[str, Observation]] = {}
         for each in observations:
             self.by_trace.setdefault(each["traceId"], {})[each["id"]] = each
         for turn in turns:
-            if turn.summary.status == _STATUS_OPEN and turn.summary.trace_id is not None:
+            if turn.summary.status == OPEN and turn.summary.trace_id is not None:
                 self.by_trace.pop(turn.summary.trace_id, None)
         self.there = [each for trace in self.by_trace.values() for each in trace.values()]
         self.marks = self._find_marks()
@@ -150,8 +148,13 @@ class _Sides:
         return self.by_trace.get(turn.summary.trace_id or "", {})
 
     def count(self, turn: LedgerTurn) -> int:
-        """Count the observations of a turn; of one whose process died the ledger knows the root only."""
-        return self._as_known(turn, len(self.of(turn)), turn.spans)
+        """Count the observations of a turn; of one whose process died the ledger knows the root only.
+
+        The root of one that waits is not counted: it is sent as it stands, and again when the turn ends.
+        """
+        there = self.of(turn)
+        found = len(there) - (turn.summary.status == INTERRUPTED and turn.summary.root_span_id in there)
+        return self._as_known(turn, found, turn.spans)
 
     def tokens(self, turn: LedgerTurn) -> tuple[int, int]:
         """Sum up the input and output tokens of a turn."""
@@ -160,7 +163,7 @@ class _Sides:
         return self._as_known(turn, found[0], known[0]), self._as_known(turn, found[1], known[1])
 
     def _as_known(self, turn: LedgerTurn, found: int, known: int) -> int:
-        return min(found, known) if turn.summary.status == _STATUS_ABANDONED else found
+        return min(found, known) if turn.summary.status == ABANDONED else found
 
     def compared(self) -> Iterator[Comparison]:
         """Give the comparisons."""
@@ -201,7 +204,8 @@ class _Sides:
         return Comparison(what, f"{len(self.turns):,}", f"{agree:,}", not words, words)
 
     def _root(self, turn: LedgerTurn) -> str | None:
-        if not turn.spans or (turn.summary.root_span_id or "") in self.of(turn):
+        waits = turn.summary.status == INTERRUPTED  # its root comes when it ends
+        if not turn.spans or waits or (turn.summary.root_span_id or "") in self.of(turn):
             return None
         what = f"its root span {turn.summary.root_span_id}" if self.of(turn) else "its trace"
         return f"{what} is not there (trace {turn.summary.trace_id})"

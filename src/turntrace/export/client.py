@@ -92,6 +92,11 @@ class SpanTarget:
             own = self._tracer.id_generator
             self._ids = self._tracer.id_generator = own if isinstance(own, _Ids) else _Ids(own)
 
+    @property
+    def chooses_ids(self) -> bool:
+        """Whether the ids of spans can be chosen, so that a span can be started again by another process."""
+        return self._ids is not None
+
     def start(
         self, name: str, *, attributes: Mapping[str, AttributeValue], start_ns: int, parent: Context
     ) -> trace.Span:

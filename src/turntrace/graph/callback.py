@@ -190,7 +190,7 @@ class SessionCallbackHandler(GraphCallbackHandler):
     @never_breaks("reading an interrupt")
     def on_interrupt(self, event: Any) -> None:
         """Hear that a graph stopped to wait for a person."""
-        self._runs.interrupted(event.run_id)
+        self._runs.interrupted(event.run_id, event.checkpoint_id)
 
 
 class _HandlerOfTurn:

@@ -16,6 +16,7 @@ from turntrace.records import LLMCall, TurnRequest, Usage
 
 HIDDEN_TAG: Final = "langsmith:hidden"
 _STEP_TAG: Final = "graph:step:"
+_INTERRUPTS: Final = "__interrupt__"
 _SENT: Final = "__pregel_push"
 _PROMPT_KEY: Final = "langfuse_prompt"
 _MAX_VERSION: Final = 2**31 - 1
@@ -114,6 +115,22 @@ def prompt_of(metadata: Mapping[str, Any] | None) -> Mapping[str, AttributeValue
     if not name or not 0 <= version <= _MAX_VERSION:
         return {}
     return {a.LANGFUSE_PROMPT_NAME: name, a.LANGFUSE_PROMPT_VERSION: version}
+
+
+def checkpoint_of(metadata: Mapping[str, Any]) -> str | None:
+    """Return the checkpoint at which a root run is to begin, when its config names one."""
+    checkpoint_id = metadata.get("checkpoint_id")
+    return checkpoint_id if isinstance(checkpoint_id, str) and checkpoint_id else None
+
+
+def is_answer(inputs: Any) -> bool:
+    """Tell whether a root run was given the answer that a graph waits for: ``Command(resume=...)``."""
+    return isinstance(inputs, Command) and inputs.resume is not None
+
+
+def has_interrupts(outputs: Any) -> bool:
+    """Tell whether what a graph gave back says that it stopped to wait for a person."""
+    return isinstance(outputs, Mapping) and bool(outputs.get(_INTERRUPTS))
 
 
 def message_in(inputs: Any, key: str = "messages") -> Any:

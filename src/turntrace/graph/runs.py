@@ -6,7 +6,7 @@ in which context LangChain calls the handler.
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 from uuid import UUID
 from weakref import WeakKeyDictionary
@@ -41,6 +41,7 @@ class Root:
         owns_turn: Whether the turn ends with it.
         below: The runs below it that have not ended.
         interrupted: Whether it stopped to wait for a person.
+        checkpoint_id: LangGraph's checkpoint at which it did.
         names_prompts: Whether a run below it named a prompt, so that calls of models have one to look for.
         prompt: The prompt that it named itself, for a run whose parent is not known.
     """
@@ -51,6 +52,7 @@ class Root:
     above: OpenStep | None = None
     below: set[UUID] = field(default_factory=set)
     interrupted: bool = False
+    checkpoint_id: str | None = None
     names_prompts: bool = False
     prompt: Prompt | None = None
 
@@ -136,7 +138,7 @@ class RunRegistry:
                 if parent_id is not None:
                     root.prompt = extract.prompt_of(metadata)
                     root.names_prompts = root.prompt is not None
-                root.turn.agent_runs += 1
+                root.turn.run_began()
                 name = name or "graph"
                 self._step_began(run_id, root, None, name, "agent", {a.GEN_AI_AGENT_NAME: name})
             return
@@ -153,6 +155,7 @@ class RunRegistry:
             run = self._step_began(run_id, parent.root, parent, name or "node", "chain", {a.TURN_STEP: number})
             messages = extract.messages_of_state(inputs, self._messages_key, metadata)
             if messages is not None and run.step is not None:
+                run.root.turn.recall(messages)
                 run.root.turn.note_state(run.step, messages, extract.namespace_of(metadata))
         if prompt is None:  # what is named beside a chain is also for the calls inside of it
             run.prompt = parent.prompt
@@ -271,9 +274,19 @@ class RunRegistry:
             return _joined(running, scope)
         if parent_id is not None and extract.is_inside_graph(metadata):
             return None  # what is left of a run that has ended: its turn is over
-        request = extract.request_of(metadata or {})
-        message = extract.message_in(inputs, self._messages_key)
-        return Root(self._tracker.begin_turn(request, message), owns_turn=True)
+        return Root(self._turn_of_its_own(inputs, metadata or {}), owns_turn=True)
+
+    def _turn_of_its_own(self, inputs: Any, metadata: Mapping[str, Any]) -> Turn:
+        """Begin the turn of a run that stands alone, or go on with the one that waits for it."""
+        request = extract.request_of(metadata)
+        checkpoint_id, answers = extract.checkpoint_of(metadata), extract.is_answer(inputs)
+        if answers or inputs is None:
+            turn = self._tracker.resume_for_run(request, checkpoint_id, answers=answers)
+            if turn is not None:
+                return turn
+        if checkpoint_id is not None or inputs is None:
+            request = replace(request, forked_from=self._tracker.forked_from(request, checkpoint_id))
+        return self._tracker.begin_turn(request, extract.message_in(inputs, self._messages_key))
 
     # --- what ends ----------------------------------------------------------------------------------------------------
     def chain_ended(self, run_id: UUID, outputs: Any) -> None:
@@ -288,6 +301,7 @@ class RunRegistry:
                 run.root.turn.note_state(run.step, answer, "", at_ns=self._tracker.clock())
             run.root.turn.close_step(run.step)
         if run.is_root:
+            run.root.interrupted = run.root.interrupted or extract.has_interrupts(outputs)
             self._root_ended(run.root, answer)
 
     def llm_ended(self, run_id: UUID, result: LLMResult) -> None:
@@ -318,18 +332,19 @@ class RunRegistry:
         if run is None:
             return
         control_flow = extract.is_control_flow(error)
-        if extract.is_interrupt(error):
-            run.root.interrupted = True
+        if extract.is_interrupt(error) and (run.is_root or (run.parent is not None and run.parent.is_root)):
+            run.root.interrupted = True  # one below it may be caught on its way
         if run.is_step and run.step is not None:
             run.root.turn.close_step(run.step, error=None if control_flow else error)
         if run.is_root:
             self._root_ended(run.root, None, error=None if control_flow else error)
 
-    def interrupted(self, run_id: UUID | None) -> None:
+    def interrupted(self, run_id: UUID | None, checkpoint_id: str) -> None:
         """Note that a graph stopped to wait for a person."""
         run = None if run_id is None else self._runs.get(run_id)
-        if run is not None:
+        if run is not None and run.is_root:
             run.root.interrupted = True
+            run.root.checkpoint_id = checkpoint_id
 
     def token_came(self, run_id: UUID) -> None:
         """Note the first token of a call; later ones cost a look-up."""
@@ -358,7 +373,7 @@ class RunRegistry:
                 run.step.abandoned = True
                 root.turn.close_step(run.step)
         turn = root.turn
-        turn.interrupted = root.interrupted
+        turn.run_ended(interrupted=root.interrupted, checkpoint_id=root.checkpoint_id)
         turn.note_answer(answer)
         if root.owns_turn:
             turn.end("interrupted" if root.interrupted else "completed", error=error)

@@ -1,7 +1,21 @@
 """The ledger: the tables and the store."""
 
-from turntrace.ledger.statements import LATE_SUMS
+from turntrace.ledger.resuming import TurnResumed, TurnWritten
+from turntrace.ledger.statements import ABANDONED, INTERRUPT, INTERRUPTED, LATE_SUMS, OPEN
 from turntrace.ledger.store import Ledger, SessionOpened
 from turntrace.ledger.writing import LedgerWriter, StageWanted, TurnEnd
 
-__all__ = ["LATE_SUMS", "Ledger", "LedgerWriter", "SessionOpened", "StageWanted", "TurnEnd"]
+__all__ = [
+    "ABANDONED",
+    "INTERRUPT",
+    "INTERRUPTED",
+    "LATE_SUMS",
+    "OPEN",
+    "Ledger",
+    "LedgerWriter",
+    "SessionOpened",
+    "StageWanted",
+    "TurnEnd",
+    "TurnResumed",
+    "TurnWritten",
+]

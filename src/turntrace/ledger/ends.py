@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
-from sqlalchemy import Connection, RowMapping, exists, select, update
+from sqlalchemy import Connection, RowMapping, exists, select, text, update
 
 from turntrace.ledger.schema import insert_for
+from turntrace.ledger.statements import INTERRUPT, INTERRUPTED
 from turntrace.ledger.tables import conversations, feedback, open_turns, sessions, turns
 
 _ACTIONS: Final[Mapping[str, str]] = {"failed": "failed", "abandoned": "failed", "interrupted": "interrupted"}
@@ -25,6 +26,8 @@ def last_turn_of(connection: Connection, session_id: str) -> RowMapping | None:
 
 def action_of(turn: RowMapping) -> str:
     """Say what the agent did last in a turn: ``asked_question``, ``answered``, ``called_tool``, ``failed``, ..."""
+    if turn["output_type"] == INTERRUPT:  # also when nobody answered it
+        return "interrupted"
     return _ACTIONS.get(turn["status"]) or _ANSWERS.get(turn["output_type"], "answered")
 
 
@@ -66,9 +69,8 @@ def stale_turns(connection: Connection, silent_since_ns: int, limit: int, *, aft
         limit: How many at most.
         after: Only those of greater ids, which is the order.
     """
-    of_session = ("channel", "type", "tier", "org_id", "locale", "client_version", "last_activity_ns")
     query = (
-        select(open_turns, conversations.c.topic, *(sessions.c[name].label(f"session_{name}") for name in of_session))
+        select(open_turns, conversations.c.topic, *_of_session())
         .join(sessions, sessions.c.id == open_turns.c.session_id)
         .outerjoin(conversations, conversations.c.id == open_turns.c.conversation_id)
         .where(open_turns.c.started_ns < silent_since_ns, sessions.c.last_activity_ns < silent_since_ns)
@@ -78,6 +80,46 @@ def stale_turns(connection: Connection, silent_since_ns: int, limit: int, *, aft
         .with_for_update(skip_locked=True, of=open_turns)
     )
     return list(connection.execute(query).mappings())
+
+
+def waiting_turns(
+    connection: Connection,
+    limit: int,
+    *,
+    silent_since_ns: int | None = None,
+    session_id: str | None = None,
+    turn_id: str | None = None,
+) -> list[RowMapping]:
+    """Return turns that wait and do not run, each with what its session is.
+
+    Args:
+        connection: A connection in a transaction.
+        limit: How many at most.
+        silent_since_ns: Only those whose session was silent since then, in nanoseconds since 1970.
+        session_id: Only those of this session.
+        turn_id: Only this one.
+    """
+    same = open_turns.c.conversation_id == turns.c.conversation_id, open_turns.c.number == turns.c.number
+    query = (
+        select(turns, conversations.c.topic, *_of_session())
+        .join(sessions, sessions.c.id == turns.c.session_id)
+        .outerjoin(conversations, conversations.c.id == turns.c.conversation_id)
+        .where(turns.c.status == text(f"'{INTERRUPTED}'"), ~exists().where(*same))
+        .limit(limit)
+        .with_for_update(skip_locked=True, of=turns)
+    )
+    if silent_since_ns is not None:
+        query = query.where(sessions.c.last_activity_ns < silent_since_ns, turns.c.ended_ns < silent_since_ns)
+    if session_id is not None:
+        query = query.where(turns.c.session_id == session_id)
+    if turn_id is not None:
+        query = query.where(turns.c.id == turn_id)
+    return list(connection.execute(query).mappings())
+
+
+def _of_session() -> list[Any]:
+    names = ("channel", "type", "tier", "org_id", "locale", "client_version", "last_activity_ns")
+    return [sessions.c[name].label(f"session_{name}") for name in names]
 
 
 def put_feedback(connection: Connection, row: Mapping[str, Any]) -> None:

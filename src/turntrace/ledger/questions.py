@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Final
 
 from sqlalchemy import Connection, select
@@ -9,6 +10,7 @@ from sqlalchemy import Connection, select
 from turntrace.decisions import PruningDecision
 from turntrace.ledger.engine import Database
 from turntrace.ledger.journeys import journey_of, steps_in
+from turntrace.ledger.resuming import newest_turn, turn_at
 from turntrace.ledger.rows import (
     decision_from,
     first_session,
@@ -18,7 +20,7 @@ from turntrace.ledger.rows import (
     turn_summary,
     user_summary,
 )
-from turntrace.ledger.statements import OPEN
+from turntrace.ledger.statements import INTERRUPTED, OPEN
 from turntrace.ledger.tables import decisions, feedback, open_turns, outbox, sessions, turns
 from turntrace.ledger.writing import owner_of
 from turntrace.records import Step, TurnSummary
@@ -76,14 +78,17 @@ class LedgerQuestions:
     def turns(self, session_id: str) -> list[tuple[TurnSummary, list[Step]]]:
         """Return the turns of a session with their steps, in the order in which they began.
 
-        Those that still run have the status ``open`` and no steps yet.
+        Those that still run have the status ``open`` and no steps yet, but for what they did before they waited.
         """
         ended = select(turns).where(turns.c.session_id == session_id)
         running = select(open_turns).where(open_turns.c.session_id == session_id)
         with self._asking() as connection:
             found = [(turn_summary(row), steps_from(row["steps"])) for row in connection.execute(ended).mappings()]
-            found += [(TurnSummary(**row, status=OPEN), []) for row in connection.execute(running).mappings()]
-        return sorted(found, key=lambda turn: (turn[0].started_ns, turn[0].conversation_id, turn[0].number))
+            known = {turn.id: (turn, steps) for turn, steps in found}
+            for row in connection.execute(running).mappings():
+                turn, steps = known.get(row["id"], (TurnSummary(**row), []))
+                known[turn.id] = (replace(turn, status=OPEN), steps)
+        return sorted(known.values(), key=lambda turn: (turn[0].started_ns, turn[0].conversation_id, turn[0].number))
 
     def decisions(self, session_id: str) -> list[tuple[str, PruningDecision]]:
         """Return the decisions about models' windows in a session, each with the id of its turn, in order.
@@ -140,10 +145,21 @@ class LedgerQuestions:
         """Return a turn that has ended, or one that runs (its status is ``open``); None when there is none."""
         with self._asking() as connection:
             row = connection.execute(select(turns).where(turns.c.id == turn_id)).mappings().first()
-            if row is not None:
-                return turn_summary(row)
+            ended = None if row is None else turn_summary(row)
+            if ended is not None and ended.status != INTERRUPTED:
+                return ended
             row = connection.execute(select(open_turns).where(open_turns.c.id == turn_id)).mappings().first()
-            return None if row is None else TurnSummary(**row, status=OPEN)
+            return ended if row is None else replace(ended or TurnSummary(**row), status=OPEN)
+
+    def newest_turn(self, conversation_id: str) -> TurnSummary | None:
+        """Return the turn of a conversation with the highest number, or None; one that runs has the status ``open``."""
+        with self._asking() as connection:
+            return newest_turn(connection, conversation_id)
+
+    def turn_at(self, conversation_id: str, at_ns: int) -> TurnSummary | None:
+        """Return the turn of a conversation that had begun last at a time in nanoseconds since 1970, or None."""
+        with self._asking() as connection:
+            return turn_at(connection, conversation_id, at_ns)
 
     def turn_numbers(self, conversation_id: str) -> list[int]:
         """Return the numbers of the turns of a conversation that have ended, in order."""

@@ -22,6 +22,7 @@ from turntrace.ledger.tables import (
     sessions,
     stages,
     turns,
+    waiting_turns,
 )
 
 _VERSION_KEY: Final = "schema_version"
@@ -61,7 +62,13 @@ def _to_4(connection: Connection) -> None:
         connection.exec_driver_sql(f"ALTER TABLE {outbox.name} DROP COLUMN {name}")
 
 
-MIGRATIONS: Final[dict[int, Callable[[Connection], None]]] = {1: _to_2, 2: _to_3, 3: _to_4}
+def _to_5(connection: Connection) -> None:
+    """Add what a turn was forked from, where one waits for a person, and which those are."""
+    _add_columns(connection, turns, "forked_from", "checkpoint_id")
+    waiting_turns.create(connection)
+
+
+MIGRATIONS: Final[dict[int, Callable[[Connection], None]]] = {1: _to_2, 2: _to_3, 3: _to_4, 4: _to_5}
 """By version: what brings a ledger of that version to the next, in one transaction."""
 
 

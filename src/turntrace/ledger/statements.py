@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from sqlalchemy import (
     BindParameter,
+    and_,
     bindparam,
     case,
     delete,
@@ -29,6 +30,15 @@ from turntrace.ledger.tables import conversations, decisions, gates, open_turns,
 OPEN: Final = "open"
 """Status of a turn that has begun and has not ended."""
 
+INTERRUPTED: Final = "interrupted"
+"""Status of a turn that waits for a person, or that was handed over to another process."""
+
+INTERRUPT: Final = "interrupt"
+"""Type of the output of a turn that waits, or waited to its end, for a person."""
+
+ABANDONED: Final = "abandoned"
+"""Status of a turn that nobody ended, or answered."""
+
 TURN_COLUMNS: Final = tuple(column.name for column in turns.c if column.name not in ("spans", "steps"))
 """Columns of a turn that are named as the fields of `turntrace.records.TurnSummary`."""
 
@@ -36,6 +46,18 @@ LATE_SUMS: Final = (
     *("spans", "tool_calls", "llm_calls", "input_tokens", "output_tokens", "cost_usd", "unpriced_calls", "prunings"),
 )
 """What steps that end after their turn add to it."""
+
+_SAME_SUMS: Final = (
+    "llm_calls",
+    "tool_calls",
+    "input_tokens",
+    "output_tokens",
+    "unpriced_calls",
+    "prunings",
+    "wait_ms",
+)
+SESSION_SUMS: Final = {name: name for name in _SAME_SUMS} | {"total_cost_usd": "cost_usd", "active_ms": "latency_ms"}
+"""Columns of a session that are sums over its turns, and the columns of the turns that they are sums of."""
 
 
 class Statements:
@@ -66,7 +88,7 @@ def _begin_turn() -> Any:
     number = select(func.coalesce(func.max(numbers.c.number), 0) + 1).scalar_subquery()
     row = _open_turn(number, sessions.c.id)
     may_begin = select(*row.values()).where(*_may_begin())
-    return insert(open_turns).from_select(list(row), may_begin).returning(open_turns.c.number)
+    return insert(open_turns).from_select(list(row), may_begin).returning(open_turns.c.number, _waiting_before())
 
 
 def _begin_turn_at_gate() -> Any:
@@ -93,7 +115,16 @@ def _begin_turn_at_gate() -> Any:
     )
     row = _open_turn(numbered.c.number, active.c.id)
     chosen = select(*row.values()).select_from(active.join(numbered, literal(True)))
-    return insert(open_turns).from_select(list(row), chosen).returning(open_turns.c.number)
+    return insert(open_turns).from_select(list(row), chosen).returning(open_turns.c.number, _waiting_before())
+
+
+def _waiting_before() -> Any:
+    """The latest turn before the one that begins, where that waits for a person, who will not answer it any more."""
+    before = turns.alias("before")
+    waits = and_(before.c.status == literal(INTERRUPTED), before.c.output_type == literal(INTERRUPT))
+    unanswered = case((waits, before.c.id))
+    latest = select(unanswered).where(before.c.conversation_id == bindparam("conversation"))
+    return latest.order_by(before.c.number.desc()).limit(1).scalar_subquery()
 
 
 def _open_turn(number: Any, session_id: Any) -> dict[str, Any]:
@@ -145,9 +176,7 @@ def _insert_turn() -> Any:
 
 
 def _add_to_session() -> Any:
-    same = ("llm_calls", "tool_calls", "input_tokens", "output_tokens", "unpriced_calls", "prunings")
-    sums = {name: name for name in same}
-    sums |= {"total_cost_usd": "cost_usd", "active_ms": "latency_ms", "wait_ms": "wait_ms", "failed_turns": "failed"}
+    sums = {**SESSION_SUMS, "failed_turns": "failed"}
     added = {column: sessions.c[column] + bindparam(f"new_{name}") for column, name in sums.items()}
     return (
         update(sessions)

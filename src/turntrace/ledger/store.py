@@ -9,18 +9,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from sqlalchemy import Connection, Engine, RowMapping, insert, select, union_all
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from turntrace.identity import new_hash_key
-from turntrace.ledger import schema
+from turntrace.ledger import resuming, schema
 from turntrace.ledger.engine import Database
 from turntrace.ledger.erasing import Erased, erase_waiting, forget
 from turntrace.ledger.outbox import StoredOutbox
 from turntrace.ledger.questions import LedgerQuestions
+from turntrace.ledger.resuming import TurnResumed
 from turntrace.ledger.rows import (
     continue_session,
     first_session,
@@ -30,7 +31,7 @@ from turntrace.ledger.rows import (
 from turntrace.ledger.statements import Statements
 from turntrace.ledger.tables import gates, open_turns, sessions, turns
 from turntrace.ledger.writing import LedgerWriter
-from turntrace.records import SessionFacts
+from turntrace.records import SessionFacts, TurnSummary
 
 _HASH_KEY: Final = "user_hash_key"
 _SETTLE_S: Final = 30.0
@@ -56,6 +57,18 @@ class SessionOpened:
     is_announced: bool = False
     expired_id: str | None = None
     expired_activity_ns: int = 0
+
+
+class TurnBegun(NamedTuple):
+    """A turn that has begun.
+
+    Attributes:
+        number: Its number in the conversation, from 1, without gaps.
+        unanswered_id: The turn before it, where that waits for a person, who will not answer it any more.
+    """
+
+    number: int
+    unanswered_id: str | None
 
 
 class Ledger(LedgerQuestions):
@@ -216,7 +229,7 @@ class Ledger(LedgerQuestions):
         active_since_ns: int,
         trace_id: str,
         root_span_id: str,
-    ) -> int | None:
+    ) -> TurnBegun | None:
         """Give a turn its number and write it down as open.
 
         Args:
@@ -232,8 +245,8 @@ class Ledger(LedgerQuestions):
             root_span_id: Id of its root span, 16 hexadecimal digits.
 
         Returns:
-            Its number in the conversation, from 1, without gaps; None when the session has ended or has been silent
-            for too long, and nothing was written.
+            Its number and what it meets; None when the session has ended or has been silent for too long, and nothing
+            was written.
         """
         values: dict[str, Any] = {
             "turn_id": turn_id,
@@ -247,7 +260,17 @@ class Ledger(LedgerQuestions):
             "root_span": root_span_id,
         }
         row = self._database.run_fast(self._statements.begin_turn, values)
-        return None if row is None else int(row[0])
+        return None if row is None else TurnBegun(int(row[0]), row[1])
+
+    def resume_newest(self, conversation_id: str, may_resume: Callable[[TurnSummary], bool]) -> TurnResumed | None:
+        """Have the newest turn of a conversation go on, if it waits; see `turntrace.ledger.resuming.resume_newest`."""
+        with self._database.writing() as connection:
+            return resuming.resume_newest(connection, conversation_id, may_resume)
+
+    def resume_turn(self, turn_id: str) -> TurnResumed | None:
+        """Have a turn that waits go on; None when there is none of that id, or it does not wait."""
+        with self._database.writing() as connection:
+            return resuming.resume_by_id(connection, turn_id)
 
     # --- what ends ----------------------------------------------------------------------------------------------------
     @contextmanager

@@ -20,9 +20,10 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    text,
 )
 
-SCHEMA_VERSION: Final = 4
+SCHEMA_VERSION: Final = 5
 """Version of the tables below; a change of them raises it and adds a migration to `turntrace.ledger.schema`."""
 
 metadata = MetaData()
@@ -158,9 +159,15 @@ turns = Table(
     Column("prunings", Integer, nullable=False, default=0, server_default="0"),
     Column("messages_pruned", Integer, nullable=False, default=0, server_default="0"),
     Column("tokens_pruned", Integer, nullable=False, default=0, server_default="0"),
+    Column("forked_from", String(200)),
+    Column("checkpoint_id", String(200)),
     UniqueConstraint("conversation_id", "number", name="turntrace_turns_number"),
     Index("turntrace_turns_session", "session_id", "started_ns"),
 )
+
+# Those that wait for a person; the index holds no others.
+_waits = turns.c.status == text("'interrupted'")
+waiting_turns = Index("turntrace_turns_waiting", turns.c.session_id, sqlite_where=_waits, postgresql_where=_waits)
 
 # Every decision about a model's window, a row each. In `dropped` stand, as JSON, the ids of the messages that this
 # decision was the first to drop: one that prunes only what the model is given drops the same ones at every call.

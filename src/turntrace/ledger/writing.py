@@ -7,10 +7,24 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, RowMapping, delete, update
 
 from turntrace.decisions import PruningDecision
-from turntrace.ledger.ends import idle_sessions, last_turn_of, note_last_turn, put_feedback, stale_turns
+from turntrace.ledger.ends import (
+    idle_sessions,
+    last_turn_of,
+    note_last_turn,
+    put_feedback,
+    stale_turns,
+    waiting_turns,
+)
 from turntrace.ledger.journeys import enter_stage, unconverted_in
-from turntrace.ledger.rows import decision_values, first_session, full_summary, plain_summary, steps_text
-from turntrace.ledger.statements import TURN_COLUMNS, Statements
+from turntrace.ledger.resuming import TurnWritten, newest_turn, written_turn
+from turntrace.ledger.rows import (
+    decision_values,
+    first_session,
+    full_summary,
+    plain_summary,
+    steps_text,
+)
+from turntrace.ledger.statements import ABANDONED, INTERRUPTED, LATE_SUMS, SESSION_SUMS, TURN_COLUMNS, Statements
 from turntrace.ledger.tables import conversations, open_turns, outbox, sessions, turns
 from turntrace.records import Step, TurnSummary, TurnTags
 from turntrace.summaries import SessionSummary, StageEntered
@@ -85,7 +99,15 @@ class LedgerWriter:
         }
         self._statements.put_decision.run(self._cursor, {f"new_{name}": value for name, value in values.items()})
 
-    def finish_turn(self, turn: TurnSummary, steps: Sequence[Step], *, spans: int, topic: str | None = None) -> TurnEnd:
+    def finish_turn(
+        self,
+        turn: TurnSummary,
+        steps: Sequence[Step],
+        *,
+        spans: int,
+        topic: str | None = None,
+        before: TurnWritten | None = None,
+    ) -> TurnEnd:
         """Write down how a turn ended, and add it to its session.
 
         Args:
@@ -93,6 +115,7 @@ class LedgerWriter:
             steps: Its steps, for looking at.
             spans: How many spans its trace has.
             topic: What the conversation is about.
+            before: The turn as it was written down when it had waited, for one that went on.
 
         Returns:
             Whether this was its end; a turn that had ended before is not changed, but for one that a sweep closed as
@@ -102,23 +125,47 @@ class LedgerWriter:
         values |= {"new_steps": steps_text(steps), "new_spans": spans, "topic": topic}
         values["new_failed"] = int(turn.status == "failed")
         statements, cursor = self._statements, self._cursor
-        if statements.close_turn.run(cursor, values).rowcount != 1 and not self._take_back(turn):
-            return TurnEnd.ENDED_BEFORE
+        was_open = statements.close_turn.run(cursor, values).rowcount == 1
+        if before is not None or not was_open:
+            written = self._take_back(turn.id, was_open=was_open)
+            if written is None and not was_open:
+                return TurnEnd.ENDED_BEFORE
+            if written is not None:  # what ended late is added, as is all of a part that the turn does not know
+                for name in LATE_SUMS:
+                    values[f"new_{name}"] += _sum(written, name) - _sum(before, name)
         statements.insert_turn.run(cursor, values)
         session = statements.add_to_session.run(cursor, values).fetchone()
         statements.upsert_conversation.run(cursor, values)
         ended_after_session = session is not None and session[0] is not None
         return TurnEnd.ENDED_AFTER_SESSION if ended_after_session else TurnEnd.ENDED
 
-    def _take_back(self, turn: TurnSummary) -> bool:
-        """Take back the end of a turn that a sweep closed as abandoned while it went on in its process."""
-        abandoned = delete(turns).where(turns.c.id == turn.id, turns.c.status == "abandoned")
-        if self._connection.execute(abandoned).rowcount != 1:
-            return False
-        for table, row_id in ((sessions, turn.session_id), (conversations, turn.conversation_id)):
-            once_less = update(table).where(table.c.id == row_id).values(total_turns=table.c.total_turns - 1)
-            self._connection.execute(once_less)
-        return True
+    def _take_back(self, turn_id: str, *, was_open: bool) -> TurnWritten | None:
+        """Take back what was written of a turn that went on: it had waited, or a sweep had closed it as abandoned.
+
+        Returns:
+            What was written; None when there is nothing to take back.
+        """
+        written = written_turn(self._connection, turn_id)
+        if written is None or not (was_open or written.turn.status in (ABANDONED, INTERRUPTED)):
+            return None
+        turn = written.turn
+        self._connection.execute(delete(turns).where(turns.c.id == turn_id))
+        less = {column: sessions.c[column] - getattr(turn, name) for column, name in SESSION_SUMS.items()}
+        for table, row_id, sums in ((sessions, turn.session_id, less), (conversations, turn.conversation_id, {})):
+            once_less = update(table).where(table.c.id == row_id)
+            self._connection.execute(once_less.values(total_turns=table.c.total_turns - 1, **sums))
+        return written
+
+    def has_later_turn(self, turn: TurnSummary) -> bool:
+        """Tell whether a turn that came later in the same conversation has begun."""
+        newest = newest_turn(self._connection, turn.conversation_id)
+        return newest is not None and newest.number > turn.number
+
+    def abandon_waiting(self, turn_id: str) -> bool:
+        """Close a turn that waits, since nobody answers it, with its root span; tell whether it did wait."""
+        waits = update(turns).where(turns.c.id == turn_id, turns.c.status == INTERRUPTED)
+        closed = waits.values(status=ABANDONED, error=ABANDONED, spans=turns.c.spans + 1)
+        return self._connection.execute(closed).rowcount == 1
 
     def add_to_turn(self, turn_id: str, session_id: str, late: Mapping[str, float]) -> None:
         """Add what ended after its turn to the turn and its session.
@@ -182,6 +229,23 @@ class LedgerWriter:
         """Return turns to be closed because nobody will end them, each with what its session is."""
         return stale_turns(self._connection, silent_since_ns, limit, after=after)
 
+    def waiting_turns(
+        self,
+        limit: int,
+        *,
+        silent_since_ns: int | None = None,
+        session_id: str | None = None,
+        turn_id: str | None = None,
+    ) -> list[RowMapping]:
+        """Return turns that wait, each with what its session is; see `turntrace.ledger.ends.waiting_turns`."""
+        return waiting_turns(
+            self._connection, limit, silent_since_ns=silent_since_ns, session_id=session_id, turn_id=turn_id
+        )
+
+    def written_turn(self, turn_id: str) -> TurnWritten | None:
+        """Return a turn as it is written down, and let nobody else change it; None when it is not."""
+        return written_turn(self._connection, turn_id)
+
     def enter_stage(self, user_id: str | None, step: StageWanted) -> StageEntered | None:
         """Enter a stage of a journey, or convert it; None when nothing changed by it."""
         number = step.turn_number
@@ -212,6 +276,12 @@ class LedgerWriter:
         """Return a session as it is now, without the figures of its user; None when there is none."""
         row = first_session(self._connection, sessions.c.id == session_id)
         return None if row is None else plain_summary(row)
+
+
+def _sum(written: TurnWritten | None, name: str) -> float:
+    if written is None:
+        return 0
+    return written.spans if name == "spans" else getattr(written.turn, name)
 
 
 def owner_of(user_id: str | None, session_id: str) -> str:

@@ -9,9 +9,10 @@ from turntrace import attributes as a
 from turntrace.attributes import AttributeValue
 from turntrace.export import ids_of
 from turntrace.identity import derived_id, is_trace_id, new_span_id
+from turntrace.lifecycle.abandoning import AbandonWaiting
 from turntrace.lifecycle.session import Conversation
-from turntrace.lifecycle.steps import OpenStep
-from turntrace.lifecycle.turn import Turn, root_attributes
+from turntrace.lifecycle.steps import OpenStep, root_attributes
+from turntrace.lifecycle.turn import Turn
 from turntrace.records import TurnRequest, TurnTags
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def begun_turn(
         trace_id = ids_of(below)[0]
     span_id = new_span_id()
     started_ns = tracker.clock()
-    number = tracker.ledger.begin_turn(
+    begun = tracker.ledger.begin_turn(
         turn_id,
         session_id=session.id,
         conversation_id=conversation.id,
@@ -59,13 +60,15 @@ def begun_turn(
         trace_id=trace_id,
         root_span_id=span_id,
     )
-    if number is None:
+    if begun is None:
         return None
+    if begun.unanswered_id is not None:
+        tracker.submit(AbandonWaiting(tracker, begun.unanswered_id))
     tags = TurnTags(
         session_id=session.id,
         turn_id=turn_id,
         conversation_id=conversation.id,
-        number=number,
+        number=begun.number,
         user_id=session.user_id,
         channel=session.channel,
         tier=request.tier or session.tier,
@@ -92,4 +95,5 @@ def begun_turn(
         started_ns=started_ns,
         message=message,
         role=role,
+        forked_from=request.forked_from,
     )

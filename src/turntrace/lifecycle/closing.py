@@ -1,7 +1,7 @@
 """What the writer does when steps and turns end: it ends their spans and writes their rows together."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry.sdk.trace import ReadableSpan
 
@@ -11,9 +11,11 @@ from turntrace.boundary import never_breaks
 from turntrace.content import Message, classify_output, read_message
 from turntrace.export import ids_of
 from turntrace.identity import safe_text
-from turntrace.ledger import LATE_SUMS, LedgerWriter, TurnEnd
+from turntrace.ledger import INTERRUPT, INTERRUPTED, LATE_SUMS, LedgerWriter, TurnEnd
+from turntrace.lifecycle.abandoning import AbandonWaiting
 from turntrace.lifecycle.ending import EndedStep, Failure, add_up, end_span, end_steps, words_of
-from turntrace.lifecycle.session_jobs import EndSession, SpanJob, known_json
+from turntrace.lifecycle.jobs import SpanJob, known_json
+from turntrace.lifecycle.session_jobs import EndSession
 from turntrace.lifecycle.steps import Fit, Glimpse, TurnAccount
 from turntrace.lifecycle.windows import Noted, add_given
 from turntrace.records import Step, TurnSummary, elapsed_ms
@@ -87,17 +89,28 @@ class FinishTurn(SettleTurn):
         account.is_closed = True
         question, answer = read_message(turn.message), read_message(turn.answer)
         summary = _sum_up(turn, self._status, self._ended_ns, question, answer)
+        self._answer = None
         failure = None
         if self._status in ("failed", "abandoned"):
             failure = Failure(summary.error or self._status, None, self._status == "failed")
-        root = turn.root.start(summary.attributes() | _content(turn, summary, question, answer) | words_of(failure))
+        waits = self._status == INTERRUPTED
+        # One that waits is shown as it stands, where its root will be overwritten when it ends; elsewhere it ends once.
+        target = self._tracker.target
+        ends_root = not waits or target.to_outbox or not target.chooses_ids
+        if ends_root:
+            turn.root.start(summary.attributes() | _content(turn, summary, question, answer) | words_of(failure))
         spans = end_steps(turn, added, account)
+        account.spans += len(others)
+        root = turn.root.started
         with self._tracker.target.capturing() as ended:
-            self._count = account.spans + len(others) + root.is_recording()
-            end_span(root, self._ended_ns, failure)
+            if root is not None and ends_root:
+                account.spans += root.is_recording() and not waits
+                end_span(root, self._ended_ns, failure)
         self._keep(spans + others + ended)
+        self._count = account.spans
         self._steps = list(account.steps)
-        trace_id, root_span_id = ids_of(root) if root.get_span_context().is_valid else turn.planned_ids
+        is_known = root is not None and root.get_span_context().is_valid
+        trace_id, root_span_id = ids_of(root) if root is not None and is_known else turn.planned_ids
         self._summary = replace(summary, trace_id=trace_id, root_span_id=root_span_id)
 
     def write(self, ledger: LedgerWriter) -> None:
@@ -108,7 +121,10 @@ class FinishTurn(SettleTurn):
         self._put_spans(ledger)
         self._put_decisions(ledger)
         topic = self._turn.conversation.topic
-        end = ledger.finish_turn(self._summary, self._steps, spans=self._count, topic=topic)
+        before = self._turn.before
+        end = ledger.finish_turn(self._summary, self._steps, spans=self._count, topic=topic, before=before)
+        if self._summary.output_type == INTERRUPT and ledger.has_later_turn(self._summary):
+            AbandonWaiting(self._tracker, self._turn.id).write(ledger)  # the user did not wait for this to be written
         if end is TurnEnd.ENDED_AFTER_SESSION:
             # Its session was ended while it ran: the totals that were sent then are sent again with this turn.
             self._end_again = self._end_again or EndSession(self._tracker, self._summary.session_id)
@@ -121,12 +137,19 @@ def _input_type(turn: "Turn", question: Message) -> str:
     return safe_text(turn.tracker.classify(question.text))
 
 
+_NEW: Final = TurnSummary(id="")
+"""What is known before of a turn that did not wait."""
+
+
 def _sum_up(turn: "Turn", status: str, ended_ns: int, question: Message | None, answer: Message | None) -> TurnSummary:
     account = turn.account
     if account.context_messages is None and account.fitted is not None:
         add_given(account, account.fitted)
     has_answer = turn.answer is not None and status != "failed"
-    output_type = {"failed": "error", "interrupted": "interrupt"}.get(status)
+    waits = status == INTERRUPTED and not turn.handed_over
+    output_type = "error" if status == "failed" else INTERRUPT if waits else None
+    before = _NEW if turn.before is None else turn.before.turn
+    wait_ms = turn.wait_ns // 1_000_000
     if output_type is None and has_answer:
         output_type = classify_output(turn.answer)
     return TurnSummary(
@@ -139,11 +162,11 @@ def _sum_up(turn: "Turn", status: str, ended_ns: int, question: Message | None, 
         ended_ns=ended_ns,
         status=status,
         role=turn.role,
-        input_length=None if question is None else len(question.text),
+        input_length=len(question.text) if question is not None else before.input_length,
         output_length=len(answer.text) if answer is not None and has_answer else None,
-        input_type=None if question is None else _input_type(turn, question),
+        input_type=_input_type(turn, question) if question is not None else before.input_type,
         output_type=output_type,
-        has_attachments=None if question is None else question.attachments > 0,
+        has_attachments=question.attachments > 0 if question is not None else before.has_attachments,
         intent=turn.intent,
         agent_runs=turn.agent_runs,
         tool_calls=account.tool_calls,
@@ -152,10 +175,9 @@ def _sum_up(turn: "Turn", status: str, ended_ns: int, question: Message | None, 
         output_tokens=account.output_tokens,
         cost_usd=account.cost_usd,
         unpriced_calls=account.unpriced_calls,
-        latency_ms=elapsed_ms(turn.started_ns, ended_ns),
-        time_to_first_token_ms=(
-            None if account.first_token_ns is None else elapsed_ms(turn.started_ns, account.first_token_ns)
-        ),
+        latency_ms=max(0, elapsed_ms(turn.started_ns, ended_ns) - wait_ms),
+        wait_ms=wait_ms,
+        time_to_first_token_ms=_first_token_ms(turn, wait_ms),
         model=account.model,
         error=turn.error,
         context_tokens=account.context_tokens,
@@ -164,7 +186,17 @@ def _sum_up(turn: "Turn", status: str, ended_ns: int, question: Message | None, 
         prunings=account.prunings,
         messages_pruned=account.messages_pruned,
         tokens_pruned=account.tokens_pruned,
+        forked_from=turn.forked_from,
+        checkpoint_id=turn.checkpoint_id if waits else None,
     )
+
+
+def _first_token_ms(turn: "Turn", wait_ms: int) -> int | None:
+    """Return how long it took until the first token came, without what was waited before it."""
+    before, first_ns = turn.before, turn.account.first_token_ns
+    if before is not None and before.turn.time_to_first_token_ms is not None:
+        return before.turn.time_to_first_token_ms
+    return None if first_ns is None else max(0, elapsed_ms(turn.started_ns, first_ns) - (wait_ms if before else 0))
 
 
 def _content(

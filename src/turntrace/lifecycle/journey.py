@@ -11,7 +11,8 @@ from turntrace.errors import ConfigurationError
 from turntrace.identity import check_text, derived_id
 from turntrace.ledger import LedgerWriter, StageWanted
 from turntrace.lifecycle.ending import end_span
-from turntrace.lifecycle.session_jobs import SpanJob, tags_of
+from turntrace.lifecycle.jobs import SpanJob
+from turntrace.lifecycle.session_jobs import tags_of
 from turntrace.summaries import JourneySummary, StageEntered
 
 if TYPE_CHECKING:

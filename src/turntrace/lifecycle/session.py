@@ -174,6 +174,30 @@ class Conversation:
         """
         return TurnBlock(self, message, role)
 
+    def resume_turn(self) -> Turn:
+        """Go on with the turn of this conversation that waits for a person, in this process or after another.
+
+        It is the same turn and the same trace; the time that was waited is counted apart::
+
+            with conversation.resume_turn() as turn:
+                graph.invoke(Command(resume="yes"), turn.config)
+
+        Raises:
+            StateError: If no turn of the conversation waits.
+            LedgerError: If the ledger cannot be written.
+        """
+        turn = self.session.tracker.resume_newest(self.id)
+        if turn is None:
+            raise StateError(
+                f"No turn of the conversation {self.id!r} waits for a person. A new one begins with "
+                "conversation.turn(...) or conversation.start_turn(...)."
+            )
+        return turn
+
+    async def aresume_turn(self) -> Turn:
+        """Go on with the turn that waits, as `resume_turn` does, without blocking the event loop."""
+        return await self.session.tracker.run_off_loop(self.resume_turn)
+
     async def astart_turn(self, message: Any = None, *, role: str = "user") -> Turn:
         """Begin a turn, as `start_turn` does, without blocking the event loop while the ledger is asked."""
         begun: list[Turn] = []

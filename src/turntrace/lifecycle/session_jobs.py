@@ -2,45 +2,30 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry.sdk.trace import ReadableSpan
 
 from turntrace import attributes as a
 from turntrace.attributes import AttributeValue
-from turntrace.content import to_json
-from turntrace.export import Score, scores_of, session_score, to_otlp, write_score
+from turntrace.export import Score, scores_of, session_score, write_score
 from turntrace.identity import derived_id
 from turntrace.ledger import LedgerWriter
+from turntrace.lifecycle.abandoning import abandon_waiting
 from turntrace.lifecycle.dropoff import DropoffFacts
 from turntrace.lifecycle.ending import end_span
+from turntrace.lifecycle.jobs import SpanJob, known_json
 from turntrace.records import SessionFacts
 from turntrace.summaries import SessionSummary
-from turntrace.waiting import SCORE, SPANS
+from turntrace.waiting import SCORE
 
 if TYPE_CHECKING:
     from turntrace.lifecycle.tracker import SessionTracker
 
+INACTIVE_TIMEOUT: Final = "inactive_timeout"
+"""Reason of the end of a session that was silent too long."""
 
-class SpanJob:
-    """A job whose spans go into the outbox in the transaction that writes its rows."""
-
-    def __init__(self, tracker: "SessionTracker") -> None:
-        self._tracker = tracker
-        self._spans: list[ReadableSpan] = []
-        self._body = b""
-
-    def prepare(self) -> None:
-        """Do what needs no transaction."""
-
-    def _keep(self, spans: list[ReadableSpan]) -> None:
-        self._spans.extend(spans)
-        if self._spans and self._tracker.target.to_outbox:
-            self._body = to_otlp(self._spans)
-
-    def _put_spans(self, ledger: LedgerWriter) -> None:
-        if self._body:
-            ledger.put(SPANS, self._body, items=len(self._spans), created_ns=self._tracker.clock())
+_MOST_WAITING: Final = 1_000
 
 
 class AnnounceSession(SpanJob):
@@ -81,6 +66,9 @@ class EndSession(SpanJob):
 
     def write(self, ledger: LedgerWriter) -> None:
         """End the session and put its span into the outbox, in one transaction, once."""
+        if self._reason == INACTIVE_TIMEOUT:  # whom it waited for did not come back
+            for row in ledger.waiting_turns(_MOST_WAITING, session_id=self._session_id):
+                abandon_waiting(self._tracker, ledger, row)
         if self._reason is None:
             ended = ledger.ended_session(self._session_id)
         else:
@@ -112,11 +100,6 @@ def put_scores(tracker: "SessionTracker", ledger: LedgerWriter, scores: Iterable
         for score in scores:
             if target.is_sampled(score.get("traceId", "")):
                 ledger.put(SCORE, write_score(score, environment=target.environment), items=1, created_ns=now)
-
-
-def known_json(facts: Any) -> str:
-    """Write facts as JSON, those that are not known left out."""
-    return to_json({n: v for n, v in facts.items() if v is not None} if isinstance(facts, dict) else facts)
 
 
 def tags_of(session: SessionFacts) -> dict[str, AttributeValue]:

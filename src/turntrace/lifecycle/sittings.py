@@ -11,7 +11,7 @@ from turntrace.errors import IdentityError
 from turntrace.identity import derived_id
 from turntrace.ledger import SessionOpened
 from turntrace.lifecycle.session import Session
-from turntrace.lifecycle.session_jobs import AnnounceSession, EndSession
+from turntrace.lifecycle.session_jobs import INACTIVE_TIMEOUT, AnnounceSession, EndSession
 from turntrace.lifecycle.writer import Writer
 from turntrace.records import SessionFacts, TurnRequest
 
@@ -50,15 +50,23 @@ class Sittings:
         if not opened.is_announced and self._first_said(opened.session.id):
             self._writer.submit(AnnounceSession(self._tracker, opened.session))
         with self._lock:
-            self._used[opened.session.id] = None
-            if len(self._used) > _REMEMBERED:
-                self._used.popitem(last=False)
+            self._note_used(opened.session.id)
         return Session(self._tracker, opened.session)
+
+    def went_on(self, session: Session) -> None:
+        """Note that a turn of a session went on in this process."""
+        with self._lock:
+            self._note_used(session.id)
+
+    def _note_used(self, session_id: str) -> None:
+        self._used[session_id] = None
+        if len(self._used) > _REMEMBERED:
+            self._used.popitem(last=False)
 
     def _expired(self, opened: SessionOpened) -> EndSession:
         # At the time when it had been silent for long enough, as the sweep has it.
         ended_ns = opened.expired_activity_ns + self._tracker.idle_ns
-        return EndSession(self._tracker, str(opened.expired_id), "inactive_timeout", ended_ns)
+        return EndSession(self._tracker, str(opened.expired_id), INACTIVE_TIMEOUT, ended_ns)
 
     def _first_said(self, session_id: str) -> bool:
         """Tell whether the start of a session was not said by this process yet, and note that it is now."""

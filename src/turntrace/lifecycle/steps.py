@@ -8,10 +8,12 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 from opentelemetry.context import Context
 from opentelemetry.trace import Span
 
+from turntrace import attributes as a
 from turntrace.attributes import AttributeValue
 from turntrace.current import ContextMeter
 from turntrace.decisions import ContextGiven, PruningDecision
-from turntrace.records import LLMCall, Step
+from turntrace.ledger import TurnWritten
+from turntrace.records import LLMCall, SessionFacts, Step, TurnRequest, TurnTags
 
 StepKind = Literal["agent", "chain", "generation", "tool", "retriever", "event"]
 
@@ -140,6 +142,22 @@ class OpenStep:
         self.extra[name] = value
 
 
+def root_attributes(tags: TurnTags, session: SessionFacts, request: TurnRequest) -> dict[str, AttributeValue]:
+    """Return what the root of a turn carries from its start."""
+    begun = tags.attributes()
+    begun[a.LANGFUSE_OBSERVATION_TYPE] = "agent"
+    begun[a.LANGFUSE_TRACE_NAME] = a.TRACE_NAME_TURN
+    if session.type is not None:
+        begun[a.SESSION_TYPE] = session.type
+    if session.locale is not None:
+        begun[a.SESSION_LOCALE] = session.locale
+    if session.client_version is not None:
+        begun[a.SESSION_CLIENT_VERSION] = session.client_version
+    if request.tags:
+        begun[a.LANGFUSE_TRACE_TAGS] = request.tags
+    return begun
+
+
 @dataclass(slots=True)
 class TurnAccount:
     """What the steps of a turn add up to. Only the writer's thread touches it.
@@ -181,3 +199,16 @@ class TurnAccount:
     left_out_tokens: int = 0
     fitted: ContextGiven | None = None
     is_closed: bool = False
+
+
+def account_before(before: TurnWritten) -> TurnAccount:
+    """Return the account of a turn that goes on, as it stood when it began to wait."""
+    turn = before.turn
+    names = (
+        *("llm_calls", "tool_calls", "input_tokens", "output_tokens", "cost_usd", "unpriced_calls", "prunings"),
+        *("messages_pruned", "tokens_pruned", "model", "context_tokens", "context_messages", "context_limit"),
+    )
+    account = TurnAccount(steps=list(before.steps), spans=before.spans, **{n: getattr(turn, n) for n in names})
+    if turn.time_to_first_token_ms is not None:
+        account.first_token_ns = turn.started_ns + turn.time_to_first_token_ms * 1_000_000
+    return account

@@ -9,14 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from turntrace import attributes as a
 from turntrace.boundary import never_breaks
 from turntrace.errors import ConfigurationError, LedgerError
-from turntrace.ledger import LedgerWriter
-from turntrace.lifecycle.ending import Failure, end_span, words_of
-from turntrace.lifecycle.session_jobs import EndSession, SpanJob, known_json
-from turntrace.lifecycle.turn import root_attributes
-from turntrace.records import SessionFacts, TurnRequest, TurnSummary, TurnTags
+from turntrace.lifecycle.abandoning import abandon_running, abandon_waiting
+from turntrace.lifecycle.session_jobs import INACTIVE_TIMEOUT, EndSession
 
 if TYPE_CHECKING:
     from turntrace.lifecycle.tracker import SessionTracker
@@ -59,6 +55,11 @@ def sweep(tracker: "SessionTracker", now_ns: int, idle_ns: int) -> Swept:
         if len(stale) < _BATCH:
             break
         after = stale[-1]["id"]
+    while True:
+        some = _patiently(partial(_close_waiting, tracker, silent_since))
+        closed += some
+        if some < _BATCH:
+            break
     ended = 0
     while True:
         some = _patiently(partial(_end_some, tracker, silent_since, idle_ns))
@@ -71,7 +72,14 @@ def _close_some(tracker: "SessionTracker", silent_since: int, after: str) -> tup
     """Close some turns that nobody will end, in a transaction; return those looked at and how many were closed."""
     with tracker.ledger.writing() as ledger:
         stale = ledger.stale_turns(silent_since, _BATCH, after=after)
-        return stale, sum(_AbandonTurn(tracker, row).close(ledger) for row in stale if not tracker.holds(row["id"]))
+        return stale, sum(abandon_running(tracker, ledger, row) for row in stale if not tracker.holds(row["id"]))
+
+
+def _close_waiting(tracker: "SessionTracker", silent_since: int) -> int:
+    """Close some turns that wait for a person who does not answer, in a transaction; return how many."""
+    with tracker.ledger.writing() as ledger:
+        rows = ledger.waiting_turns(_BATCH, silent_since_ns=silent_since)
+        return sum(abandon_waiting(tracker, ledger, row) for row in rows)
 
 
 def _end_some(tracker: "SessionTracker", silent_since: int, idle_ns: int) -> int:
@@ -80,7 +88,7 @@ def _end_some(tracker: "SessionTracker", silent_since: int, idle_ns: int) -> int
         idle = ledger.idle_sessions(silent_since, _BATCH)
         for session_id, last_activity_ns in idle:
             # At the time when it had been silent for long enough, whoever finds out and when.
-            EndSession(tracker, session_id, "inactive_timeout", last_activity_ns + idle_ns).write(ledger)
+            EndSession(tracker, session_id, INACTIVE_TIMEOUT, last_activity_ns + idle_ns).write(ledger)
         return len(idle)
 
 
@@ -92,64 +100,6 @@ def _patiently(change: Callable[[], R]) -> R:
         except LedgerError as error:
             logger.debug("turntrace: %s The sweep tries again.", error)
     return change()
-
-
-class _AbandonTurn(SpanJob):
-    """Closes a turn whose process died, with the span that its trace lacks: the root."""
-
-    def __init__(self, tracker: "SessionTracker", row: Any) -> None:
-        super().__init__(tracker)
-        self._row = row
-
-    def close(self, ledger: LedgerWriter) -> int:
-        """Write its row and its span; tell how many turns were closed by it: one or none."""
-        row = self._row
-        facts = {name: row[f"session_{name}"] for name in ("channel", "type", "tier", "org_id", "locale")}
-        facts["client_version"] = row["session_client_version"]
-        session = SessionFacts(id=row["session_id"], user_id=row["user_id"], **facts)
-        summary = TurnSummary(
-            id=row["id"],
-            session_id=row["session_id"],
-            conversation_id=row["conversation_id"],
-            user_id=row["user_id"],
-            number=row["number"],
-            started_ns=row["started_ns"],
-            ended_ns=row["started_ns"],  # nobody saw its end
-            status="abandoned",
-            role=row["role"],
-            error="abandoned",
-            trace_id=row["trace_id"],
-            root_span_id=row["root_span_id"],
-        )
-        self._keep(self._root(session, summary))
-        self._put_spans(ledger)
-        return bool(ledger.finish_turn(summary, [], spans=len(self._spans)))
-
-    def _root(self, session: SessionFacts, turn: TurnSummary) -> Any:
-        tags = TurnTags(
-            session_id=session.id,
-            turn_id=turn.id,
-            conversation_id=turn.conversation_id,
-            number=turn.number,
-            user_id=session.user_id,
-            channel=session.channel,
-            tier=session.tier,
-            org_id=session.org_id,
-            topic=self._row["topic"],
-        )
-        failure = Failure("abandoned", None, failed=False)
-        shown = {
-            a.LANGFUSE_OBSERVATION_INPUT: known_json({"turn": turn.number}),
-            a.LANGFUSE_OBSERVATION_OUTPUT: known_json({"status": turn.status}),
-        }
-        attributes = root_attributes(tags, session, TurnRequest()) | turn.attributes() | shown | words_of(failure)
-        ids = (int(str(turn.trace_id), 16), int(str(turn.root_span_id), 16))
-        with self._tracker.target.capturing() as ended:
-            span = self._tracker.target.start_root(
-                a.SPAN_TURN, attributes=attributes, start_ns=turn.started_ns, ids=ids
-            )
-            end_span(span, turn.ended_ns, failure)
-        return ended
 
 
 class Sweeper:

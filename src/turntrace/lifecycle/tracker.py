@@ -14,12 +14,11 @@ from sqlalchemy import Engine
 
 from turntrace.boundary import never_breaks
 from turntrace.content import ContentLevel, ContentPolicy, classify_input
-from turntrace.errors import ConfigurationError, StateError
+from turntrace.errors import ConfigurationError
 from turntrace.export import Pace, SpanTarget, open_target
 from turntrace.identity import check_id, check_text, new_id
 from turntrace.ledger import Ledger
 from turntrace.lifecycle.asking import Afterwards
-from turntrace.lifecycle.beginning import begun_turn
 from turntrace.lifecycle.checks import (
     UserHasher,
     checked_classifier,
@@ -30,18 +29,17 @@ from turntrace.lifecycle.checks import (
     outbox_bytes_of,
     text_or_none,
 )
-from turntrace.lifecycle.closing import FinishTurn, SettleTurn
 from turntrace.lifecycle.dropoff import DropoffFacts, is_dropoff
 from turntrace.lifecycle.evaluating import Evaluator, Evaluators
 from turntrace.lifecycle.journey import checked_stages
 from turntrace.lifecycle.sending import Sending
-from turntrace.lifecycle.session import Conversation, Session, SessionBlock
-from turntrace.lifecycle.sittings import Sittings, key_of_run
+from turntrace.lifecycle.session import Session, SessionBlock
+from turntrace.lifecycle.sittings import Sittings
 from turntrace.lifecycle.sweep import Sweeper, restart_after_fork
-from turntrace.lifecycle.turn import Turn
+from turntrace.lifecycle.turns import Turns
 from turntrace.lifecycle.windows import Windows
 from turntrace.lifecycle.writer import Job
-from turntrace.records import SessionFacts, TurnRequest
+from turntrace.records import SessionFacts
 from turntrace.settings import read_settings
 from turntrace.summaries import SessionSummary
 
@@ -49,7 +47,7 @@ _STOP_S: Final = 30.0
 _EXIT_S: Final = 10.0
 
 
-class SessionTracker(Afterwards):
+class SessionTracker(Turns, Afterwards):
     """Begins sessions and turns, numbers them, and has them written down.
 
     One tracker serves all requests of a process, from any thread and event loop. It keeps a ledger of what happened
@@ -129,8 +127,7 @@ class SessionTracker(Afterwards):
         self.ledger.settle = self._writer.drain  # whoever asks the ledger sees all that has ended
         self._sittings = Sittings(self, self._writer)
         self.windows = Windows()
-        self._turns: dict[str, Turn] = {}
-        self._finishing: dict[str, Turn] = {}
+        Turns.__init__(self)
         self._forgotten: set[str] = set()
         self._handler: Any = None
         self._lock = threading.Lock()
@@ -259,92 +256,14 @@ class SessionTracker(Afterwards):
         """Tell whether a session was erased by this process, while a turn of it may still run."""
         return session_id in self._forgotten
 
-    # --- turns --------------------------------------------------------------------------------------------------------
-    def start_turn(self, conversation: Conversation, message: Any = None, *, role: str = "user") -> Turn:
-        """Begin a turn of a conversation, as `Conversation.start_turn` does."""
-        turn = self._begin(conversation, TurnRequest(), message, role, active_since_ns=0)
-        if turn is None:  # the session had ended: this opens it again
-            self._sittings.open(conversation.session.facts, given_id=True)
-            turn = self._begin(conversation, TurnRequest(), message, role, active_since_ns=0)
-        if turn is None:
-            raise StateError(f"The session {conversation.session.id!r} is ended again and again while a turn begins.")
-        return turn
-
-    async def astart_turn(self, conversation: Conversation, message: Any = None, *, role: str = "user") -> Turn:
-        """Begin a turn of a conversation, as `Conversation.astart_turn` does."""
-        return await conversation.astart_turn(message, role=role)
-
-    def begin_turn(self, request: TurnRequest, message: Any = None) -> Turn:
-        """Begin the turn of a run that stands alone: in the session that it names, or in the open one of its user.
-
-        Without a session of its own the turn falls into the open session of the user and channel (without a user: of
-        the conversation), when that was active within the idle time; else that one ends and a new one begins.
-
-        Args:
-            request: What the run says about itself; its ids have been checked.
-            message: What the user said.
-        """
-        user_id = None if request.user_id is None else self.hash_user(request.user_id)
-        channel = self.channel if request.channel is None else request.channel
-        key = key_of_run(request, user_id, channel)
-        now = self.clock()
-        since = 0 if request.session_id is not None else now - self.idle_ns
-        session = self._sittings.known(key)
-        for _ in range(3):
-            if session is None:
-                wanted = SessionFacts(
-                    id=request.session_id or self.new_id(),
-                    user_id=user_id,
-                    channel=channel,
-                    type="chat",
-                    tier=request.tier,
-                    org_id=request.org_id,
-                    locale=request.locale,
-                    client_version=request.client_version,
-                    started_ns=now,
-                )
-                session = self._sittings.open_for_run(key, wanted, request)
-            conversation = Conversation(session, request.conversation_id or session.id, request.topic)
-            turn = self._begin(conversation, request, message, "user", active_since_ns=since)
-            if turn is not None:
-                return turn
-            session = None  # it has ended meanwhile, or was silent for too long
-        raise StateError("No session stays open for this turn: another process ends each that is begun.")
-
-    def _begin(
-        self, conversation: Conversation, request: TurnRequest, message: Any, role: str, *, active_since_ns: int
-    ) -> Turn | None:
-        self._sittings.wait_for_end(conversation.session.id)
-        turn = begun_turn(self, conversation, request, message, role, active_since_ns)
-        if turn is not None:
-            self._turns[turn.id] = turn
-        return turn
-
-    def live_turn(self, turn_id: str) -> Turn | None:
-        """Return a turn of this process that has not ended, or None."""
-        return self._turns.get(turn_id)
-
-    def finish(self, turn: Turn, status: str, ended_ns: int) -> None:
-        """Have a turn that has ended written down. Called by `Turn.end`."""
-        self._finishing[turn.id] = turn
-        self._turns.pop(turn.id, None)
-        self._writer.submit(FinishTurn(turn, status, ended_ns))
-
-    def finished(self, turn_id: str) -> None:
-        """Note that the end of a turn is written. Called by the writer."""
-        self._finishing.pop(turn_id, None)
-
-    def holds(self, turn_id: str) -> bool:
-        """Tell whether a turn runs in this process, or its end is still to be written."""
-        return turn_id in self._turns or turn_id in self._finishing
-
+    # --- what is written down -----------------------------------------------------------------------------------------
     def submit(self, job: Job) -> None:
         """Have something written down soon; returns at once."""
         self._writer.submit(job)
 
-    def settle(self, turn: Turn) -> None:
-        """Have the steps of a turn that have ended written down while it goes on."""
-        self._writer.submit(SettleTurn(turn))
+    def flush_writer(self) -> bool:
+        """Wait until all that has ended is in the ledger; tell whether it is."""
+        return self._writer.drain(_STOP_S)
 
     def callbacks(self) -> list[Any]:
         """Return what goes into a config's ``callbacks``: one handler, the same each time."""

@@ -17,6 +17,7 @@ from turntrace.current import ContextMeter, Scope, current_scope, enter, leave
 from turntrace.decisions import PruningDecision
 from turntrace.errors import StateError
 from turntrace.identity import check_text, safe_text
+from turntrace.ledger import TurnWritten
 from turntrace.lifecycle.feedback import FEEDBACK_NAME, PutFeedback
 from turntrace.lifecycle.journey import Journey
 from turntrace.lifecycle.steps import (
@@ -28,8 +29,9 @@ from turntrace.lifecycle.steps import (
     Starter,
     StepKind,
     TurnAccount,
+    account_before,
 )
-from turntrace.records import LLMCall, SessionFacts, TurnRequest, TurnTags
+from turntrace.records import LLMCall, TurnTags
 
 if TYPE_CHECKING:
     from turntrace.lifecycle.session import Conversation
@@ -39,7 +41,7 @@ _SETTLE_AT: Final = 200
 """Steps that a long turn may hold in memory before they are written down."""
 
 TURN_ID_KEY: Final = "turntrace_turn_id"
-"""Key of the config's metadata by which a run joins a turn."""
+"""Key by which a run joins a turn, in the config's metadata, and by which a process takes one up, in a carrier."""
 
 
 class Turn:
@@ -64,6 +66,9 @@ class Turn:
         started_ns: int,
         message: Any,
         role: str,
+        forked_from: str | None = None,
+        before: TurnWritten | None = None,
+        wait_ns: int = 0,
     ) -> None:
         self.id = tags.turn_id
         self.number = tags.number
@@ -74,16 +79,21 @@ class Turn:
         self._lock = threading.RLock()
         self.root = OpenStep(start_root, self._lock, a.SPAN_TURN, "agent", started_ns)
         self.planned_ids = planned_ids
-        self.agent_runs = 0
-        self.intent: str | None = None
+        self.forked_from = forked_from
+        self.before = before
+        self.agent_runs = 0 if before is None else before.turn.agent_runs
+        self.intent: str | None = None if before is None else before.turn.intent
         self.answer: Any = None
         self.error: str | None = None
-        self.interrupted = False
+        self.checkpoint_id: str | None = None
+        self.handed_over = False
+        self.wait_ns = wait_ns
+        self._waits_since_ns: int | None = None
         self._words = tags
         self._tags: Mapping[str, AttributeValue] | None = None
         self._tracker: SessionTracker = conversation.session.tracker
         self._clock = self._tracker.clock
-        self.account = TurnAccount()
+        self.account = TurnAccount() if before is None else account_before(before)
         self._running: dict[int, OpenStep] = {}
         self._ended: deque[OpenStep] = deque()
         self._foreign: deque[ReadableSpan] = deque()
@@ -121,6 +131,30 @@ class Turn:
     def is_finished(self) -> bool:
         """Whether the turn has ended."""
         return self._finished
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the run of a graph that ended last in it stopped to wait for a person."""
+        return self._waits_since_ns is not None
+
+    def run_began(self) -> None:
+        """Note that a run of a graph begins in it: what it waited for, where it did, has come."""
+        with self._lock:
+            self.agent_runs += 1
+            since, self._waits_since_ns = self._waits_since_ns, None
+            if since is not None:
+                self.wait_ns += max(0, self._clock() - since)
+
+    def run_ended(self, *, interrupted: bool, checkpoint_id: str | None = None) -> None:
+        """Note that a run of a graph ended in it.
+
+        Args:
+            interrupted: Whether it stopped to wait for a person.
+            checkpoint_id: LangGraph's checkpoint at which it did.
+        """
+        with self._lock:
+            self._waits_since_ns = self._clock() if interrupted else None
+            self.checkpoint_id = checkpoint_id if interrupted else None
 
     @property
     def input(self) -> Any:
@@ -181,7 +215,8 @@ class Turn:
         Nobody waits: the spans and the ledger's row are written by a thread of turntrace's own.
 
         Args:
-            status: ``completed``, ``interrupted``, ``failed`` or ``abandoned``.
+            status: ``completed``, ``failed``, ``abandoned``, or ``interrupted``: then it waits for a person, and goes
+                on with `Conversation.resume_turn` or with the run that answers.
             error: The error that ended it; then the status is ``failed``. Only its class is recorded.
 
         Raises:
@@ -205,6 +240,31 @@ class Turn:
     async def aend(self, status: str = "completed", *, error: BaseException | None = None) -> None:
         """End the turn, as `end` does, which does not wait either."""
         self.end(status, error=error)
+
+    def carrier(self) -> dict[str, str]:
+        """Hand the turn over to another process, and return what that takes up: `SessionTracker.resume_turn`.
+
+        The turn goes on there, as the same turn and the same trace; here it is over. It waits until what happened in
+        it so far is written down.
+
+        Returns:
+            A small dictionary of texts, to go with the job: it holds no content, and nothing of the user.
+
+        Raises:
+            StateError: If the turn has ended.
+        """
+        if self._finished:
+            raise StateError(
+                f"{self!r} has ended, so it cannot be handed over. Call turn.carrier() instead of its end."
+            )
+        self.handed_over = True
+        self.end("interrupted")
+        self._tracker.flush_writer()
+        return {TURN_ID_KEY: self.id}
+
+    async def acarrier(self) -> dict[str, str]:
+        """Hand the turn over, as `carrier` does, without blocking the event loop."""
+        return await self._tracker.run_off_loop(self.carrier)
 
     # --- for adapters -------------------------------------------------------------------------------------------------
     def open_step(
@@ -301,6 +361,16 @@ class Turn:
         """Note the messages that a node found in its state, or that a graph left there."""
         self._note(Glimpse(messages, step, namespace, False, step.start_ns if at_ns is None else at_ns))
 
+    def recall(self, messages: Sequence[Any]) -> None:
+        """Find in the state what the user said in a turn that waited, where that may be recorded; nobody kept it."""
+        if self.message is not None or self.before is None or not self._tracker.content.records_turn:
+            return
+        for message in reversed(messages):
+            read = read_message(message)
+            if read is not None and read.role == "user" and len(read.text) == self.before.turn.input_length:
+                self.message = message
+                return
+
     def note_sent(self, step: OpenStep, messages: Sequence[Any], tools: Sequence[Any], namespace: str) -> None:
         """Note what a model is sent."""
         fit = None if step.parent is None else step.parent.fit
@@ -364,19 +434,3 @@ _EMPTY: Final = Context()
 def is_abandoning(error: BaseException) -> bool:
     """Tell whether an error means that nobody waits any more: a closed generator, a cancelled task, an exit."""
     return not isinstance(error, Exception)
-
-
-def root_attributes(tags: TurnTags, session: SessionFacts, request: TurnRequest) -> dict[str, AttributeValue]:
-    """Return what the root of a turn carries from its start."""
-    begun = tags.attributes()
-    begun[a.LANGFUSE_OBSERVATION_TYPE] = "agent"
-    begun[a.LANGFUSE_TRACE_NAME] = a.TRACE_NAME_TURN
-    if session.type is not None:
-        begun[a.SESSION_TYPE] = session.type
-    if session.locale is not None:
-        begun[a.SESSION_LOCALE] = session.locale
-    if session.client_version is not None:
-        begun[a.SESSION_CLIENT_VERSION] = session.client_version
-    if request.tags:
-        begun[a.LANGFUSE_TRACE_TAGS] = request.tags
-    return begun

@@ -1,0 +1,121 @@
+"""Turns that wait, for a person or for another process: which they are, and how they go on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import Connection, RowMapping, insert, select
+
+from turntrace.ledger.rows import first_session, session_facts, steps_from, turn_summary
+from turntrace.ledger.statements import INTERRUPTED, OPEN
+from turntrace.ledger.tables import conversations, open_turns, sessions, turns
+from turntrace.records import SessionFacts, Step, TurnSummary
+
+_OPEN_COLUMNS: Final = tuple(column.name for column in open_turns.c)
+
+
+@dataclass(frozen=True, slots=True)
+class TurnWritten:
+    """A turn as it is written down.
+
+    Attributes:
+        turn: What is known of it.
+        steps: Its steps.
+        spans: How many spans its trace has, the root left out.
+    """
+
+    turn: TurnSummary
+    steps: tuple[Step, ...]
+    spans: int
+
+
+@dataclass(frozen=True, slots=True)
+class TurnResumed:
+    """A turn that goes on.
+
+    Attributes:
+        turn: What is known of it.
+        session: The session that it is in.
+        topic: What its conversation is about.
+        before: What was written down when it began to wait; None when its process was killed before it could.
+    """
+
+    turn: TurnSummary
+    session: SessionFacts
+    topic: str | None
+    before: TurnWritten | None
+
+
+def newest_turn(connection: Connection, conversation_id: str) -> TurnSummary | None:
+    """Return the turn of a conversation with the highest number, or None; one that runs has the status ``open``."""
+    ended, running = _newest(connection, turns, conversation_id), _newest(connection, open_turns, conversation_id)
+    if running is not None and (ended is None or running["number"] >= ended["number"]):
+        return TurnSummary(**running, status=OPEN)
+    return None if ended is None else turn_summary(ended)
+
+
+def turn_at(connection: Connection, conversation_id: str, at_ns: int) -> TurnSummary | None:
+    """Return the turn of a conversation that had begun last at a time, or None."""
+    query = select(turns).where(turns.c.conversation_id == conversation_id, turns.c.started_ns <= at_ns)
+    row = connection.execute(query.order_by(turns.c.number.desc()).limit(1)).mappings().first()
+    return None if row is None else turn_summary(row)
+
+
+def resume_newest(
+    connection: Connection, conversation_id: str, may_resume: Callable[[TurnSummary], bool]
+) -> TurnResumed | None:
+    """Have the newest turn of a conversation go on, if it waits.
+
+    Args:
+        connection: A connection in a transaction that writes.
+        conversation_id: The conversation.
+        may_resume: Tells of the newest turn whether it is to go on: one that waits, or has the status ``open``
+            because its process was killed before it could write down that it waits.
+
+    Returns:
+        The turn, which is written down as open again; None when it is not to go on.
+    """
+    newest = newest_turn(connection, conversation_id)
+    if newest is None or not may_resume(newest):
+        return None
+    return _resumed(connection, newest)
+
+
+def resume_by_id(connection: Connection, turn_id: str) -> TurnResumed | None:
+    """Have a turn that waits go on; None when there is none of that id, or it does not wait."""
+    query = select(turns).where(turns.c.id == turn_id, turns.c.status == INTERRUPTED).with_for_update()
+    row = connection.execute(query).mappings().first()
+    return None if row is None else _resumed(connection, turn_summary(row))
+
+
+def _resumed(connection: Connection, turn: TurnSummary) -> TurnResumed | None:
+    before = written_turn(connection, turn.id)
+    session = first_session(connection, sessions.c.id == turn.session_id)
+    if session is None:
+        return None
+    topic = select(conversations.c.topic).where(conversations.c.id == turn.conversation_id)
+    runs = select(open_turns.c.id).where(
+        open_turns.c.conversation_id == turn.conversation_id, open_turns.c.number == turn.number
+    )
+    is_open = connection.execute(runs).first() is not None
+    if turn.status != OPEN:
+        if is_open:  # somebody else was first
+            return None
+        values = {name: getattr(turn, name) for name in _OPEN_COLUMNS}
+        connection.execute(insert(open_turns).values(values))
+    known = turn if before is None else before.turn
+    return TurnResumed(known, session_facts(session), connection.execute(topic).scalar_one_or_none(), before)
+
+
+def written_turn(connection: Connection, turn_id: str) -> TurnWritten | None:
+    """Return a turn as it is written down, and let nobody else change it; None when it is not."""
+    row = connection.execute(select(turns).where(turns.c.id == turn_id).with_for_update()).mappings().first()
+    if row is None:
+        return None
+    has_root = row["status"] != INTERRUPTED and row["spans"] > 0
+    return TurnWritten(turn_summary(row), tuple(steps_from(row["steps"])), row["spans"] - has_root)
+
+
+def _newest(connection: Connection, table: Any, conversation_id: str) -> RowMapping | None:
+    query = select(table).where(table.c.conversation_id == conversation_id).order_by(table.c.number.desc()).limit(1)
+    return connection.execute(query).mappings().first()

@@ -1,0 +1,97 @@
+"""A turn that had waited goes on: it is the same turn and the same trace, in this process or another."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from opentelemetry import trace
+
+from turntrace import attributes as a
+from turntrace.attributes import AttributeValue
+from turntrace.identity import time_of_checkpoint
+from turntrace.ledger import ABANDONED, INTERRUPT, INTERRUPTED, OPEN, Ledger, TurnResumed
+from turntrace.lifecycle.session import Conversation, Session
+from turntrace.lifecycle.steps import OpenStep, root_attributes
+from turntrace.lifecycle.turn import Turn
+from turntrace.records import TurnRequest, TurnSummary, TurnTags
+
+if TYPE_CHECKING:
+    from turntrace.lifecycle.tracker import SessionTracker
+
+
+def is_to_resume(turn: TurnSummary, checkpoint_id: str | None, *, answers: bool) -> bool:
+    """Tell whether a run goes on with the newest turn of its conversation.
+
+    Args:
+        turn: That turn, which does not run in this process.
+        checkpoint_id: LangGraph's checkpoint that the run is to go on from, when it names one.
+        answers: Whether the run answers what a turn waits for; else it goes on without any input.
+    """
+    if turn.status == OPEN:  # LangGraph takes an answer only when the run has stopped: its process was killed since
+        return answers
+    if turn.status != INTERRUPTED and not (turn.status == ABANDONED and turn.output_type == INTERRUPT):
+        return False
+    if checkpoint_id is None or checkpoint_id == turn.checkpoint_id:
+        return True
+    at_ns = time_of_checkpoint(checkpoint_id)  # of one that was made since by an update of the state
+    return at_ns is not None and at_ns >= (turn.ended_ns or turn.started_ns)
+
+
+def forked_from(ledger: Ledger, request: TurnRequest, checkpoint_id: str | None) -> str | None:
+    """Return the id of the turn that a run replays from a checkpoint, or without one goes on from, or None."""
+    conversation_id = str(request.conversation_id)
+    at_ns = None if checkpoint_id is None else time_of_checkpoint(checkpoint_id)
+    found = ledger.newest_turn(conversation_id) if at_ns is None else ledger.turn_at(conversation_id, at_ns)
+    return None if found is None else found.id
+
+
+def resumed_turn(tracker: "SessionTracker", found: TurnResumed) -> Turn:
+    """Go on with a turn.
+
+    Args:
+        tracker: The tracker.
+        found: The turn as the ledger has it.
+    """
+    known, session = found.turn, found.session
+    conversation = Conversation(Session(tracker, session), known.conversation_id, found.topic)
+    tags = TurnTags(
+        session_id=session.id,
+        turn_id=known.id,
+        conversation_id=known.conversation_id,
+        number=known.number,
+        user_id=known.user_id,
+        channel=session.channel,
+        tier=session.tier,
+        org_id=session.org_id,
+        topic=found.topic,
+    )
+    ids = (str(known.trace_id), str(known.root_span_id))
+    linked = trace.get_current_span().get_span_context()
+
+    def start_root(_: OpenStep, late: Mapping[str, AttributeValue]) -> trace.Span:
+        return tracker.target.start_root(
+            a.SPAN_TURN,
+            attributes={**root_attributes(tags, session, TurnRequest()), **late},
+            start_ns=known.started_ns,
+            ids=(int(ids[0], 16), int(ids[1], 16)),
+            linked=linked if linked.is_valid and trace.format_trace_id(linked.trace_id) != ids[0] else None,
+        )
+
+    return Turn(
+        conversation,
+        tags,
+        start_root=start_root,
+        planned_ids=ids,
+        started_ns=known.started_ns,
+        message=None,
+        role=known.role or "user",
+        forked_from=known.forked_from,
+        before=found.before,
+        wait_ns=known.wait_ms * 1_000_000 + _waited_ns(tracker, known),
+    )
+
+
+def _waited_ns(tracker: "SessionTracker", known: TurnSummary) -> int:
+    """Return how long a person was waited for; a turn that was handed over waited for none."""
+    if known.ended_ns is None or known.output_type != INTERRUPT:
+        return 0
+    return max(0, tracker.clock() - known.ended_ns)
