@@ -82,7 +82,7 @@ context.tokenizer str
 context.estimate_error_pct float
 """
 TYPES = {"str": str, "int": int, "float": float, "bool": bool}
-LATER = {"turn.forked_from"}
+LATER = {"turn.forked_from", "turn.attempt", "turn.handoff_to"}
 """Words that the design's table does not have, of what was built since."""
 
 TABLE = {(parts := line.split())[0]: (TYPES[parts[-1]], "*" in parts) for line in WORDS.split("\n") if line}

@@ -28,7 +28,7 @@ from langgraph.graph import START, StateGraph
 from apps import Builder, FakeModel, State, asks, config_of
 from turntrace import SessionCallbackHandler
 from turntrace import attributes as a
-from turntrace.graph.runs import Run
+from turntrace.graph.tree import Run
 from turntrace.testing import Capture, CapturedSpan, captured_spans
 
 Call = Runnable[Any, Any]

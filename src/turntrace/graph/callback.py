@@ -1,6 +1,6 @@
 """The callback handler: LangChain's events to calls of the run registry."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -12,6 +12,7 @@ from langchain_core.tracers.context import register_configure_hook
 from turntrace import boundary
 from turntrace.boundary import never_breaks
 from turntrace.current import current_scope
+from turntrace.graph.reading import Reading, checked_describer, checked_key
 from turntrace.graph.runs import RunRegistry
 from turntrace.lifecycle import SessionTracker, Turn, default_tracker
 
@@ -36,16 +37,31 @@ class SessionCallbackHandler(GraphCallbackHandler):
     Args:
         tracker: The tracker that keeps the turns. Default: one for the process, with settings from the environment.
         messages_key: Key of the graph's state that holds its messages.
+        describe_input: For graphs without messages: gets the input of a run and returns what the user said in it, as a
+            text or a message, or None. Of it only length and type are recorded, unless the content policy allows more.
+        describe_output: The same for what a run gave back, and what the app answered.
     """
 
     # Inline, in the context of the run: a handler that LangChain moves to an executor loses events of cancelled tasks,
     # and costs a hop for every token.
     run_inline = True
 
-    def __init__(self, tracker: SessionTracker | None = None, *, messages_key: str = "messages") -> None:
+    def __init__(
+        self,
+        tracker: SessionTracker | None = None,
+        *,
+        messages_key: str = "messages",
+        describe_input: Callable[[Any], Any] | None = None,
+        describe_output: Callable[[Any], Any] | None = None,
+    ) -> None:
         super().__init__()
         self.tracker = tracker if tracker is not None else default_tracker()
-        self._runs = RunRegistry(self.tracker, messages_key)
+        reads = Reading(
+            checked_key(messages_key),
+            checked_describer(describe_input, "describe_input"),
+            checked_describer(describe_output, "describe_output"),
+        )
+        self._runs = RunRegistry(self.tracker, reads)
 
     def __repr__(self) -> str:
         return f"<SessionCallbackHandler of {self.tracker!r}>"

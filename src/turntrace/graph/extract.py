@@ -1,12 +1,13 @@
 """Pure functions from what LangChain and LangGraph hand over to facts."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final
 
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, LLMResult
 from langgraph.errors import GraphBubbleUp, GraphInterrupt
-from langgraph.types import Command
+from langgraph.types import Command, Send
 
 from turntrace import attributes as a
 from turntrace.attributes import AttributeValue
@@ -18,6 +19,8 @@ HIDDEN_TAG: Final = "langsmith:hidden"
 _STEP_TAG: Final = "graph:step:"
 _INTERRUPTS: Final = "__interrupt__"
 _SENT: Final = "__pregel_push"
+_TASK_PATH: Final = 4
+_ERROR_HANDLER: Final = "__error_handler__"
 _PROMPT_KEY: Final = "langfuse_prompt"
 _MAX_VERSION: Final = 2**31 - 1
 _TEXTS: Final = frozenset({"channel", "topic", "tier", "org_id", "locale", "client_version"})
@@ -27,28 +30,34 @@ _REQUEST_KEYS: Final = _TEXTS | {
 }
 
 
-def request_of(metadata: Mapping[str, Any]) -> TurnRequest:
+def request_of(metadata: Mapping[str, Any], given: Mapping[str, Any] = MappingProxyType({})) -> TurnRequest:
     """Read what a config's metadata says about the turn that its run is to be.
 
     Langfuse's own keys (``langfuse_session_id``, ``langfuse_user_id``, ``langfuse_tags``) mean the same as ours. An id
     that Langfuse would refuse is replaced by a hash of it, so that its turns stay together.
 
+    Args:
+        metadata: The metadata.
+        given: What the run was given beside it, by the same names; it counts where the metadata says nothing.
+
     Raises:
         IdentityError: If an id is neither a string nor a number.
     """
-    given = {name: value for name, value in metadata.items() if name in _REQUEST_KEYS and value not in (None, "")}
-    session_id = given.pop("session_id", given.pop("langfuse_session_id", None))
-    user_id = given.pop("user_id", given.pop("langfuse_user_id", None))
-    conversation_id = given.pop("conversation_id", given.pop("thread_id", None))
-    tags = given.pop("langfuse_tags", ())
-    for name in given.keys() - _TEXTS:  # Langfuse's names where ours are given too
-        del given[name]
+    said = {name: value for name, value in metadata.items() if name in _REQUEST_KEYS and value not in (None, "")}
+    if given:
+        said = {**given, **said}
+    session_id = said.pop("session_id", said.pop("langfuse_session_id", None))
+    user_id = said.pop("user_id", said.pop("langfuse_user_id", None))
+    conversation_id = said.pop("conversation_id", said.pop("thread_id", None))
+    tags = said.pop("langfuse_tags", ())
+    for name in said.keys() - _TEXTS:  # Langfuse's names where ours are given too
+        del said[name]
     return TurnRequest(
         session_id=None if session_id is None else safe_id(session_id, "session_id"),
         user_id=user_id,
         conversation_id=None if conversation_id is None else safe_id(conversation_id, "conversation_id"),
         tags=tuple(safe_text(tag) for tag in tags) if isinstance(tags, list | tuple) else (safe_text(tags),),
-        **{name: safe_text(value) for name, value in given.items()},
+        **{name: safe_text(value) for name, value in said.items()},
     )
 
 
@@ -59,6 +68,28 @@ def step_of(tags: Sequence[str] | None) -> int | None:
             number = tag[len(_STEP_TAG) :]
             return int(number) if number.isdecimal() else 0
     return None
+
+
+def is_task(metadata: Mapping[str, Any] | None) -> bool:
+    """Tell whether a run is that of a task of the functional API, or below one."""
+    path = (metadata or {}).get("langgraph_path")
+    return isinstance(path, tuple | list) and len(path) == _TASK_PATH and path[0] == _SENT and path[3] is True
+
+
+def name_of_node(name: str | None) -> str:
+    """Return the name of a node or a task; what LangGraph runs when a node has failed is called after that."""
+    if name is not None and name.startswith(_ERROR_HANDLER):
+        return f"{name[len(_ERROR_HANDLER) :]} error handler"
+    return name or "node"
+
+
+def handed_to(output: Any) -> str | None:
+    """Return the agent that a tool handed over to: the node of the graph above that its command goes to, or None."""
+    if not isinstance(output, Command) or output.graph != Command.PARENT:
+        return None
+    goes = output.goto if isinstance(output.goto, list | tuple) else [output.goto]
+    names = [each.node if isinstance(each, Send) else each for each in goes]
+    return ", ".join(name for name in names if isinstance(name, str)) or None
 
 
 def is_hidden(tags: Sequence[str] | None) -> bool:
@@ -141,7 +172,7 @@ def message_in(inputs: Any, key: str = "messages") -> Any:
         return message_in(inputs.update, key)
     if isinstance(inputs, str | BaseMessage | list):
         return last_message(inputs)
-    return None
+    return last_message(getattr(inputs, key, None))  # of a state that is a dataclass or a model of pydantic
 
 
 def answer_in(outputs: Any, key: str = "messages") -> Any:
@@ -150,7 +181,7 @@ def answer_in(outputs: Any, key: str = "messages") -> Any:
         return outputs.get(key)
     if isinstance(outputs, str | BaseMessage | list):
         return outputs
-    return None
+    return getattr(outputs, key, None)
 
 
 def is_control_flow(error: BaseException) -> bool:

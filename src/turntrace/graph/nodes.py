@@ -18,6 +18,7 @@ from turntrace.boundary import caught, never_breaks
 from turntrace.current import current_scope
 from turntrace.errors import ConfigurationError
 from turntrace.graph.callback import SessionCallbackHandler
+from turntrace.graph.given import reads_what_it_is_given
 from turntrace.graph.state import CONTEXT_FIELD, FIELDS, STATE_IDS, ids_of_turn
 from turntrace.identity import check_text
 from turntrace.lifecycle import Turn
@@ -34,7 +35,8 @@ def track_graph(builder: B) -> B:
     """Track every node of a graph: the last call before ``compile``.
 
     Each node gets `track_node`; nodes added later do not. What the graph returns is the same as without it, but for the
-    ids in its state::
+    ids in its state. What it compiles also reads ``user_id``, ``session_id`` and the like from a run's ``context`` and
+    ``configurable``, where callbacks cannot see them; what the config's metadata says comes first::
 
         graph = track_graph(builder).compile(checkpointer=saver).with_config(callbacks=[SessionCallbackHandler()])
 
@@ -63,7 +65,18 @@ def track_graph(builder: B) -> B:
         if not getattr(spec.runnable, _TRACKED, False):
             tracked = _TrackedRunnable(spec.runnable, fields)  # type: ignore[arg-type]
             builder.nodes[name] = dataclasses.replace(spec, runnable=tracked)
+    if not hasattr(builder.compile, _TRACKED):
+        builder.compile = _tracked_compile(builder.compile)  # type: ignore[method-assign]
     return builder
+
+
+def _tracked_compile(compiles: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(compiles)
+    def tracked(*args: Any, **options: Any) -> Any:
+        return reads_what_it_is_given(compiles(*args, **options))
+
+    setattr(tracked, _TRACKED, True)
+    return tracked
 
 
 def track_node(

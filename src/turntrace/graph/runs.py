@@ -5,101 +5,30 @@ in which context LangChain calls the handler.
 """
 
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
 from langchain_core.outputs import LLMResult
-from opentelemetry import trace
-from opentelemetry.context import Context
 
 from turntrace import attributes as a
 from turntrace.attributes import AttributeValue
+from turntrace.boundary import off_watched_loop
 from turntrace.content import to_json
-from turntrace.current import Scope, current_scope, current_span, enter, leave
+from turntrace.current import current_scope, enter, leave
 from turntrace.graph import extract
+from turntrace.graph.given import given_ids
+from turntrace.graph.neighbours import neighbours
+from turntrace.graph.reading import Reading
+from turntrace.graph.tree import Metadata, Root, Run, Tags, joined, next_attempt, note_failure
 from turntrace.lifecycle import SessionTracker, Turn
 from turntrace.lifecycle.steps import OpenStep, StepKind
 from turntrace.lifecycle.turn import TURN_ID_KEY
 
-Metadata: TypeAlias = Mapping[str, Any] | None
-Tags: TypeAlias = Sequence[str] | None
-Prompt: TypeAlias = Mapping[str, AttributeValue]
-"""What links a call of a model to a prompt of Langfuse's: attributes, none for a prompt that cannot be linked."""
-
-
-@dataclass(slots=True, eq=False)
-class Root:
-    """A run without a parent: that of a graph, or of a call that stands alone.
-
-    Attributes:
-        turn: The turn that it opened or joined.
-        context: Where it began inside a span of other code in a turn that runs: the context of that span.
-        above: Where it began inside a step of that turn: the step.
-        owns_turn: Whether the turn ends with it.
-        below: The runs below it that have not ended.
-        interrupted: Whether it stopped to wait for a person.
-        checkpoint_id: LangGraph's checkpoint at which it did.
-        names_prompts: Whether a run below it named a prompt, so that calls of models have one to look for.
-        prompt: The prompt that it named itself, for a run whose parent is not known.
-    """
-
-    turn: Turn
-    owns_turn: bool
-    context: Context | None = None
-    above: OpenStep | None = None
-    below: set[UUID] = field(default_factory=set)
-    interrupted: bool = False
-    checkpoint_id: str | None = None
-    names_prompts: bool = False
-    prompt: Prompt | None = None
-
-
-@dataclass(slots=True, eq=False)
-class Run:
-    """A run of LangChain's.
-
-    Attributes:
-        root: The run without a parent that it is, or is below.
-        step: The step that it is, or the nearest one above it.
-        is_step: Whether it is a step itself.
-        is_root: Whether it is its root.
-        parent: The run above it; None for its root.
-        prompt: The prompt that a run right below it named, until a call of a model is linked to it.
-        name: Its name, for a run that may turn out to be that of a graph.
-        started_ns: When it began, in nanoseconds since 1970.
-        entered: What `turntrace.current.enter` returned, to be given to `leave`.
-        model: The model that a call asks for.
-        provider: The vendor of that model.
-    """
-
-    root: Root
-    step: OpenStep | None
-    is_step: bool = False
-    is_root: bool = False
-    parent: "Run | None" = None
-    prompt: Prompt | None = None
-    name: str | None = None
-    started_ns: int = 0
-    entered: tuple[Scope, Context, Context] | None = None
-    model: str | None = None
-    provider: str | None = None
-
-
 # One for all handlers of a tracker: a run that two of them hear is one run.
 _runs_of: "WeakKeyDictionary[SessionTracker, dict[UUID, Run]]" = WeakKeyDictionary()
-
-
-def _joined(turn: Turn, scope: Scope) -> Root:
-    """Return the root of a run that begins inside a turn that runs: below its step, or a span of other code in it."""
-    span = current_span()
-    step = scope.step
-    if not isinstance(span, Scope) and span.get_span_context().trace_id == turn.trace_id:
-        return Root(turn, owns_turn=False, context=trace.set_span_in_context(span, Context()))
-    above = step if isinstance(step, OpenStep) and step is not turn.root else None
-    return Root(turn, owns_turn=False, above=above)
 
 
 class RunRegistry:
@@ -107,12 +36,12 @@ class RunRegistry:
 
     Args:
         tracker: The tracker whose turns they are.
-        messages_key: Key of the graph's state that holds its messages.
+        reads: How to read the input and output of runs.
     """
 
-    def __init__(self, tracker: SessionTracker, messages_key: str = "messages") -> None:
+    def __init__(self, tracker: SessionTracker, reads: Reading) -> None:
         self._tracker = tracker
-        self._messages_key = messages_key
+        self._reads = reads
         self._runs: dict[UUID, Run] = _runs_of.setdefault(tracker, {})
         self._lock = threading.Lock()
 
@@ -146,17 +75,25 @@ class RunRegistry:
         if prompt is not None:
             parent.prompt = prompt
             parent.root.names_prompts = True
-        number = extract.step_of(tags)
-        if number is None or extract.is_hidden(tags):
+        number, namespace = extract.step_of(tags), extract.namespace_of(metadata)
+        is_task = number is None and namespace != parent.namespace and extract.is_task(metadata)
+        if (number is None and not is_task) or extract.is_hidden(tags):
             run = Run(parent.root, parent.step, parent=parent, name=name, started_ns=self._tracker.clock())
             self._note(run_id, run)
         else:
-            self._make_graph(parent)
-            run = self._step_began(run_id, parent.root, parent, name or "node", "chain", {a.TURN_STEP: number})
-            messages = extract.messages_of_state(inputs, self._messages_key, metadata)
+            if number is not None:
+                self._make_graph(parent)
+            known: dict[str, AttributeValue] = {} if number is None else {a.TURN_STEP: number}
+            attempt = next_attempt(parent, namespace)
+            if attempt > 1:
+                known[a.TURN_ATTEMPT] = attempt
+            run = self._step_began(run_id, parent.root, parent, extract.name_of_node(name), "chain", known)
+            run.attempt = attempt
+            messages = extract.messages_of_state(inputs, self._reads.messages_key, metadata)
             if messages is not None and run.step is not None:
                 run.root.turn.recall(messages)
                 run.root.turn.note_state(run.step, messages, extract.namespace_of(metadata))
+        run.namespace = namespace
         if prompt is None:  # what is named beside a chain is also for the calls inside of it
             run.prompt = parent.prompt
         self._enter(run)
@@ -174,6 +111,7 @@ class RunRegistry:
         name = model or options.get("name") or "model"
         run = self._call_began(run_id, parent_id, name, "generation", known, messages, metadata)
         if run is not None and run.step is not None:
+            neighbours.look()
             run.model, run.provider = model, provider
             if run.root.names_prompts:
                 self._link_prompt(run, run.step)
@@ -271,14 +209,14 @@ class RunRegistry:
         if named is not None and named is not running:
             return Root(named, owns_turn=False)
         if scope is not None and isinstance(running, Turn) and running.tracker is self._tracker:
-            return _joined(running, scope)
+            return joined(running, scope)
         if parent_id is not None and extract.is_inside_graph(metadata):
             return None  # what is left of a run that has ended: its turn is over
-        return Root(self._turn_of_its_own(inputs, metadata or {}), owns_turn=True)
+        return Root(off_watched_loop(lambda: self._turn_of_its_own(inputs, metadata or {})), owns_turn=True)
 
     def _turn_of_its_own(self, inputs: Any, metadata: Mapping[str, Any]) -> Turn:
         """Begin the turn of a run that stands alone, or go on with the one that waits for it."""
-        request = extract.request_of(metadata)
+        request = extract.request_of(metadata, given_ids())
         checkpoint_id, answers = extract.checkpoint_of(metadata), extract.is_answer(inputs)
         if answers or inputs is None:
             turn = self._tracker.resume_for_run(request, checkpoint_id, answers=answers)
@@ -286,7 +224,7 @@ class RunRegistry:
                 return turn
         if checkpoint_id is not None or inputs is None:
             request = replace(request, forked_from=self._tracker.forked_from(request, checkpoint_id))
-        return self._tracker.begin_turn(request, extract.message_in(inputs, self._messages_key))
+        return self._tracker.begin_turn(request, self._reads.message_in(inputs))
 
     # --- what ends ----------------------------------------------------------------------------------------------------
     def chain_ended(self, run_id: UUID, outputs: Any) -> None:
@@ -295,7 +233,7 @@ class RunRegistry:
         if run is None:
             return
         run.prompt = None  # also for what it left running
-        answer = extract.answer_in(outputs, self._messages_key) if run.is_root else None
+        answer = self._reads.answer_in(outputs) if run.is_root else None
         if run.is_step and run.step is not None:
             if isinstance(answer, list) and len(answer) > 1:
                 run.root.turn.note_state(run.step, answer, "", at_ns=self._tracker.clock())
@@ -322,6 +260,8 @@ class RunRegistry:
         if run is None or run.step is None:
             return
         self._record(run.step, a.LANGFUSE_OBSERVATION_OUTPUT, getattr(output, "content", output))
+        if (agent := extract.handed_to(output)) is not None:
+            run.step.add(a.TURN_HANDOFF_TO, agent)
         run.root.turn.close_step(run.step)
         if run.is_root:
             self._root_ended(run.root, None)
@@ -336,6 +276,8 @@ class RunRegistry:
             run.root.interrupted = True  # one below it may be caught on its way
         if run.is_step and run.step is not None:
             run.root.turn.close_step(run.step, error=None if control_flow else error)
+            if not control_flow:
+                note_failure(run)
         if run.is_root:
             self._root_ended(run.root, None, error=None if control_flow else error)
 

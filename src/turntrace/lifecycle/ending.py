@@ -97,7 +97,7 @@ def _failure_of(turn: "Turn", step: OpenStep) -> Failure | None:
     if step.error is None and not step.abandoned:
         return None
     text = None if step.error_text is None else turn.tracker.content.clean(step.error_text)
-    return Failure(step.error or "abandoned", text, failed=not step.abandoned)
+    return Failure(step.error or "abandoned", text, failed=not (step.abandoned or step.retried))
 
 
 def words_of(failure: Failure | None) -> dict[str, AttributeValue]:

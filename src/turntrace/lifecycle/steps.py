@@ -97,6 +97,8 @@ class OpenStep:
         extra: Attributes that came to be known while it ran.
         error: Class of the error that ended it.
         error_text: What may be recorded of that error's text.
+        abandoned: Whether nobody waited for it any more.
+        retried: Whether it failed and another attempt took its place.
         fit: How messages were fitted in it last.
         sent: What the model was sent, for a generation.
     """
@@ -116,6 +118,7 @@ class OpenStep:
     error: str | None = None
     error_text: str | None = None
     abandoned: bool = False
+    retried: bool = False
     started: Span | None = None
     fit: Fit | None = None
     sent: Sent | None = None
@@ -134,6 +137,14 @@ class OpenStep:
         if late:
             self.started.set_attributes(late)
         return self.started
+
+    @property
+    def agent(self) -> "OpenStep | None":
+        """The nearest step above it that is an agent, or None."""
+        step = self.parent
+        while step is not None and step.kind != "agent":
+            step = step.parent
+        return step
 
     def add(self, name: str, value: AttributeValue) -> None:
         """Note an attribute, to be set when the step has ended."""

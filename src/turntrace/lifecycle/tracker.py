@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Final, Self
 from opentelemetry import trace
 from sqlalchemy import Engine
 
-from turntrace.boundary import never_breaks
+from turntrace.boundary import never_breaks, off_watched_loop
 from turntrace.content import ContentLevel, ContentPolicy, classify_input
 from turntrace.errors import ConfigurationError
 from turntrace.export import Pace, SpanTarget, open_target
@@ -118,9 +118,10 @@ class SessionTracker(Turns, Afterwards):
         self._stages = {name: checked_stages(name, stages) for name, stages in (journeys or {}).items()}
         self.clock = clock
         self.new_id = ids
-        self.ledger = Ledger(settings.ledger if ledger is None else ledger)
-        self._hasher = UserHasher(hash_key_of(user_hash_key, settings.user_hash_key, self.ledger))
-        self.target: SpanTarget = open_target(tracer_provider, outbox=outbox)
+        self.ledger = off_watched_loop(lambda: Ledger(settings.ledger if ledger is None else ledger))
+        hash_key = off_watched_loop(lambda: hash_key_of(user_hash_key, settings.user_hash_key, self.ledger))
+        self._hasher = UserHasher(hash_key)
+        self.target: SpanTarget = off_watched_loop(lambda: open_target(tracer_provider, outbox=outbox))
         max_bytes = outbox_bytes_of(settings.outbox_max_mb if outbox_max_mb is None else outbox_max_mb)
         self._sending = Sending(self.ledger, self.target, max_bytes, pace)
         self._writer = self._sending.writer
@@ -228,7 +229,7 @@ class SessionTracker(Turns, Afterwards):
             self._stages[name] = checked_stages(name, stages)
         known = self._stages.get(name)
         if known is None:
-            begun = self.ledger.journey(session.user_id, session.id, name, settled=False)
+            begun = off_watched_loop(lambda: self.ledger.journey(session.user_id, session.id, name, settled=False))
             if begun is not None:
                 known = self._stages[name] = begun.stages
         if known is None:

@@ -302,6 +302,9 @@ class Turn:
         operation = OPERATION_OF.get(step.kind)
         if operation is not None:
             begun[a.GEN_AI_OPERATION_NAME] = operation
+        agent = step.agent
+        if agent is not None and agent.known is not None and a.GEN_AI_AGENT_NAME in agent.known:
+            begun[a.GEN_AI_AGENT_NAME] = agent.known[a.GEN_AI_AGENT_NAME]
         if step.known is not None:
             begun.update(step.known)
         begun.update(late)

@@ -1,0 +1,70 @@
+"""How a handler reads what the user said from a run's input, and what the app answered from its output."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from turntrace.boundary import never_breaks
+from turntrace.errors import ConfigurationError
+from turntrace.graph import extract
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How to read the input and output of runs.
+
+    Attributes:
+        messages_key: Key of the state that holds its messages.
+        describe_input: Returns what the user said in an input, as a text or a message; by default the last message.
+        describe_output: Returns what the app answered in an output; by default the messages.
+    """
+
+    messages_key: str = "messages"
+    describe_input: Callable[[Any], Any] | None = None
+    describe_output: Callable[[Any], Any] | None = None
+
+    def message_in(self, inputs: Any) -> Any:
+        """Return what the user said, or None."""
+        if self.describe_input is None:
+            return _message_in(inputs, self.messages_key)
+        return never_breaks("describing an input by describe_input=...")(self.describe_input)(inputs)
+
+    def answer_in(self, outputs: Any) -> Any:
+        """Return what the app answered: a text, a message or messages; or None."""
+        if self.describe_output is None:
+            return _answer_in(outputs, self.messages_key)
+        answer = never_breaks("describing an output by describe_output=...")(self.describe_output)(outputs)
+        return ("assistant", answer) if isinstance(answer, str) else answer
+
+
+_message_in = never_breaks("reading the input of a run")(extract.message_in)
+_answer_in = never_breaks("reading the output of a run")(extract.answer_in)
+
+
+def checked_key(key: Any) -> str:
+    """Return the key of the messages.
+
+    Raises:
+        ConfigurationError: If it is no text.
+    """
+    if isinstance(key, str) and key:
+        return key
+    raise ConfigurationError(
+        f"messages_key is {key!r:.40}. It is the name of the state's field that holds the messages: "
+        'SessionCallbackHandler(messages_key="messages").'
+    )
+
+
+def checked_describer(describe: Any, name: str) -> Callable[[Any], Any] | None:
+    """Return what describes inputs or outputs.
+
+    Raises:
+        ConfigurationError: If it is no function.
+    """
+    if describe is None or callable(describe):
+        found: Callable[[Any], Any] | None = describe
+        return found
+    raise ConfigurationError(
+        f"{name} is a {type(describe).__name__}. It is a function that gets what a run was given or gave back, and "
+        f'returns a text or a message: SessionCallbackHandler({name}=lambda state: state["question"]).'
+    )
