@@ -435,9 +435,8 @@ def test_what_is_compiled_is_what_it_was(runs: Runs) -> None:
     assert type(tracked.with_config(tags=["t"])) is type(tracked)
     assert tracked.name == "sales"
     assert tracked.get_graph().draw_mermaid().count("work") == plain.get_graph().draw_mermaid().count("work")
-    stream = tracked.stream(
-        asks(), {**config_of("c1"), "callbacks": [runs.handler], "configurable": {"user_id": "zoe-42"}}
-    )
+    config: Any = {"callbacks": [runs.handler], "configurable": {"thread_id": "c1", "user_id": "zoe-42"}}
+    stream = tracked.stream(asks(), config)
     next(stream)
     stream.close()
     assert runs.handler.open_runs == 0
