@@ -41,6 +41,13 @@ class CurrentTurn(Protocol):
     def tags(self) -> Mapping[str, Any]:
         """What every span of the turn carries."""
 
+    @property
+    def travels(self) -> bool:
+        """Whether what runs inside takes the turn along in its requests to other servers."""
+
+    def baggage_in(self, context: Context) -> Context:
+        """Return a context with what every span of the turn carries as baggage."""
+
     def note_fit(self, decision: PruningDecision, window: Sequence[Any], meter: ContextMeter) -> None:
         """Note how messages were fitted into the model's window: the decision, what came out, and what counted."""
 
@@ -181,6 +188,8 @@ def enter(turn: CurrentTurn, step: Step) -> tuple[Scope, Context, Context]:
     before = otel_context.get_current()
     scope = Scope(turn, step, before)
     after = otel_context.set_value(_SCOPE_KEY, scope, trace.set_span_in_context(scope, before))
+    if turn.travels:
+        after = turn.baggage_in(after)
     otel_context.attach(after)
     return scope, after, before
 

@@ -29,6 +29,7 @@ class Settings(BaseSettings):
         content: What of the content is recorded: ``metadata``, ``turn`` or ``full``.
         idle_after: Seconds of silence after which the next turn begins a new session.
         channel: Channel of sessions that are given none.
+        propagate: Whether turns travel to other servers, and from them.
         outbox_max_mb: How many megabytes (1,000,000 bytes) may wait to be sent; beyond it the oldest are dropped.
     """
 
@@ -39,6 +40,7 @@ class Settings(BaseSettings):
     content: ContentLevel = "metadata"
     idle_after: float = Field(default=1800.0, gt=0, le=MAX_IDLE_S, allow_inf_nan=False)
     channel: str = Field(default="unknown", min_length=1, max_length=200)
+    propagate: bool = False
     outbox_max_mb: float = Field(default=512.0, gt=0, allow_inf_nan=False)
 
     @property

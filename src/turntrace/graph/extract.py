@@ -45,7 +45,7 @@ def request_of(metadata: Mapping[str, Any], given: Mapping[str, Any] = MappingPr
     """
     said = {name: value for name, value in metadata.items() if name in _REQUEST_KEYS and value not in (None, "")}
     if given:
-        said = {**given, **said}
+        said = {**{name: value for name, value in given.items() if name in _REQUEST_KEYS}, **said}
     session_id = said.pop("session_id", said.pop("langfuse_session_id", None))
     user_id = said.pop("user_id", said.pop("langfuse_user_id", None))
     conversation_id = said.pop("conversation_id", said.pop("thread_id", None))

@@ -13,10 +13,12 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.graph.state import CompiledStateGraph
 
 from turntrace.boundary import caught
+from turntrace.lifecycle.travelling import CARRIED
 
 _NAMES: Final = (
     *("session_id", "user_id", "conversation_id"),
     *("channel", "topic", "tier", "org_id", "locale", "client_version"),
+    *CARRIED,
 )
 _SERVERS_USER: Final = "langgraph_auth_user_id"
 """Where LangGraph's server puts whom it has authenticated."""

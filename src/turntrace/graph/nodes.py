@@ -29,6 +29,7 @@ B = TypeVar("B", bound=StateGraph[Any, Any, Any, Any])
 
 _TRACKED = "__turntrace_tracked__"
 _IDS = frozenset(STATE_IDS)
+_REMOTE = "langgraph.pregel.remote"
 
 
 def track_graph(builder: B) -> B:
@@ -205,11 +206,11 @@ class _TrackedRunnable(RunnableLambda[Any, Any]):
 
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
         with _tracked(input, self.fields, self.journey) as track:
-            return track.finished(self.inner.invoke(input, config, **kwargs))
+            return track.finished(self.inner.invoke(input, track.carried(config, self.inner), **kwargs))
 
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
         with _tracked(input, self.fields, self.journey) as track:
-            return track.finished(await self.inner.ainvoke(input, config, **kwargs))
+            return track.finished(await self.inner.ainvoke(input, track.carried(config, self.inner), **kwargs))
 
     stream = Runnable.stream
     astream = Runnable.astream
@@ -240,6 +241,13 @@ class _Track:
         self.step = step
         self._state = state
         self._fields = fields
+
+    def carried(self, config: RunnableConfig | None, inner: Any) -> RunnableConfig | None:
+        """Return the config for a node, in which the turn travels to another server where the node is one."""
+        if self.turn is None or not self.turn.travels or type(inner).__module__ != _REMOTE:
+            return config
+        config = config or {}
+        return {**config, "metadata": {**config.get("metadata", {}), **self.turn.headers()}}
 
     def finished(self, update: Any) -> Any:
         """Return what the node returned, with the ids where the state does not have them yet, and the tokens fitted."""

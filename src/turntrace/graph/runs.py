@@ -216,7 +216,11 @@ class RunRegistry:
 
     def _turn_of_its_own(self, inputs: Any, metadata: Mapping[str, Any]) -> Turn:
         """Begin the turn of a run that stands alone, or go on with the one that waits for it."""
-        request = extract.request_of(metadata, given_ids())
+        given = given_ids()
+        visit = self._tracker.visit((metadata, given, None))
+        if visit is not None:
+            return visit
+        request = extract.request_of(metadata, given)
         checkpoint_id, answers = extract.checkpoint_of(metadata), extract.is_answer(inputs)
         if answers or inputs is None:
             turn = self._tracker.resume_for_run(request, checkpoint_id, answers=answers)

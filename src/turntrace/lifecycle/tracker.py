@@ -70,6 +70,10 @@ class SessionTracker(Turns, Afterwards):
         outbox_max_mb: How many megabytes may wait there; beyond it the oldest are dropped, which is logged. Default:
             ``TURNTRACE_OUTBOX_MAX_MB``, else 512.
         pace: How long the sender waits for what.
+        propagate: Whether turns travel to other servers: what runs inside a turn has its ids as W3C baggage, which an
+            instrumented HTTP client sends along, and a run that another server asked for joins the turn that it came
+            with. Default: ``TURNTRACE_PROPAGATE``, else no: ids leave the process in spans only, and none that comes
+            from outside is believed.
         journeys: The journeys of the app: from their names to their stages, in order.
         dropoff: Says of a session that has ended whether it is a drop-off. Default: `turntrace.lifecycle.dropoff`'s.
         evaluators: Functions from the `SessionSummary` of a session that has ended to named scores, sync or async.
@@ -100,6 +104,7 @@ class SessionTracker(Turns, Afterwards):
         outbox: bool | None = None,
         outbox_max_mb: float | None = None,
         pace: Pace | None = None,
+        propagate: bool | None = None,
         journeys: Mapping[str, Sequence[str]] | None = None,
         dropoff: Callable[[DropoffFacts], bool] = is_dropoff,
         evaluators: Sequence[Evaluator] = (),
@@ -113,6 +118,7 @@ class SessionTracker(Turns, Afterwards):
         self.content = content if isinstance(content, ContentPolicy) else ContentPolicy(content or settings.content)
         self.idle_ns = idle_ns_of(settings.idle_after if idle_after is None else idle_after)
         self.channel = check_text(settings.channel if channel is None else channel, "channel")
+        self.propagate = settings.propagate if propagate is None else bool(propagate)
         self.classify = checked_classifier(classify)
         self._dropoff = checked_dropoff(dropoff)
         self._stages = {name: checked_stages(name, stages) for name, stages in (journeys or {}).items()}

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from opentelemetry import trace
+from opentelemetry import baggage, trace
+from opentelemetry.baggage.propagation import W3CBaggagePropagator
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from turntrace import attributes as a
 from turntrace.attributes import AttributeValue
@@ -169,9 +171,10 @@ class Turn:
 
         It is needed where the turn's block does not reach: in other threads, or with `Conversation.start_turn`.
         """
+        carried = self.headers() if self.travels else {}
         return {
             "configurable": {"thread_id": self.conversation.id},
-            "metadata": {TURN_ID_KEY: self.id},
+            "metadata": {TURN_ID_KEY: self.id, **carried},
             "callbacks": self._tracker.callbacks(),
         }
 
@@ -224,18 +227,25 @@ class Turn:
         """
         if status not in _STATUSES:
             raise StateError(f"A turn cannot end as {status!r}. Allowed are {', '.join(_STATUSES)}.")
+        ended_ns = self.leave(error)
+        if ended_ns is not None:
+            if error is not None:
+                status = "abandoned" if is_abandoning(error) else "failed"
+            self._tracker.finish(self, status, ended_ns)
+
+    def leave(self, error: BaseException | None) -> int | None:
+        """End what still runs in the turn; return when that was, or None when the turn had ended before."""
         with self._lock:
             if self._finished:
-                return
+                return None
             self._finished = True
         if error is not None:
             self.error = type(error).__name__
-            status = "abandoned" if is_abandoning(error) else "failed"
         ended_ns = max(self._clock(), self.started_ns)
         for step in list(self._running.values()):  # a stream that was left, a task that was cancelled
             step.abandoned = True
             self._note_end(step, ended_ns)
-        self._tracker.finish(self, status, ended_ns)
+        return ended_ns
 
     async def aend(self, status: str = "completed", *, error: BaseException | None = None) -> None:
         """End the turn, as `end` does, which does not wait either."""
@@ -265,6 +275,31 @@ class Turn:
     async def acarrier(self) -> dict[str, str]:
         """Hand the turn over, as `carrier` does, without blocking the event loop."""
         return await self._tracker.run_off_loop(self.carrier)
+
+    def headers(self) -> dict[str, str]:
+        """Return the turn as HTTP headers: W3C ``traceparent`` and ``baggage``, for a request to another server.
+
+        The server's handler finds the turn by them when its tracker has ``propagate=True``. What they hold is what
+        every span carries: ids, the hash of the user, channel, tier, organisation and topic.
+        """
+        scope = current_scope()
+        here: Any = None if scope is None or scope.turn is not self else scope.step
+        context = trace.set_span_in_context((here or self.root).span, self.baggage_in(_EMPTY))
+        carrier: dict[str, str] = {}
+        _TRACE.inject(carrier, context)
+        _BAGGAGE.inject(carrier, context)
+        return carrier
+
+    def baggage_in(self, context: Context) -> Context:
+        """Return a context with what every span of the turn carries as baggage."""
+        for name, value in self.tags.items():
+            context = baggage.set_baggage(name, str(value), context)
+        return context
+
+    @property
+    def travels(self) -> bool:
+        """Whether what runs inside takes the turn along in its requests to other servers."""
+        return self._tracker.propagate
 
     # --- for adapters -------------------------------------------------------------------------------------------------
     def open_step(
@@ -432,6 +467,8 @@ def _drained(waiting: deque[T]) -> Iterator[T]:
 
 _STATUSES: Final = ("completed", "interrupted", "failed", "abandoned")
 _EMPTY: Final = Context()
+_TRACE: Final = TraceContextTextMapPropagator()
+_BAGGAGE: Final = W3CBaggagePropagator()
 
 
 def is_abandoning(error: BaseException) -> bool:

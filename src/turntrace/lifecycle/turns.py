@@ -1,6 +1,6 @@
 """The turns of a tracker: they begin, go on when they had waited, and are written down when they end."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from turntrace.errors import StateError
@@ -10,6 +10,7 @@ from turntrace.lifecycle.closing import FinishTurn, SettleTurn
 from turntrace.lifecycle.resuming import forked_from, is_to_resume, resumed_turn
 from turntrace.lifecycle.session import Conversation
 from turntrace.lifecycle.sittings import Sittings, key_of_run
+from turntrace.lifecycle.travelling import tags_in, visited
 from turntrace.lifecycle.turn import TURN_ID_KEY, Turn
 from turntrace.lifecycle.writer import Writer
 from turntrace.records import SessionFacts, TurnRequest
@@ -25,6 +26,7 @@ class Turns:
 
     ledger: Ledger
     channel: str
+    propagate: bool
     idle_ns: int
     clock: Callable[[], int]
     new_id: Callable[[], str]
@@ -171,6 +173,20 @@ class Turns:
             checkpoint_id: LangGraph's checkpoint that it begins at, when it names one.
         """
         return None if request.conversation_id is None else forked_from(self.ledger, request, checkpoint_id)
+
+    def visit(self, carriers: Iterable[Mapping[str, Any] | None]) -> Turn | None:
+        """Find the turn of another process that a run belongs to, where it may travel (``propagate=True``).
+
+        Args:
+            carriers: Where its ids may stand: headers by lower-case names, and None for what is current here.
+        """
+        if not self.propagate:
+            return None
+        for carrier in carriers:
+            found = tags_in(carrier)
+            if found is not None:
+                return visited(self._tracker, *found)
+        return None
 
     def _went_on(self, turn: Turn) -> Turn:
         self._turns[turn.id] = turn
