@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help demo test test-live lint types bench clean
+.PHONY: help demo test test-live test-server lint types bench clean
 
 help:
 	@echo "make demo   run the demo: a support desk, three users, five sessions, seen in the terminal"
 	@echo "make test   run the tests"
 	@echo "make test-live   the tests of what arrives, against the Langfuse of LANGFUSE_BASE_URL and its keys"
+	@echo "make test-server   the tests on LangGraph's own server (langgraph dev), which they install"
 	@echo "make lint   ruff"
 	@echo "make types  mypy, strict"
 	@echo "make bench  what tracking, fitting, the ledger and sending cost, next to others (takes minutes)"
@@ -36,6 +37,16 @@ test: $(VENV)/.dev
 test-live: $(VENV)/.dev
 	TURNTRACE_LIVE=1 $(BIN)/python -m pytest -m live $(ARGS)
 
+# LangGraph's server holds other packages back, so it is installed beside the others.
+$(VENV)-server/.made: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-server
+	$(VENV)-server/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-server/bin/python -m pip install --quiet --editable . --group dev --group server
+	touch $@
+
+test-server: $(VENV)-server/.made
+	$(VENV)-server/bin/python -m pytest tests/test_langgraph_server.py $(ARGS)
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -50,4 +61,4 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/export.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-server .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -431,6 +431,10 @@ def test_what_waits_is_said(there: tuple[str, LangfuseServer], url: str, capsys:
 
 def test_what_cannot_be_asked(there: tuple[str, LangfuseServer], url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tracked_url, server = there
+    with SessionTracker(url, outbox=False) as tracker:
+        tracker.start_session(session_id="a,b")
+    with pytest.raises(DeliveryError, match="it takes an id with a comma for several ids"):
+        doctor(url, "a,b")
     with pytest.raises(IdentityError, match="No session has an id that begins with"):
         doctor(tracked_url, "nobody")
     with pytest.raises(LedgerError, match="There is no ledger"):

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from turntrace.cli.lookup import find_session, open_existing
 from turntrace.cli.render import safe, working
-from turntrace.errors import ConfigurationError
+from turntrace.errors import ConfigurationError, DeliveryError
 from turntrace.settings import read_langfuse_settings
 
 if TYPE_CHECKING:
@@ -81,6 +81,11 @@ def _verify(console: Console, ledger_url: str | None, session_id: str) -> int:
             session, turns, feedback = find_session(ledger, found), read_turns(ledger, found), ledger.feedback(found)
             rated = {given.turn_id for given in feedback}
             traces = [turn.summary.trace_id for turn in turns if turn.summary.id in rated]
+            if "," in found:
+                raise DeliveryError(
+                    f"Langfuse cannot be asked for the scores of the session {found!r}: it takes an id with a comma for "
+                    "several ids. Its spans and scores were sent as any others; look at it on its Sessions page."
+                )
             scores = asked(lambda: list(server.scores(session_id=found)))
             scores += asked(lambda: [score for trace_id in traces for score in server.scores(trace_id=trace_id)])
             compared = asked(lambda: verify(session, turns, observations, scores, feedback))
