@@ -436,7 +436,7 @@ def test_what_is_compiled_is_what_it_was(runs: Runs) -> None:
     assert tracked.name == "sales"
     assert tracked.get_graph().draw_mermaid().count("work") == plain.get_graph().draw_mermaid().count("work")
     config: Any = {"callbacks": [runs.handler], "configurable": {"thread_id": "c1", "user_id": "zoe-42"}}
-    stream = tracked.stream(asks(), config)
+    stream: Any = tracked.stream(asks(), config)
     next(stream)
     stream.close()
     assert runs.handler.open_runs == 0
