@@ -27,7 +27,7 @@ from turntrace.records import TurnSummary
 from turntrace.testing import Capture, CapturedSpan, Clock, assert_all_tagged, outbox_spans
 
 HEARS_STATIC = hasattr(SessionCallbackHandler, "on_resume")
-"""Whether this langgraph tells handlers that it stopped; before 1.1 it says nothing of static interrupts."""
+"""Whether this langgraph tells handlers that it stopped; before 1.1.7 it says nothing of static interrupts."""
 
 MINUTE = 60_000
 

@@ -52,9 +52,7 @@ class Server:
         }
         command = [sys.executable, "-m", "langgraph_cli", "dev", "--no-browser", "--no-reload", "--port", str(port)]
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
+            self.process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
         self.http = httpx.Client(base_url=self.url, timeout=PATIENCE_S)
         ends = time.monotonic() + PATIENCE_S
         while not self.is_up():
@@ -116,7 +114,10 @@ def test_each_run_is_a_turn_of_its_thread(graph: str, way: str, server: Server) 
     for _ in range(2):
         server.run(thread, graph, way, input=HELLO)
     turns = server.turns(thread)
-    assert [(turn.number, turn.status, turn.error) for turn in turns] == [(1, "completed", None), (2, "completed", None)]
+    assert [(turn.number, turn.status, turn.error) for turn in turns] == [
+        (1, "completed", None),
+        (2, "completed", None),
+    ]
     assert {turn.input_length for turn in turns} == {len("What does tea cost?")}
     assert all(turn.llm_calls > 0 for turn in turns)
     spans = server.spans(thread)

@@ -24,7 +24,7 @@ import postgres
 from ledger_processes import IDLE, NOON, SECOND, begin, ended, finish
 from turntrace.errors import TurntraceError
 from turntrace.ledger import Ledger, SessionOpened, StageWanted, TurnEnd
-from turntrace.records import SessionFacts, Step
+from turntrace.records import SessionFacts, Step, TurnTags
 
 T = TypeVar("T")
 MINUTE = 60 * SECOND
@@ -375,13 +375,29 @@ def test_what_ends_after_its_turn_is_added_to_turn_and_session(ledger: Ledger) -
     finish(ledger, ended("t1", input_tokens=5, cost_usd=0.5, llm_calls=1))
     late = {"spans": 2, "llm_calls": 1, "input_tokens": 10, "output_tokens": 3, "cost_usd": 0.25}
     with ledger.writing() as writer:
-        writer.add_to_turn("t1", "s1", late)
+        writer.add_to_turn(TurnTags("s1", "t1", "c1", 1), late)
     [(turn, _)] = ledger.turns("s1")
     assert (turn.llm_calls, turn.input_tokens, turn.output_tokens, turn.cost_usd) == (2, 15, 3, 0.75)
     session = ledger.session("s1")
     assert session is not None
     assert (session.llm_calls, session.input_tokens, session.output_tokens, session.total_cost_usd) == (2, 15, 3, 0.75)
     assert session.total_turns == 1
+
+
+def test_what_another_process_adds_while_a_turn_runs_is_in_its_sums_when_it_ends(ledger: Ledger) -> None:
+    open_session(ledger, "s1")
+    begin(ledger, "t1")
+    late = {"spans": 2, "llm_calls": 1, "input_tokens": 10, "cost_usd": 0.25}
+    for _ in range(2):
+        with ledger.writing() as writer:
+            writer.add_to_turn(TurnTags("s1", "t1", "c1", 1), late)
+    finish(ledger, ended("t1", input_tokens=5, cost_usd=0.5, llm_calls=1))
+    [(turn, _)] = ledger.turns("s1")
+    assert (turn.llm_calls, turn.input_tokens, turn.cost_usd) == (3, 25, 1.0)
+    session = ledger.session("s1")
+    assert session is not None
+    assert (session.llm_calls, session.input_tokens, session.total_cost_usd) == (3, 25, 1.0)
+    assert ledger.span_counts("s1") == {"t1": 5}
 
 
 def test_a_turn_that_ends_after_its_session_is_told_from_others(ledger: Ledger) -> None:

@@ -329,6 +329,7 @@ ADDED = {
         *("last_turn_ns", "journey_name", "journey_stage", "journey_converted", "journey_conversion_turn"),
         "journey_conversion_time_ms",
     ),
+    "turntrace_open_turns": ("late",),
     "turntrace_turns": (
         *("context_tokens", "context_messages", "context_limit"),
         *("prunings", "messages_pruned", "tokens_pruned", "forked_from", "checkpoint_id"),

@@ -111,6 +111,28 @@ def test_what_another_server_does_is_in_the_turn(way: Any, places: Callable[...,
     assert SECRET not in str(seen)
 
 
+def test_on_one_ledger_the_turn_has_the_tokens_of_both(tmp_path: Path) -> None:
+    server = Place(tmp_path / "shared.db", prices, propagate=True)
+
+    def asks_the_server(_state: Any) -> dict[str, Any]:
+        headers = current_turn().headers()
+        return {
+            "messages": [FakeModel().invoke("think"), elsewhere(lambda: by_metadata(server, headers))["messages"][-1]]
+        }
+
+    client = Place(tmp_path / "shared.db", asks_the_server, propagate=True)
+    client.graph.invoke(asks(), config_of("c1", user_id=SECRET))
+    server.tracker.shutdown()
+    [turn] = client.turns()
+    assert (turn.status, turn.llm_calls, turn.input_tokens) == ("completed", 2, 200)
+    [session] = client.tracker.ledger.sessions()
+    assert (session.total_turns, session.llm_calls, session.input_tokens) == (1, 2, 200)
+    assert client.tracker.ledger.span_counts(session.id) == {
+        turn.id: len({span.span_id for span in client.spans()}) - 1
+    }
+    client.tracker.shutdown()
+
+
 def test_by_default_nothing_goes_out_and_nothing_is_believed(places: Callable[..., Place]) -> None:
     found: list[Any] = []
 

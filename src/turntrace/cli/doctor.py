@@ -83,8 +83,8 @@ def _verify(console: Console, ledger_url: str | None, session_id: str) -> int:
             traces = [turn.summary.trace_id for turn in turns if turn.summary.id in rated]
             if "," in found:
                 raise DeliveryError(
-                    f"Langfuse cannot be asked for the scores of the session {found!r}: it takes an id with a comma for "
-                    "several ids. Its spans and scores were sent as any others; look at it on its Sessions page."
+                    f"Langfuse cannot be asked for the scores of the session {found!r}: it takes an id with a comma "
+                    "for several ids. Its spans and scores were sent as any others: look at its page in Langfuse."
                 )
             scores = asked(lambda: list(server.scores(session_id=found)))
             scores += asked(lambda: [score for trace_id in traces for score in server.scores(trace_id=trace_id)])

@@ -16,6 +16,7 @@ from turntrace.ledger.rows import (
     first_session,
     full_summary,
     plain_summary,
+    running_turn,
     steps_from,
     turn_summary,
     user_summary,
@@ -86,7 +87,7 @@ class LedgerQuestions:
             found = [(turn_summary(row), steps_from(row["steps"])) for row in connection.execute(ended).mappings()]
             known = {turn.id: (turn, steps) for turn, steps in found}
             for row in connection.execute(running).mappings():
-                turn, steps = known.get(row["id"], (TurnSummary(**row), []))
+                turn, steps = known.get(row["id"], (running_turn(row), []))
                 known[turn.id] = (replace(turn, status=OPEN), steps)
         return sorted(known.values(), key=lambda turn: (turn[0].started_ns, turn[0].conversation_id, turn[0].number))
 
@@ -149,7 +150,7 @@ class LedgerQuestions:
             if ended is not None and ended.status != INTERRUPTED:
                 return ended
             row = connection.execute(select(open_turns).where(open_turns.c.id == turn_id)).mappings().first()
-            return ended if row is None else replace(ended or TurnSummary(**row), status=OPEN)
+            return ended if row is None else replace(ended or running_turn(row), status=OPEN)
 
     def newest_turn(self, conversation_id: str) -> TurnSummary | None:
         """Return the turn of a conversation with the highest number, or None; one that runs has the status ``open``."""

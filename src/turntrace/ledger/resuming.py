@@ -2,16 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from sqlalchemy import Connection, RowMapping, insert, select
 
-from turntrace.ledger.rows import first_session, session_facts, steps_from, turn_summary
+from turntrace.ledger.rows import first_session, open_row, running_turn, session_facts, steps_from, turn_summary
 from turntrace.ledger.statements import INTERRUPTED, OPEN
 from turntrace.ledger.tables import conversations, open_turns, sessions, turns
 from turntrace.records import SessionFacts, Step, TurnSummary
-
-_OPEN_COLUMNS: Final = tuple(column.name for column in open_turns.c)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +48,7 @@ def newest_turn(connection: Connection, conversation_id: str) -> TurnSummary | N
     """Return the turn of a conversation with the highest number, or None; one that runs has the status ``open``."""
     ended, running = _newest(connection, turns, conversation_id), _newest(connection, open_turns, conversation_id)
     if running is not None and (ended is None or running["number"] >= ended["number"]):
-        return TurnSummary(**running, status=OPEN)
+        return running_turn(running)
     return None if ended is None else turn_summary(ended)
 
 
@@ -101,8 +99,7 @@ def _resumed(connection: Connection, turn: TurnSummary) -> TurnResumed | None:
     if turn.status != OPEN:
         if is_open:  # somebody else was first
             return None
-        values = {name: getattr(turn, name) for name in _OPEN_COLUMNS}
-        connection.execute(insert(open_turns).values(values))
+        connection.execute(insert(open_turns).values(open_row(turn)))
     known = turn if before is None else before.turn
     return TurnResumed(known, session_facts(session), connection.execute(topic).scalar_one_or_none(), before)
 

@@ -11,6 +11,7 @@ from turntrace.decisions import PruningDecision
 from turntrace.errors import IdentityError
 from turntrace.identity import safe_text
 from turntrace.ledger.journeys import hand_over, journeys_of
+from turntrace.ledger.statements import OPEN
 from turntrace.ledger.tables import decisions, open_turns, sessions, turns
 from turntrace.records import SessionFacts, Step, TurnSummary
 from turntrace.summaries import SessionSummary, UserSummary
@@ -133,6 +134,19 @@ _USER_SUMS: Final = (
 def turn_summary(row: RowMapping) -> TurnSummary:
     """Read a turn."""
     return TurnSummary(**{name: row[name] for name in _TURN_COLUMNS})
+
+
+_OPEN_COLUMNS: Final = tuple(name for name in TurnSummary.__slots__ if name in open_turns.c)
+
+
+def running_turn(row: RowMapping) -> TurnSummary:
+    """Read a turn that has begun and not ended."""
+    return TurnSummary(**{name: row[name] for name in _OPEN_COLUMNS}, status=OPEN)
+
+
+def open_row(turn: TurnSummary) -> dict[str, Any]:
+    """Return the row of a turn that goes on."""
+    return {name: getattr(turn, name) for name in _OPEN_COLUMNS}
 
 
 _DECISION_COLUMNS: Final = tuple(name for name in PruningDecision.__slots__ if name in decisions.c)

@@ -164,11 +164,12 @@ def _put_decision() -> Any:
 
 
 def _close_turn() -> Any:
-    return delete(open_turns).where(
+    same = (
         open_turns.c.conversation_id == bindparam("new_conversation_id"),
         open_turns.c.number == bindparam("new_number"),
         open_turns.c.id == bindparam("new_id"),
     )
+    return delete(open_turns).where(*same).returning(open_turns.c.late)
 
 
 def _insert_turn() -> Any:

@@ -116,6 +116,7 @@ open_turns = Table(
     Column("started_ns", BigInteger, nullable=False),
     Column("trace_id", String(32), nullable=False),
     Column("root_span_id", String(16), nullable=False),
+    Column("late", Text),  # what others add to it while it runs, as JSON
     sqlite_with_rowid=False,
 )
 

@@ -1,10 +1,11 @@
 """What ends: changes to the ledger within one transaction."""
 
+import json
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, RowMapping, delete, update
+from sqlalchemy import Connection, RowMapping, delete, select, update
 
 from turntrace.decisions import PruningDecision
 from turntrace.ledger.ends import (
@@ -125,7 +126,10 @@ class LedgerWriter:
         values |= {"new_steps": steps_text(steps), "new_spans": spans, "topic": topic}
         values["new_failed"] = int(turn.status == "failed")
         statements, cursor = self._statements, self._cursor
-        was_open = statements.close_turn.run(cursor, values).rowcount == 1
+        closed = statements.close_turn.run(cursor, values).fetchall()
+        was_open = len(closed) == 1
+        for name, value in json.loads(closed[0][0] or "{}").items() if was_open else ():
+            values[f"new_{name}"] += value
         if before is not None or not was_open:
             written = self._take_back(turn.id, was_open=was_open)
             if written is None and not was_open:
@@ -167,14 +171,22 @@ class LedgerWriter:
         closed = waits.values(status=ABANDONED, error=ABANDONED, spans=turns.c.spans + 1)
         return self._connection.execute(closed).rowcount == 1
 
-    def add_to_turn(self, turn_id: str, session_id: str, late: Mapping[str, float]) -> None:
-        """Add what ended after its turn to the turn and its session.
+    def add_to_turn(self, turn: TurnTags, late: Mapping[str, float]) -> None:
+        """Add what ended after its turn, or in it but in another process, to the turn and its session.
 
         Args:
-            turn_id: The turn.
-            session_id: Its session.
+            turn: The turn.
             late: The sums to add, by the names of `LATE_SUMS`.
         """
+        turn_id, session_id = turn.turn_id, turn.session_id
+        same = open_turns.c.conversation_id == turn.conversation_id, open_turns.c.number == turn.number
+        runs = select(open_turns.c.late).where(*same, open_turns.c.id == turn_id).with_for_update()
+        row = self._connection.execute(runs).first()
+        if row is not None:  # it is added when the turn ends
+            noted = json.loads(row.late or "{}")
+            text = json.dumps({name: noted.get(name, 0) + value for name, value in late.items()})
+            self._connection.execute(update(open_turns).where(*same).values(late=text))
+            return
         to_turn = {name: turns.c[name] + value for name, value in late.items()}
         in_session = {name: "total_cost_usd" if name == "cost_usd" else name for name in late if name != "spans"}
         to_session = {column: sessions.c[column] + late[name] for name, column in in_session.items()}

@@ -57,7 +57,7 @@ class SettleTurn(SpanJob):
         self._put_decisions(ledger)
         late = {} if self._late is None else {name: getattr(self._late, name) for name in LATE_SUMS}
         if any(late.values()):
-            ledger.add_to_turn(self._turn.id, self._turn.conversation.session.id, late)
+            ledger.add_to_turn(self._turn.words, late)
 
     def _put_decisions(self, ledger: LedgerWriter) -> None:
         tags = self._turn.words

@@ -141,7 +141,7 @@ class _CountSpans:
 
     def write(self, ledger: LedgerWriter) -> None:
         """Add them."""
-        ledger.add_to_turn(self._turn.id, self._turn.conversation.session.id, {"spans": self._spans})
+        ledger.add_to_turn(self._turn.words, {"spans": self._spans})
 
 
 def checked_stages(name: str, stages: Any) -> tuple[str, ...]:
