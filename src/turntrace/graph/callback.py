@@ -62,6 +62,7 @@ class SessionCallbackHandler(GraphCallbackHandler):
             checked_describer(describe_output, "describe_output"),
         )
         self._runs = RunRegistry(self.tracker, reads)
+        self.tracker.use(self)
 
     def __repr__(self) -> str:
         return f"<SessionCallbackHandler of {self.tracker!r}>"
@@ -70,6 +71,11 @@ class SessionCallbackHandler(GraphCallbackHandler):
     def raise_error(self) -> bool:  # type: ignore[override]
         """Whether an error of ours reaches the app: only in turntrace's own tests."""
         return boundary.is_strict()
+
+    @property
+    def messages_key(self) -> str:
+        """Key of the graph's state that holds its messages."""
+        return self._runs.reads.messages_key
 
     @property
     def runs(self) -> RunRegistry:

@@ -30,7 +30,7 @@ class Neighbours:
                 self._said = True
                 logger.warning(
                     "turntrace: Langfuse's own %s hears the same runs: each step is two spans, and Langfuse counts "
-                    "the tokens and the cost of both. Remove one of both handlers: turntrace's makes all of the spans, "
+                    "the tokens and the cost twice. Remove one of both handlers: turntrace's makes all of the spans, "
                     "with the session on each.",
                     kind.__qualname__,
                 )

@@ -2,16 +2,18 @@
 
 import dataclasses
 import inspect
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any, TypeVar, get_type_hints
 
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
 from langchain_core.runnables.config import run_in_executor
+from langgraph.channels import LastValue
 from langgraph.config import get_config
 from langgraph.graph import StateGraph
 from langgraph.types import Command
+from pydantic import BaseModel
 
 from turntrace import attributes as a
 from turntrace.boundary import caught, never_breaks
@@ -62,6 +64,10 @@ def track_graph(builder: B) -> B:
             "track_graph was given a graph without nodes: add them first, and call track_graph(builder).compile() last."
         )
     fields = frozenset(name for name in FIELDS if name in builder.channels)
+    for name in fields:
+        channel = builder.channels[name]
+        if type(channel) is LastValue:  # declared without a reducer, as in a model or a dataclass
+            builder.channels[name] = _Latest(channel.typ, name)
     for name, spec in builder.nodes.items():
         if not getattr(spec.runnable, _TRACKED, False):
             tracked = _TrackedRunnable(spec.runnable, fields)  # type: ignore[arg-type]
@@ -231,6 +237,13 @@ def _has_native_async(runnable: Any) -> bool:
     return afunc is not None and not (isinstance(afunc, partial) and afunc.func is run_in_executor)
 
 
+class _Latest(LastValue[Any]):
+    """A channel that keeps the last of the values of one step: nodes side by side write the same ids."""
+
+    def update(self, values: Sequence[Any]) -> bool:
+        return super().update(values[-1:])
+
+
 class _Track:
     """One run of a tracked node."""
 
@@ -324,6 +337,11 @@ def _with(update: Any, fields: dict[str, Any]) -> Any:
         return {**update, **fields}  # over the ids of a state that the node gave back whole
     if isinstance(update, list) and all(isinstance(part, Command | Mapping) for part in update):
         return [*update, fields]
+    # An instance of the state's schema, or of a part of it that has the fields.
+    if isinstance(update, BaseModel) and fields.keys() <= type(update).model_fields.keys():
+        return update.model_copy(update=fields)
+    if dataclasses.is_dataclass(update) and fields.keys() <= {each.name for each in dataclasses.fields(update)}:
+        return dataclasses.replace(update, **fields)  # type: ignore[type-var]
     return update
 
 

@@ -41,7 +41,7 @@ class RunRegistry:
 
     def __init__(self, tracker: SessionTracker, reads: Reading) -> None:
         self._tracker = tracker
-        self._reads = reads
+        self.reads = reads
         self._runs: dict[UUID, Run] = _runs_of.setdefault(tracker, {})
         self._lock = threading.Lock()
 
@@ -89,7 +89,7 @@ class RunRegistry:
                 known[a.TURN_ATTEMPT] = attempt
             run = self._step_began(run_id, parent.root, parent, extract.name_of_node(name), "chain", known)
             run.attempt = attempt
-            messages = extract.messages_of_state(inputs, self._reads.messages_key, metadata)
+            messages = extract.messages_of_state(inputs, self.reads.messages_key, metadata)
             if messages is not None and run.step is not None:
                 run.root.turn.recall(messages)
                 run.root.turn.note_state(run.step, messages, extract.namespace_of(metadata))
@@ -228,7 +228,7 @@ class RunRegistry:
                 return turn
         if checkpoint_id is not None or inputs is None:
             request = replace(request, forked_from=self._tracker.forked_from(request, checkpoint_id))
-        return self._tracker.begin_turn(request, self._reads.message_in(inputs))
+        return self._tracker.begin_turn(request, self.reads.message_in(inputs))
 
     # --- what ends ----------------------------------------------------------------------------------------------------
     def chain_ended(self, run_id: UUID, outputs: Any) -> None:
@@ -237,7 +237,7 @@ class RunRegistry:
         if run is None:
             return
         run.prompt = None  # also for what it left running
-        answer = self._reads.answer_in(outputs) if run.is_root else None
+        answer = self.reads.answer_in(outputs) if run.is_root else None
         if run.is_step and run.step is not None:
             if isinstance(answer, list) and len(answer) > 1:
                 run.root.turn.note_state(run.step, answer, "", at_ns=self._tracker.clock())

@@ -272,12 +272,20 @@ class SessionTracker(Turns, Afterwards):
         """Wait until all that has ended is in the ledger; tell whether it is."""
         return self._writer.drain(_STOP_S)
 
+    def use(self, handler: Any) -> None:
+        """Use a handler for the turns' configs and blocks, unless there is one: the first that an app makes."""
+        with self._lock:
+            if self._handler is None:
+                self._handler = handler
+
     def callbacks(self) -> list[Any]:
         """Return what goes into a config's ``callbacks``: one handler, the same each time."""
         with self._lock:
-            if self._handler is None and SessionTracker.callback_factory is not None:
-                self._handler = SessionTracker.callback_factory(self)
-            return [] if self._handler is None else [self._handler]
+            handler = self._handler
+        if handler is None and SessionTracker.callback_factory is not None:
+            self.use(SessionTracker.callback_factory(self))
+            handler = self._handler
+        return [] if handler is None else [handler]
 
     # --- the end ------------------------------------------------------------------------------------------------------
     def flush(self, timeout: float | None = 30.0) -> bool:

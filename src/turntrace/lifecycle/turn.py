@@ -160,10 +160,11 @@ class Turn:
 
     @property
     def input(self) -> Any:
-        """The input for the graph: the user's message under ``messages``; empty when the turn was given none."""
+        """The input for the graph: the user's message under the handler's ``messages_key``; empty without a message."""
         if self.message is None:
             return {}
-        return {"messages": [("user", self.message) if isinstance(self.message, str) else self.message]}
+        key = next((handler.messages_key for handler in self._tracker.callbacks()), "messages")
+        return {key: [("user", self.message) if isinstance(self.message, str) else self.message]}
 
     @property
     def config(self) -> Any:
