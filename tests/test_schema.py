@@ -333,6 +333,7 @@ ADDED = {
     "turntrace_turns": (
         *("context_tokens", "context_messages", "context_limit"),
         *("prunings", "messages_pruned", "tokens_pruned", "forked_from", "checkpoint_id"),
+        *("counted_tokens", "counted_of_tokens"),
     ),
 }
 FIRST = ("meta", "sessions", "conversations", "open_turns", "turns", "outbox")

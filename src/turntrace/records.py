@@ -103,6 +103,8 @@ class TurnRequest:
         user_id: The raw id of the user; it is hashed before anything is kept.
         conversation_id: The conversation: LangGraph's ``thread_id``, or what the app chose.
         tags: Tags for the trace.
+        counted_tokens: Tokens of what models were given, as counted here, in calls whose provider counted them too.
+        counted_of_tokens: What the provider counted in these calls.
         forked_from: The turn that it replays from a checkpoint, or goes on from.
     """
 
@@ -235,6 +237,8 @@ class TurnSummary(Record):
     prunings: int = 0
     messages_pruned: int = 0
     tokens_pruned: int = 0
+    counted_tokens: int = 0
+    counted_of_tokens: int = 0
     forked_from: str | None = word(a.TURN_FORKED_FROM)
     checkpoint_id: str | None = None
 

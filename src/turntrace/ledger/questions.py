@@ -42,7 +42,8 @@ class LedgerQuestions:
     _database: Database
 
     @contextmanager
-    def _asking(self) -> Iterator[Connection]:
+    def asking(self) -> Iterator[Connection]:
+        """Give a connection for questions of one's own, once all that has ended is written down."""
         self.settled()
         with self._database.reading() as connection:
             yield connection
@@ -54,7 +55,7 @@ class LedgerQuestions:
 
     def session(self, session_id: str) -> SessionSummary | None:
         """Return what is known of a session, or None."""
-        with self._asking() as connection:
+        with self.asking() as connection:
             row = first_session(connection, sessions.c.id == session_id)
             return None if row is None else full_summary(connection, row)
 
@@ -73,7 +74,7 @@ class LedgerQuestions:
             query = query.where(sessions.c.id.in_(ids))
         if id_begins is not None:
             query = query.where(sessions.c.id.startswith(id_begins, autoescape=True))
-        with self._asking() as connection:
+        with self.asking() as connection:
             return [plain_summary(row) for row in connection.execute(query).mappings()]
 
     def turns(self, session_id: str) -> list[tuple[TurnSummary, list[Step]]]:
@@ -83,7 +84,7 @@ class LedgerQuestions:
         """
         ended = select(turns).where(turns.c.session_id == session_id)
         running = select(open_turns).where(open_turns.c.session_id == session_id)
-        with self._asking() as connection:
+        with self.asking() as connection:
             found = [(turn_summary(row), steps_from(row["steps"])) for row in connection.execute(ended).mappings()]
             known = {turn.id: (turn, steps) for turn, steps in found}
             for row in connection.execute(running).mappings():
@@ -98,13 +99,13 @@ class LedgerQuestions:
         ``messages_after`` tell of all.
         """
         query = select(decisions).where(decisions.c.session_id == session_id).order_by(decisions.c.id)
-        with self._asking() as connection:
+        with self.asking() as connection:
             return [(row["turn_id"], decision_from(row)) for row in connection.execute(query).mappings()]
 
     def span_counts(self, session_id: str) -> dict[str, int]:
         """Return how many spans the traces of a session's turns that have ended have, by the ids of the turns."""
         query = select(turns.c.id, turns.c.spans).where(turns.c.session_id == session_id)
-        with self._asking() as connection:
+        with self.asking() as connection:
             return {row["id"]: row["spans"] for row in connection.execute(query).mappings()}
 
     def user(self, user_id: str) -> UserSummary | None:
@@ -113,7 +114,7 @@ class LedgerQuestions:
         Args:
             user_id: Hash of the user's id.
         """
-        with self._asking() as connection:
+        with self.asking() as connection:
             return user_summary(connection, user_id)
 
     def journey(
@@ -127,24 +128,24 @@ class LedgerQuestions:
             name: Name of the journey.
             settled: Whether to write down first what waits.
         """
-        with self._asking() if settled else self._database.reading() as connection:
+        with self.asking() if settled else self._database.reading() as connection:
             return journey_of(connection, owner_of(user_id, session_id), name)
 
     def stages(self, session_id: str) -> list[StageEntered]:
         """Return the steps of journeys in a session, in order."""
-        with self._asking() as connection:
+        with self.asking() as connection:
             return steps_in(connection, session_id)
 
     def feedback(self, session_id: str) -> list[Feedback]:
         """Return the feedback on a session and on its turns, in the order in which it was given."""
         columns = feedback.c.turn_id, feedback.c.name, feedback.c.value, feedback.c.at_ns
         query = select(*columns).where(feedback.c.session_id == session_id).order_by(feedback.c.at_ns, feedback.c.id)
-        with self._asking() as connection:
+        with self.asking() as connection:
             return [Feedback(**row) for row in connection.execute(query).mappings()]
 
     def turn(self, turn_id: str) -> TurnSummary | None:
         """Return a turn that has ended, or one that runs (its status is ``open``); None when there is none."""
-        with self._asking() as connection:
+        with self.asking() as connection:
             row = connection.execute(select(turns).where(turns.c.id == turn_id)).mappings().first()
             ended = None if row is None else turn_summary(row)
             if ended is not None and ended.status != INTERRUPTED:
@@ -154,24 +155,24 @@ class LedgerQuestions:
 
     def newest_turn(self, conversation_id: str) -> TurnSummary | None:
         """Return the turn of a conversation with the highest number, or None; one that runs has the status ``open``."""
-        with self._asking() as connection:
+        with self.asking() as connection:
             return newest_turn(connection, conversation_id)
 
     def turn_at(self, conversation_id: str, at_ns: int) -> TurnSummary | None:
         """Return the turn of a conversation that had begun last at a time in nanoseconds since 1970, or None."""
-        with self._asking() as connection:
+        with self.asking() as connection:
             return turn_at(connection, conversation_id, at_ns)
 
     def turn_numbers(self, conversation_id: str) -> list[int]:
         """Return the numbers of the turns of a conversation that have ended, in order."""
         query = select(turns.c.number).where(turns.c.conversation_id == conversation_id).order_by(turns.c.number)
-        with self._asking() as connection:
+        with self.asking() as connection:
             return list(connection.execute(query).scalars())
 
     def outbox(self, *, limit: int = 1000, after_id: int = 0) -> list[OutboxItem]:
         """Return what waits to be sent, the oldest first."""
         query = select(outbox).where(outbox.c.id > after_id).order_by(outbox.c.id).limit(limit)
-        with self._asking() as connection:
+        with self.asking() as connection:
             return [
                 OutboxItem(row["id"], row["kind"], row["body"], row["items"], row["created_ns"])
                 for row in connection.execute(query).mappings()

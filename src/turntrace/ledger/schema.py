@@ -65,7 +65,7 @@ def _to_4(connection: Connection) -> None:
 
 def _to_5(connection: Connection) -> None:
     """Add what a turn was forked from, where one waits for a person, and which those are."""
-    _add_columns(connection, turns, "forked_from", "checkpoint_id")
+    _add_columns(connection, turns, "counted_tokens", "counted_of_tokens", "forked_from", "checkpoint_id")
     _add_columns(connection, open_turns, "late")
     waiting_turns.create(connection)
 

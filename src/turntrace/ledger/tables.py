@@ -160,6 +160,8 @@ turns = Table(
     Column("prunings", Integer, nullable=False, default=0, server_default="0"),
     Column("messages_pruned", Integer, nullable=False, default=0, server_default="0"),
     Column("tokens_pruned", Integer, nullable=False, default=0, server_default="0"),
+    Column("counted_tokens", BigInteger, nullable=False, default=0, server_default="0"),
+    Column("counted_of_tokens", BigInteger, nullable=False, default=0, server_default="0"),
     Column("forked_from", String(200)),
     Column("checkpoint_id", String(200)),
     UniqueConstraint("conversation_id", "number", name="turntrace_turns_number"),

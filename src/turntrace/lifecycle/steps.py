@@ -181,6 +181,8 @@ class TurnAccount:
         context_tokens: Tokens that a model was given when its window was fullest.
         context_messages: Messages that it was given then.
         context_limit: Tokens that it can be given.
+        counted_tokens: Tokens that were counted here, in calls whose provider counted them too.
+        counted_of_tokens: What the provider counted in these calls.
         prunings: Decisions that pruned something.
         messages_pruned: Messages that were pruned; one that several decisions left out counts once.
         tokens_pruned: Tokens of them, as far as they were counted.
@@ -203,6 +205,8 @@ class TurnAccount:
     context_tokens: int | None = None
     context_messages: int | None = None
     context_limit: int | None = None
+    counted_tokens: int = 0
+    counted_of_tokens: int = 0
     prunings: int = 0
     messages_pruned: int = 0
     tokens_pruned: int = 0
@@ -218,6 +222,7 @@ def account_before(before: TurnWritten) -> TurnAccount:
     names = (
         *("llm_calls", "tool_calls", "input_tokens", "output_tokens", "cost_usd", "unpriced_calls", "prunings"),
         *("messages_pruned", "tokens_pruned", "model", "context_tokens", "context_messages", "context_limit"),
+        *("counted_tokens", "counted_of_tokens"),
     )
     account = TurnAccount(steps=list(before.steps), spans=before.spans, **{n: getattr(turn, n) for n in names})
     if turn.time_to_first_token_ms is not None:

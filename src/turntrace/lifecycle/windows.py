@@ -83,6 +83,9 @@ def add_given(account: TurnAccount, given: ContextGiven) -> None:
     if account.context_messages is None or (given.tokens is not None and (before is None or given.tokens > before)):
         account.context_messages = given.messages
         account.context_tokens, account.context_limit = given.tokens, given.limit
+    if given.error_pct is not None and given.counted is not None and given.tokens is not None:
+        account.counted_tokens += given.counted
+        account.counted_of_tokens += given.tokens
 
 
 # --- what was pruned --------------------------------------------------------------------------------------------------

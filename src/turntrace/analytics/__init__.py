@@ -1,0 +1,97 @@
+"""Questions to the ledger over many sessions: plain functions with typed answers, aggregated in SQL.
+
+Each takes a `Ledger` and `Filters`; none changes anything. ::
+
+    from turntrace.analytics import Filters, dropoff_by_turn, sessions_over_time
+    from turntrace.ledger import Ledger
+
+    ledger = Ledger("sqlite:///ledger.db")
+    for day in sessions_over_time(ledger, Filters(channel="web")):
+        print(day.day, day.sessions, day.users)
+"""
+
+from turntrace.analytics.asking import MOST_TURNS
+from turntrace.analytics.endings import (
+    Dropoffs,
+    IntentOutcome,
+    Outcome,
+    dropoff_by_action,
+    dropoff_by_intent,
+    dropoff_by_reason,
+    dropoff_by_turn,
+    outcomes,
+    outcomes_by_intent,
+)
+from turntrace.analytics.exchanges import (
+    LatencyOfTurn,
+    Usage,
+    latency_by_turn,
+    usage_by_channel,
+    usage_by_day,
+    usage_by_model,
+    usage_by_tier,
+)
+from turntrace.analytics.filters import ALL, Filters, day_of
+from turntrace.analytics.funnels import Funnel, FunnelStage, funnel, funnels
+from turntrace.analytics.returning import Cohort, UserFigures, retention, users
+from turntrace.analytics.sittings import (
+    ORDERS,
+    DayOfSessions,
+    Length,
+    SessionLengths,
+    session_lengths,
+    sessions_by,
+    sessions_over_time,
+)
+from turntrace.analytics.windows import (
+    EstimateError,
+    Prunings,
+    WindowOfTurn,
+    estimate_errors,
+    prunings,
+    window_by_turn,
+)
+
+__all__ = [
+    "ALL",
+    "MOST_TURNS",
+    "ORDERS",
+    "Cohort",
+    "DayOfSessions",
+    "Dropoffs",
+    "EstimateError",
+    "Filters",
+    "Funnel",
+    "FunnelStage",
+    "IntentOutcome",
+    "LatencyOfTurn",
+    "Length",
+    "Outcome",
+    "Prunings",
+    "SessionLengths",
+    "Usage",
+    "UserFigures",
+    "WindowOfTurn",
+    "day_of",
+    "dropoff_by_action",
+    "dropoff_by_intent",
+    "dropoff_by_reason",
+    "dropoff_by_turn",
+    "estimate_errors",
+    "funnel",
+    "funnels",
+    "latency_by_turn",
+    "outcomes",
+    "outcomes_by_intent",
+    "prunings",
+    "retention",
+    "session_lengths",
+    "sessions_by",
+    "sessions_over_time",
+    "usage_by_channel",
+    "usage_by_day",
+    "usage_by_model",
+    "usage_by_tier",
+    "users",
+    "window_by_turn",
+]

@@ -1,0 +1,210 @@
+"""How sessions end: where users drop off, and what tells successful sessions from others."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import ColumnElement, case, func, or_, select
+
+from turntrace.analytics.asking import count_if, rows_of, turn_number
+from turntrace.analytics.filters import ALL, Filters, in_sessions, of_sessions
+from turntrace.ledger import Ledger
+from turntrace.ledger.tables import sessions, turns
+
+SUCCESSFUL: Final = "successful"
+UNSUCCESSFUL: Final = "unsuccessful"
+UNKNOWN: Final = "unknown"
+_SATISFIED: Final = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Dropoffs:
+    """Sessions that ended at the same point, and how many of them as a drop-off.
+
+    Attributes:
+        at: The point: a turn's number, an intent, what the agent did last; empty where that is not known.
+        ended: Sessions that ended there.
+        dropoffs: Those of them that ended as a drop-off.
+    """
+
+    at: str
+    ended: int
+    dropoffs: int
+
+    @property
+    def rate(self) -> float:
+        """Drop-offs among those that ended there, from 0 to 1."""
+        return self.dropoffs / self.ended if self.ended else 0.0
+
+
+def dropoff_by_turn(ledger: Ledger, filters: Filters = ALL) -> list[Dropoffs]:
+    """Return the drop-offs by the number of the session's last turn, in order; those after `MOST_TURNS` are one."""
+    found = _dropoffs(ledger, filters, turn_number(sessions.c.last_turn))
+    return sorted(found, key=lambda each: (not each.at, int(each.at or 0)))
+
+
+def dropoff_by_intent(ledger: Ledger, filters: Filters = ALL) -> list[Dropoffs]:
+    """Return the drop-offs by what the user wanted last, the most frequent first."""
+    return sorted(_dropoffs(ledger, filters, sessions.c.last_intent), key=lambda each: (-each.dropoffs, each.at))
+
+
+def dropoff_by_action(ledger: Ledger, filters: Filters = ALL) -> list[Dropoffs]:
+    """Return the drop-offs by what the agent did last, the most frequent first."""
+    return sorted(_dropoffs(ledger, filters, sessions.c.last_action), key=lambda each: (-each.dropoffs, each.at))
+
+
+def dropoff_by_reason(ledger: Ledger, filters: Filters = ALL) -> list[Dropoffs]:
+    """Return the drop-offs by why the session ended, the most frequent reason first."""
+    return sorted(_dropoffs(ledger, filters, sessions.c.end_reason), key=lambda each: (-each.ended, each.at))
+
+
+def _dropoffs(ledger: Ledger, filters: Filters, at: Any) -> list[Dropoffs]:
+    dropped = count_if(sessions.c.dropoff.is_(True)).label("dropoffs")
+    query = select(at.label("at"), func.count().label("ended"), dropped)
+    query = query.where(of_sessions(filters), sessions.c.ended_ns.is_not(None)).group_by(at)
+    return [
+        Dropoffs("" if row.at is None else str(row.at), row.ended, int(row.dropoffs)) for row in rows_of(ledger, query)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Sessions with the same outcome, and what they are like.
+
+    Attributes:
+        outcome: ``successful``, ``unsuccessful`` or ``unknown`` (see `outcome_of`).
+        n: How many sessions.
+        turns: Mean number of turns.
+        minutes: Mean minutes from the first to the last activity.
+        latency_ms: Mean latency of their turns, in milliseconds; None without any turn.
+        tokens: Mean tokens.
+        cost_usd: Mean cost, in US dollars.
+        with_errors: Sessions with a turn that failed.
+        with_prunings: Sessions in which something was pruned from a model's window.
+        with_feedback: Sessions with feedback.
+        satisfaction: Mean of the feedback on those, from 0 to 1; None without any.
+    """
+
+    outcome: str
+    n: int
+    turns: float
+    minutes: float
+    latency_ms: float | None
+    tokens: float
+    cost_usd: float
+    with_errors: int
+    with_prunings: int
+    with_feedback: int
+    satisfaction: float | None
+
+
+def outcome_of() -> ColumnElement[str]:
+    """Return the outcome of a session that has ended, by the first of these that is known.
+
+    - what users thought of it: at least 0.5 on the mean is success;
+    - a journey that it took a step of: converted is success;
+    - why it ended: ``completed`` is success, ``error`` is none;
+    - a drop-off is none.
+    """
+    satisfied = sessions.c.feedback_sum >= _SATISFIED * sessions.c.feedback_count
+    return case(
+        (sessions.c.ended_ns.is_(None), UNKNOWN),
+        (sessions.c.feedback_count > 0, case((satisfied, SUCCESSFUL), else_=UNSUCCESSFUL)),
+        (sessions.c.journey_converted.is_(True), SUCCESSFUL),
+        (sessions.c.end_reason == "completed", SUCCESSFUL),
+        (or_(sessions.c.end_reason == "error", sessions.c.dropoff.is_(True)), UNSUCCESSFUL),
+        else_=UNKNOWN,
+    )
+
+
+def outcomes(ledger: Ledger, filters: Filters = ALL) -> list[Outcome]:
+    """Return what sessions of each outcome are like: the successful ones, the others, and those that nobody knows."""
+    s = sessions.c
+    outcome = outcome_of()
+    query = (
+        select(
+            outcome.label("outcome"),
+            func.count().label("n"),
+            func.sum(s.total_turns).label("turns"),
+            func.sum((s.last_activity_ns - s.started_ns) // 1_000_000).label("ms"),
+            func.sum(s.active_ms).label("active_ms"),
+            func.sum(s.input_tokens + s.output_tokens).label("tokens"),
+            func.sum(s.total_cost_usd).label("cost"),
+            count_if(s.failed_turns > 0).label("with_errors"),
+            count_if(s.prunings > 0).label("with_prunings"),
+            count_if(s.feedback_count > 0).label("with_feedback"),
+            func.sum(s.feedback_sum).label("feedback_sum"),
+            func.sum(s.feedback_count).label("feedback_count"),
+        )
+        .where(of_sessions(filters))
+        .group_by(outcome)
+    )
+    found = {row.outcome: row for row in rows_of(ledger, query)}
+    return [_outcome(found[name]) for name in (SUCCESSFUL, UNSUCCESSFUL, UNKNOWN) if name in found]
+
+
+def _outcome(row: Any) -> Outcome:
+    turns_of, n = int(row.turns), int(row.n)
+    return Outcome(
+        outcome=row.outcome,
+        n=n,
+        turns=turns_of / n,
+        minutes=float(row.ms) / n / 60_000,
+        latency_ms=float(row.active_ms) / turns_of if turns_of else None,
+        tokens=float(row.tokens) / n,
+        cost_usd=float(row.cost) / n,
+        with_errors=int(row.with_errors),
+        with_prunings=int(row.with_prunings),
+        with_feedback=int(row.with_feedback),
+        satisfaction=float(row.feedback_sum) / int(row.feedback_count) if row.feedback_count else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class IntentOutcome:
+    """Sessions in which users wanted the same, and how they came out.
+
+    Attributes:
+        intent: What they wanted, in any of the turns.
+        successful: Sessions that were successful.
+        unsuccessful: Sessions that were not.
+        unknown: Sessions of which nobody knows.
+    """
+
+    intent: str
+    successful: int
+    unsuccessful: int
+    unknown: int
+
+    @property
+    def n(self) -> int:
+        """Sessions whose outcome is known."""
+        return self.successful + self.unsuccessful
+
+    @property
+    def rate(self) -> float | None:
+        """Successful ones among those whose outcome is known, from 0 to 1; None without any."""
+        return self.successful / self.n if self.n else None
+
+
+def outcomes_by_intent(ledger: Ledger, filters: Filters = ALL, *, limit: int = 30) -> Sequence[IntentOutcome]:
+    """Return how sessions came out by what users wanted in them, the most frequent intents first."""
+    wanted = (
+        select(turns.c.session_id, turns.c.intent)
+        .where(turns.c.intent.is_not(None), in_sessions(filters, turns.c.session_id))
+        .distinct()
+        .subquery()
+    )
+    outcome = outcome_of()
+    counts = [count_if(outcome == name).label(name) for name in (SUCCESSFUL, UNSUCCESSFUL, UNKNOWN)]
+    query = (
+        select(wanted.c.intent, *counts)
+        .join(sessions, sessions.c.id == wanted.c.session_id)
+        .group_by(wanted.c.intent)
+        .order_by(func.count().desc(), wanted.c.intent)
+        .limit(limit)
+    )
+    return [
+        IntentOutcome(row.intent, int(row.successful), int(row.unsuccessful), int(row.unknown))
+        for row in rows_of(ledger, query)
+    ]

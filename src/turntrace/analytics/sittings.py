@@ -1,0 +1,160 @@
+"""Sessions over time, how long they are, and the ones that stand out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from sqlalchemy import case, func, literal, select
+
+from turntrace.analytics.asking import count_if, day, quantiles, read, rows_of
+from turntrace.analytics.filters import ALL, DAY_NS, Filters, iso_day, of_sessions
+from turntrace.ledger import Ledger
+from turntrace.ledger.rows import plain_summary
+from turntrace.ledger.tables import sessions
+from turntrace.summaries import SessionSummary
+
+_MINUTE_MS: Final = 60_000
+_MOST_MINUTES: Final = 24 * 60
+
+
+@dataclass(frozen=True, slots=True)
+class DayOfSessions:
+    """The sessions that began on a day.
+
+    Attributes:
+        day: The day, in UTC.
+        sessions: How many began.
+        users: How many known users they were of.
+        turns: Their turns.
+        dropoffs: Those that ended as a drop-off.
+        tokens: Their tokens.
+        cost_usd: What they cost, in US dollars.
+    """
+
+    day: str
+    sessions: int
+    users: int
+    turns: int
+    dropoffs: int
+    tokens: int
+    cost_usd: float
+
+
+def sessions_over_time(ledger: Ledger, filters: Filters = ALL) -> list[DayOfSessions]:
+    """Return the days on which sessions began, in order; days without any are left out."""
+    on = day(sessions.c.started_ns)
+    query = (
+        select(
+            on.label("on"),
+            func.count().label("sessions"),
+            func.count(sessions.c.user_id.distinct()).label("users"),
+            func.sum(sessions.c.total_turns).label("turns"),
+            count_if(sessions.c.dropoff.is_(True)).label("dropoffs"),
+            func.sum(sessions.c.input_tokens + sessions.c.output_tokens).label("tokens"),
+            func.sum(sessions.c.total_cost_usd).label("cost_usd"),
+        )
+        .where(of_sessions(filters))
+        .group_by(on)
+        .order_by(on)
+    )
+    return [
+        DayOfSessions(
+            iso_day(row.on * DAY_NS),
+            row.sessions,
+            row.users,
+            int(row.turns),
+            int(row.dropoffs),
+            int(row.tokens),
+            float(row.cost_usd),
+        )
+        for row in rows_of(ledger, query)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Length:
+    """How many sessions have so many turns, or last so many minutes."""
+
+    length: int
+    sessions: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLengths:
+    """How long sessions are.
+
+    Attributes:
+        turns: Sessions by their number of turns.
+        minutes: Sessions by their minutes from the first to the last activity, begun ones counted whole.
+        n: How many sessions there are.
+        p50_turns: Half of the sessions have at most so many turns; None without any session.
+        p95_turns: 95 of 100 have at most so many.
+        p50_ms: Half of the sessions last at most so long, in milliseconds.
+        p95_ms: 95 of 100 last at most so long.
+    """
+
+    turns: Sequence[Length]
+    minutes: Sequence[Length]
+    n: int
+    p50_turns: int | None
+    p95_turns: int | None
+    p50_ms: int | None
+    p95_ms: int | None
+
+
+def session_lengths(ledger: Ledger, filters: Filters = ALL) -> SessionLengths:
+    """Return how long sessions are, in turns and in time."""
+    lasted_ms = (sessions.c.last_activity_ns - sessions.c.started_ns) // 1_000_000
+    minutes = (lasted_ms + (_MINUTE_MS - 1)) // _MINUTE_MS
+    minutes = case((minutes > _MOST_MINUTES, _MOST_MINUTES), else_=minutes)
+    wanted = of_sessions(filters)
+
+    def counted(value: Any) -> list[Length]:
+        label = value.label("length")
+        query = select(label, func.count().label("sessions")).where(wanted).group_by(label).order_by(label)
+        return read(ledger, query, Length)
+
+    def middle(value: Any) -> Any:
+        values = select(literal(0).label("part"), value.label("value")).where(wanted)
+        return quantiles(ledger, values, (50, 95)).get(None)
+
+    of_turns, of_time = middle(sessions.c.total_turns), middle(lasted_ms)
+    return SessionLengths(
+        turns=counted(sessions.c.total_turns),
+        minutes=counted(minutes),
+        n=0 if of_turns is None else int(of_turns.n),
+        p50_turns=None if of_turns is None else of_turns.p50,
+        p95_turns=None if of_turns is None else of_turns.p95,
+        p50_ms=None if of_time is None else of_time.p50,
+        p95_ms=None if of_time is None else of_time.p95,
+    )
+
+
+SortedBy = Literal["newest", "longest", "most turns", "dearest", "slowest", "most tokens"]
+
+_ORDERS: Final[dict[str, Any]] = {
+    "newest": sessions.c.started_ns.desc(),
+    "longest": (sessions.c.last_activity_ns - sessions.c.started_ns).desc(),
+    "most turns": sessions.c.total_turns.desc(),
+    "dearest": sessions.c.total_cost_usd.desc(),
+    "slowest": (sessions.c.active_ms * 1.0 / func.nullif(sessions.c.total_turns, 0)).desc().nulls_last(),
+    "most tokens": (sessions.c.input_tokens + sessions.c.output_tokens).desc(),
+}
+ORDERS: Final = tuple(_ORDERS)
+
+
+def sessions_by(
+    ledger: Ledger, by: SortedBy = "newest", filters: Filters = ALL, *, limit: int = 10, offset: int = 0
+) -> list[SessionSummary]:
+    """Return the sessions that come first in an order: the slowest by the mean latency of their turns.
+
+    Args:
+        ledger: The ledger.
+        by: The order.
+        filters: Which sessions.
+        limit: How many at most.
+        offset: How many to leave out before.
+    """
+    query = select(sessions).where(of_sessions(filters)).order_by(_ORDERS[by], sessions.c.id).limit(limit)
+    with ledger.asking() as connection:
+        return [plain_summary(row) for row in connection.execute(query.offset(offset)).mappings().all()]
