@@ -11,7 +11,20 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 EXPECTED = {
     "callback_only.py": ("agent: Your parcel arrives on Friday.", ": 3 turns", "turn 2: question -> answer, 3 steps"),
     "explicit_sessions.py": ("(This is turn 2.)", "2 turns in ", "ended by user_exit"),
+    "fastapi_chat.py": (
+        "ann, whole:    Your parcel arrives on Friday.",
+        "ann, streamed: Your parcel arrives on Friday.",
+        "bob, leaves:   Your parcel\n",
+        " on web, turns: 2\n  turn 1 of parcel: completed, 3 steps\n  turn 2 of parcel: completed, 3 steps\n",
+        " on mobile, turns: 1\n  turn 1 of bobs: abandoned, 3 steps\n",
+    ),
+    "human_in_the_loop.py": (
+        "the first process asks: Pay 25 euros back?",
+        "the second process is told yes: 25 euros are on their way.",
+        "1 turn, 1 trace, 2 agent runs: completed",
+    ),
 }
+ARGUMENTS = {"fastapi_chat.py": ("--once",)}
 
 
 def test_every_example_is_run() -> None:
@@ -22,7 +35,7 @@ def test_every_example_is_run() -> None:
 def test_an_example_runs_alone(name: str, tmp_path: Path) -> None:
     environment = {**os.environ, "TURNTRACE_LEDGER_URL": f"sqlite:///{tmp_path / 'ledger.db'}"}
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(EXAMPLES / name)],
+        [sys.executable, "-W", "error", str(EXAMPLES / name), *ARGUMENTS.get(name, ())],
         env=environment,
         cwd=tmp_path,
         capture_output=True,
