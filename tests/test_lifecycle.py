@@ -19,7 +19,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan
 from sqlalchemy import event
 
-from turntrace import Conversation, Session, SessionTracker, Turn, current_turn
+from turntrace import Conversation, Session, SessionCallbackHandler, SessionTracker, Turn, current_turn
 from turntrace import attributes as a
 from turntrace.content import ContentPolicy
 from turntrace.errors import ConfigurationError, IdentityError, LedgerError, StateError
@@ -606,6 +606,14 @@ def test_the_input_for_the_graph_is_the_users_message(message: Any, expected: An
     with tracker.session() as session, session.conversation("c1").turn(message) as turn:
         assert turn.input == expected
         assert turn.config["configurable"] == {"thread_id": "c1"}
+
+
+def test_blocks_use_the_handler_that_the_app_made(tracker: SessionTracker) -> None:
+    handler = SessionCallbackHandler(tracker, messages_key="chat")
+    SessionCallbackHandler(tracker)  # another one, for something else
+    with tracker.session() as session, session.conversation("c1").turn("Hello") as turn:
+        assert turn.config["callbacks"] == [handler]
+        assert turn.input == {"chat": [("user", "Hello")]}
 
 
 @pytest.mark.parametrize("status", ["completed", "failed", "abandoned"])

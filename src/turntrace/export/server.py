@@ -165,6 +165,27 @@ class LangfuseServer:
         found = self._json("/api/public/projects", {})["data"]
         return str(found[0].get("name") or found[0].get("id")) if found else "without a name"
 
+    def project_id(self) -> str | None:
+        """Return the id of the project that the keys open, which stands in the address of its pages; None without one.
+
+        Raises:
+            DeliveryError: If the keys open none, or there is no answer.
+        """
+        found = self._json("/api/public/projects", {})["data"]
+        return str(found[0]["id"]) if found and found[0].get("id") else None
+
+    def metrics(self, query: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the rows that ``GET /api/public/v2/metrics`` answers a query with.
+
+        Args:
+            query: The query, as Langfuse's API documents it.
+
+        Raises:
+            DeliveryError: If it is not answered.
+        """
+        found: list[dict[str, Any]] = self._json("/api/public/v2/metrics", {"query": json.dumps(query)})["data"]
+        return found
+
     def observations(self, session_id: str) -> Iterator[dict[str, Any]]:
         """Give the observations of a session, as ``GET /api/public/v2/observations`` returns them.
 
