@@ -153,14 +153,16 @@ class LedgerQuestions:
             row = connection.execute(select(open_turns).where(open_turns.c.id == turn_id)).mappings().first()
             return ended if row is None else replace(ended or running_turn(row), status=OPEN)
 
-    def newest_turn(self, conversation_id: str) -> TurnSummary | None:
-        """Return the turn of a conversation with the highest number, or None; one that runs has the status ``open``."""
-        with self.asking() as connection:
-            return newest_turn(connection, conversation_id)
+    def forked_turn(self, conversation_id: str, at_ns: int | None) -> TurnSummary | None:
+        """Return the turn of a conversation that is replayed, as far as it is written down; None where there is none.
 
-    def turn_at(self, conversation_id: str, at_ns: int) -> TurnSummary | None:
-        """Return the turn of a conversation that had begun last at a time in nanoseconds since 1970, or None."""
-        with self.asking() as connection:
+        Args:
+            conversation_id: The conversation.
+            at_ns: The time of the checkpoint that is replayed, in nanoseconds since 1970; None for the newest.
+        """
+        with self._database.reading() as connection:
+            if at_ns is None:
+                return newest_turn(connection, conversation_id)
             return turn_at(connection, conversation_id, at_ns)
 
     def turn_numbers(self, conversation_id: str) -> list[int]:

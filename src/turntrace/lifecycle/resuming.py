@@ -40,7 +40,7 @@ def forked_from(ledger: Ledger, request: TurnRequest, checkpoint_id: str | None)
     """Return the id of the turn that a run replays from a checkpoint, or without one goes on from, or None."""
     conversation_id = str(request.conversation_id)
     at_ns = None if checkpoint_id is None else time_of_checkpoint(checkpoint_id)
-    found = ledger.newest_turn(conversation_id) if at_ns is None else ledger.turn_at(conversation_id, at_ns)
+    found = ledger.forked_turn(conversation_id, at_ns)
     return None if found is None else found.id
 
 

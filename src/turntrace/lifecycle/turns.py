@@ -172,7 +172,10 @@ class Turns:
             request: What the run says about itself.
             checkpoint_id: LangGraph's checkpoint that it begins at, when it names one.
         """
-        return None if request.conversation_id is None else forked_from(self.ledger, request, checkpoint_id)
+        if request.conversation_id is None:
+            return None
+        self._wait_until_written(lambda turn: turn.conversation.id == request.conversation_id)
+        return forked_from(self.ledger, request, checkpoint_id)
 
     def visit(self, carriers: Iterable[Mapping[str, Any] | None]) -> Turn | None:
         """Find the turn of another process that a run belongs to, where it may travel (``propagate=True``).
