@@ -8,6 +8,8 @@ in the background is done. Three figures a variant:
   around each call, so it does not carry the noise of the graph, which at turn 400 is several times as much;
 - process CPU: what it adds to the CPU time of the whole process until its background work is done.
 
+LangSmith's and OpenInference's tracers are there too where they are installed (`pip install --group bench`).
+
     python benchmarks/turn_overhead.py [--rounds 40] [--turns 1 50 100 200 400] [--system-words 0] [--json FILE]
 """
 
@@ -24,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from _app import build_app, history, question
+from _peers import Peer, openinference
+from _peers import langsmith as find_langsmith
 from _tables import machine, middle
 from langchain_core.callbacks import BaseCallbackHandler, manager
 from langfuse import Langfuse
@@ -128,7 +132,7 @@ class Variant:
     bytes: list[int] = field(default_factory=list)
 
 
-def make_variants(folder: Path) -> list[Variant]:
+def make_variants(folder: Path, langsmith: Peer | None) -> list[Variant]:
     plain_exporter, langfuse_exporter = CountingExporter(), CountingExporter()
     plain, for_langfuse = TracerProvider(), TracerProvider()
     plain.add_span_processor(BatchSpanProcessor(plain_exporter))
@@ -147,7 +151,7 @@ def make_variants(folder: Path) -> list[Variant]:
             seen[0], seen[1] = item.id, seen[1] + len(item.body)
         return seen[1]
 
-    return [
+    variants = [
         Variant(BARE),
         Variant("a handler that does nothing", Nothing()),
         Variant(
@@ -164,6 +168,13 @@ def make_variants(folder: Path) -> list[Variant]:
             lambda: langfuse_exporter.bytes,
         ),
     ]
+    other_exporter = CountingExporter()
+    other = openinference(other_exporter)
+    if other is not None:
+        variants.append(Variant(other.name, other.handler, other.drain, lambda: other_exporter.bytes))
+    if langsmith is not None:
+        variants.append(Variant(langsmith.name, langsmith.handler, langsmith.drain))
+    return variants
 
 
 def measure(variants: list[Variant], clock: CallbackClock, turn: int, rounds: int, system_words: int) -> None:
@@ -214,8 +225,8 @@ def main() -> None:
     console = Console(width=140)
     console.print(f"[bold]Cost of tracking a turn[/] on {machine()}")
     results: dict[str, dict[int, dict[str, float]]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        variants = make_variants(Path(folder))
+    with tempfile.TemporaryDirectory() as folder, find_langsmith() as langsmith:
+        variants = make_variants(Path(folder), langsmith)
         clock = CallbackClock()
         table = Table("turn", "variant", "caller CPU, ms", "in callbacks, ms", "process CPU, ms", "OTLP bytes")
         for turn in options.turns:
