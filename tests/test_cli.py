@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 import turntrace
+from command_line import runner
 from loopback import LangfuseServer
 from turntrace import SessionTracker
 from turntrace.cli.main import app
@@ -31,7 +32,7 @@ def run() -> Run:
 
     def invoke(*arguments: str, columns: int = 100, given: str | bytes | None = None) -> Result:
         environment = {"COLUMNS": str(columns), "TERM": "dumb"}
-        return CliRunner().invoke(app, list(arguments), env=environment, input=given)
+        return runner().invoke(app, list(arguments), env=environment, input=given)
 
     return invoke
 
@@ -235,7 +236,9 @@ def test_the_demo_shows_a_session_as_a_tree_and_all_as_a_table(run: Run, url: st
     assert max(map(len, lines[:-5])) <= 80
     tree = [line.lstrip("│├└─` |+-") for line in lines]
     begin = next(number for number, line in enumerate(tree) if line.startswith("turn 5"))
-    kinds = [line.split("  ")[0] for line in tree[begin + 1 : begin + 19]]
+    assert re.fullmatch(r"turn 5  \d\d:\d\d:\d\d  completed  refund  statement, answer", tree[begin])
+    assert re.fullmatch(r"\d+ ms, first token \d+ ms, 975 tokens, \$0.000168, window \S{10} <1%", tree[begin + 1])
+    kinds = [line.split("  ")[0] for line in tree[begin + 2 : begin + 20]]
     assert kinds == [
         "agent support_desk",
         "node triage",

@@ -18,6 +18,7 @@ from turntrace.doctor import Check, Comparison, LedgerTurn, read_turns, run_chec
 from turntrace.errors import ConfigurationError, DeliveryError, IdentityError, LedgerError
 from turntrace.export import LangfuseServer as Address
 from turntrace.ledger import Ledger
+from turntrace.records import SessionFacts
 from turntrace.settings import LangfuseSettings
 from turntrace.summaries import SessionSummary
 
@@ -431,10 +432,10 @@ def test_what_waits_is_said(there: tuple[str, LangfuseServer], url: str, capsys:
 
 def test_what_cannot_be_asked(there: tuple[str, LangfuseServer], url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tracked_url, server = there
-    with SessionTracker(url, outbox=False) as tracker:
-        tracker.start_session(session_id="a,b")
+    with closing(Ledger(f"{url}.commas")) as ledger:
+        ledger.open_session(SessionFacts(id="a,b", channel="web", type="chat"), idle_ns=1, given_id=True)
     with pytest.raises(DeliveryError, match="it takes an id with a comma for several ids"):
-        doctor(url, "a,b")
+        doctor(f"{url}.commas", "a,b")
     with pytest.raises(IdentityError, match="No session has an id that begins with"):
         doctor(tracked_url, "nobody")
     with pytest.raises(LedgerError, match="There is no ledger"):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from test_more_examples import MORE
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 EXPECTED = {
     "callback_only.py": ("agent: Your parcel arrives on Friday.", ": 3 turns", "turn 2: question -> answer, 3 steps"),
@@ -28,7 +30,7 @@ ARGUMENTS = {"fastapi_chat.py": ("--once",)}
 
 
 def test_every_example_is_run() -> None:
-    assert sorted(path.name for path in EXAMPLES.glob("*.py")) == sorted(EXPECTED)
+    assert sorted(path.name for path in EXAMPLES.glob("*.py")) == sorted([*EXPECTED, *MORE])
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))

@@ -10,7 +10,8 @@ Each takes a `Ledger` and `Filters`; none changes anything. ::
         print(day.day, day.sessions, day.users)
 """
 
-from turntrace.analytics.asking import MOST_TURNS
+from turntrace.analytics.asking import MOST_TURNS, ask_together
+from turntrace.analytics.confidence import Rate, interval
 from turntrace.analytics.endings import (
     Dropoffs,
     IntentOutcome,
@@ -23,8 +24,11 @@ from turntrace.analytics.endings import (
     outcomes_by_intent,
 )
 from turntrace.analytics.exchanges import (
+    EstimateError,
     LatencyOfTurn,
     Usage,
+    by_model,
+    estimate_errors,
     latency_by_turn,
     usage_by_channel,
     usage_by_day,
@@ -43,14 +47,7 @@ from turntrace.analytics.sittings import (
     sessions_by,
     sessions_over_time,
 )
-from turntrace.analytics.windows import (
-    EstimateError,
-    Prunings,
-    WindowOfTurn,
-    estimate_errors,
-    prunings,
-    window_by_turn,
-)
+from turntrace.analytics.windows import Prunings, WindowOfTurn, prunings, window_by_turn
 
 __all__ = [
     "ALL",
@@ -68,10 +65,13 @@ __all__ = [
     "Length",
     "Outcome",
     "Prunings",
+    "Rate",
     "SessionLengths",
     "Usage",
     "UserFigures",
     "WindowOfTurn",
+    "ask_together",
+    "by_model",
     "day_of",
     "dropoff_by_action",
     "dropoff_by_intent",
@@ -80,6 +80,7 @@ __all__ = [
     "estimate_errors",
     "funnel",
     "funnels",
+    "interval",
     "latency_by_turn",
     "outcomes",
     "outcomes_by_intent",

@@ -1,14 +1,17 @@
 """Turns: how long they take, by their number, and what they use."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import func, select
+from sqlalchemy import Select, func, select
 
-from turntrace.analytics.asking import day, quantiles, rows_of, turn_number
-from turntrace.analytics.filters import ALL, DAY_NS, Filters, iso_day, of_sessions, of_turns
+from turntrace.analytics.asking import Quantiles, count_if, day, quantiles, rows_of, turn_number
+from turntrace.analytics.filters import ALL, DAY_NS, Filters, iso_day, of_sessions, of_turns, of_turns_joined
 from turntrace.ledger import Ledger
 from turntrace.ledger.tables import sessions, turns
+
+_ENDED: Final = ("completed", "failed")
+_SUMS: Final = ("input_tokens", "output_tokens", "unpriced_calls")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,7 @@ class LatencyOfTurn:
         streamed: How many of them told when their first token came.
         first_token_p50: Of half of these it came within so many milliseconds; None without any.
         first_token_p95: Of 95 of 100 it came within so many.
+        first_token_p99: Of 99 of 100 it came within so many.
     """
 
     number: int
@@ -34,30 +38,43 @@ class LatencyOfTurn:
     streamed: int = 0
     first_token_p50: int | None = None
     first_token_p95: int | None = None
+    first_token_p99: int | None = None
 
 
 def latency_by_turn(ledger: Ledger, filters: Filters = ALL) -> list[LatencyOfTurn]:
-    """Return how long turns take, for all (number 0) and by their number; nothing without any turn."""
+    """Return how long turns took that ended, for all (number 0) and by their number; nothing without any.
+
+    Those that wait for a person, that nobody ended or that nobody answered are left out: how long they would have taken
+    is not known.
+    """
     latency = _quantiles(ledger, filters, turns.c.latency_ms)
     first = _quantiles(ledger, filters, turns.c.time_to_first_token_ms)
     found = []
     for number in sorted(latency, key=lambda each: each or 0):
-        row, streamed = latency[number], first.get(number)
+        took, streamed = latency[number], first.get(number)
         known: dict[str, Any] = {}
         if streamed is not None:
-            known = {"streamed": int(streamed.n), "first_token_p50": streamed.p50, "first_token_p95": streamed.p95}
-        found.append(LatencyOfTurn(number or 0, int(row.n), row.p50, row.p95, row.p99, **known))
+            known = {
+                "streamed": streamed.n,
+                "first_token_p50": streamed.at[50],
+                "first_token_p95": streamed.at[95],
+                "first_token_p99": streamed.at[99],
+            }
+        found.append(LatencyOfTurn(number or 0, took.n, took.at[50], took.at[95], took.at[99], **known))
     return found
 
 
-def _quantiles(ledger: Ledger, filters: Filters, value: Any) -> dict[Any, Any]:
+def _quantiles(ledger: Ledger, filters: Filters, value: Any) -> dict[Any, Quantiles]:
     values = select(turn_number(turns.c.number).label("part"), value.label("value"))
-    return quantiles(ledger, values.where(of_turns(filters), value.is_not(None)))
+    wanted = of_turns(filters), turns.c.status.in_(_ENDED), value.is_not(None)
+    return quantiles(ledger, values.where(*wanted), overall=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens and cost of the turns, or of the sessions, that have something in common.
+    """Tokens and cost of the turns that have something in common.
+
+    What turns used counts, also of those that failed or wait.
 
     Attributes:
         of: What they have in common: a day, a model, a tier; empty where that is not known.
@@ -77,44 +94,102 @@ class Usage:
 
 
 def usage_by_day(ledger: Ledger, filters: Filters = ALL) -> list[Usage]:
-    """Return what was used by the day on which the session began, in order."""
-    found = _of_sessions(ledger, filters, day(sessions.c.started_ns))
+    """Return what was used by the day in UTC on which the session began, in order; days without any are left out."""
+    found = _by_session(ledger, filters, day(sessions.c.started_ns))
     return [_usage(row, iso_day(row.of * DAY_NS)) for row in sorted(found, key=lambda row: row.of)]
 
 
 def usage_by_tier(ledger: Ledger, filters: Filters = ALL) -> list[Usage]:
     """Return what was used by the users' tier, the dearest first."""
-    return _dearest([_usage(row, row.of or "") for row in _of_sessions(ledger, filters, sessions.c.tier)])
+    return _dearest([_usage(row, row.of or "") for row in _by_session(ledger, filters, sessions.c.tier)])
 
 
 def usage_by_channel(ledger: Ledger, filters: Filters = ALL) -> list[Usage]:
     """Return what was used by the sessions' channel, the dearest first."""
-    return _dearest([_usage(row, row.of or "") for row in _of_sessions(ledger, filters, sessions.c.channel)])
+    return _dearest([_usage(row, row.of or "") for row in _by_session(ledger, filters, sessions.c.channel)])
 
 
 def usage_by_model(ledger: Ledger, filters: Filters = ALL) -> list[Usage]:
-    """Return what was used by the model that was called last in a turn, the dearest first."""
+    """Return what was used by the model that was called last in a turn, the dearest first.
+
+    A turn that called several models counts whole for the last one.
+    """
+    query = _used_by_turns(turns.c.model).where(of_turns(filters)).group_by(turns.c.model)
+    return _dearest([_usage(row, row.of or "") for row in rows_of(ledger, query)])
+
+
+@dataclass(frozen=True, slots=True)
+class EstimateError:
+    """How far our counts are from what the providers counted.
+
+    Attributes:
+        model: The model that was called last in a turn; empty where that is not known.
+        turns: Turns in which both counted.
+        counted: What we counted in them, in tokens.
+        provided: What the provider counted.
+    """
+
+    model: str
+    turns: int
+    counted: int
+    provided: int
+
+    @property
+    def error_pct(self) -> float | None:
+        """Our count against the provider's, in percent: 5 when ours is 5 % more; None when there is nothing counted."""
+        return 100 * (self.counted - self.provided) / self.provided if self.provided else None
+
+
+def estimate_errors(ledger: Ledger, filters: Filters = ALL) -> list[EstimateError]:
+    """Return how good our counts are by model, those with the most turns first."""
+    both = turns.c.counted_of_tokens > 0
+    query = select(turns.c.model.label("of"), *_COUNTED).where(of_turns(filters), both).group_by(turns.c.model)
+    return _most_turns([_estimate(row) for row in rows_of(ledger, query)])
+
+
+def by_model(ledger: Ledger, filters: Filters = ALL) -> tuple[list[Usage], list[EstimateError]]:
+    """Return what `usage_by_model` and `estimate_errors` return, in half the time of both."""
+    query = _used_by_turns(turns.c.model).add_columns(*_COUNTED).where(of_turns(filters)).group_by(turns.c.model)
+    rows = rows_of(ledger, query)
+    counted = [_estimate(row) for row in rows if row.both]
+    return _dearest([_usage(row, row.of or "") for row in rows]), _most_turns(counted)
+
+
+_COUNTED: Final = (
+    count_if(turns.c.counted_of_tokens > 0).label("both"),
+    func.sum(turns.c.counted_tokens).label("counted"),
+    func.sum(turns.c.counted_of_tokens).label("provided"),
+)
+
+
+def _estimate(row: Any) -> EstimateError:
+    return EstimateError(row.of or "", int(row.both), int(row.counted), int(row.provided))
+
+
+def _most_turns(found: list[EstimateError]) -> list[EstimateError]:
+    return sorted(found, key=lambda each: (-each.turns, each.model))
+
+
+def _by_session(ledger: Ledger, filters: Filters, of: Any) -> list[Any]:
+    """Return what was used by something of the sessions: their own sums, unless turns of a session are told apart."""
+    if filters.of_some_turns:
+        joined = turns.join(sessions, sessions.c.id == turns.c.session_id)
+        query = _used_by_turns(of).select_from(joined).where(of_turns_joined(filters))
+    else:
+        sums = [func.sum(sessions.c[name]).label(name) for name in _SUMS]
+        counted, cost = func.sum(sessions.c.total_turns), func.sum(sessions.c.total_cost_usd)
+        query = select(of.label("of"), counted.label("turns"), *sums, cost.label("cost")).where(of_sessions(filters))
+    return rows_of(ledger, query.group_by(of))
+
+
+def _used_by_turns(of: Any) -> Select[Any]:
     sums = [func.sum(turns.c[name]).label(name) for name in _SUMS]
-    query = select(
-        turns.c.model.label("of"), func.count().label("turns"), *sums, func.sum(turns.c.cost_usd).label("cost")
-    )
-    found = rows_of(ledger, query.where(of_turns(filters)).group_by(turns.c.model))
-    return _dearest([_usage(row, row.of or "") for row in found])
-
-
-_SUMS = ("input_tokens", "output_tokens", "unpriced_calls")
-
-
-def _of_sessions(ledger: Ledger, filters: Filters, of: Any) -> list[Any]:
-    sums = [func.sum(sessions.c[name]).label(name) for name in _SUMS]
-    counted = func.sum(sessions.c.total_turns).label("turns")
-    query = select(of.label("of"), counted, *sums, func.sum(sessions.c.total_cost_usd).label("cost"))
-    return rows_of(ledger, query.where(of_sessions(filters)).group_by(of))
+    return select(of.label("of"), func.count().label("turns"), *sums, func.sum(turns.c.cost_usd).label("cost"))
 
 
 def _usage(row: Any, of: str) -> Usage:
-    sums = {name: int(getattr(row, name) or 0) for name in _SUMS}
-    return Usage(of=of, turns=int(row.turns or 0), cost_usd=float(row.cost or 0.0), **sums)
+    sums = {name: int(getattr(row, name)) for name in _SUMS}
+    return Usage(of=of, turns=int(row.turns), cost_usd=float(row.cost), **sums)
 
 
 def _dearest(found: list[Usage]) -> list[Usage]:

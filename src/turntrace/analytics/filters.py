@@ -1,21 +1,29 @@
 """Which sessions and turns a question is about."""
 
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Select, and_, exists, or_, select, true
+from sqlalchemy import ColumnElement, and_, exists, select, true
 
 from turntrace.errors import ConfigurationError
 from turntrace.ledger.tables import conversations, sessions, turns
 
 NS: Final = 1_000_000_000
 DAY_NS: Final = 86_400 * NS
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_FIRST_NS: Final = -(2**63)
+_LAST_NS: Final = 2**63 - 1
+"""What a database holds, which is until the year 2262."""
 
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """Which sessions and turns a question is about; None leaves nothing out.
+    """Which sessions and turns a question is about.
+
+    None leaves nothing out, and an empty text asks for those of which it is not known (a tier, an organisation, ...).
+    A question about turns (latency, the window, what models used) counts the turns that meet `topic` and `model`
+    themselves; one about sessions counts whole sessions that have at least one such turn.
 
     Attributes:
         since_ns: Sessions that began then or later, in nanoseconds since 1970.
@@ -40,11 +48,19 @@ class Filters:
     user_id: str | None = None
 
     def __str__(self) -> str:
-        named = {name: getattr(self, name) for name in self.__slots__ if getattr(self, name) is not None}
-        for name, word in (("since_ns", "since"), ("until_ns", "until")):
-            if name in named:
-                named = {word: iso_day(named.pop(name)), **named}
-        return ", ".join(f"{name} {value}" for name, value in named.items()) or "everything on record"
+        times = {"since_ns": "since", "until_ns": "until"}
+        named = [(name, getattr(self, name)) for name in self.__slots__]
+        words = [
+            f"{times.get(name, name)} {_iso(value) if name in times else value or 'not known'}"
+            for name, value in named
+            if value is not None
+        ]
+        return ", ".join(words) or "everything on record"
+
+    @property
+    def of_some_turns(self) -> bool:
+        """Whether they tell turns of one session apart."""
+        return self.model is not None or self.topic is not None
 
     def of(self, **changed: Any) -> "Filters":
         """Return the same with other values."""
@@ -58,45 +74,62 @@ OPEN: Final = "open"
 def day_of(text: str, name: str = "--since") -> int:
     """Read a day or a time in ISO 8601 (UTC where it says nothing else), in nanoseconds since 1970.
 
+    A day stands for its beginning. What lies beyond the years that a database holds (1677 to 2262) is brought to their
+    end.
+
+    Args:
+        text: The day or the time.
+        name: What it was given as, for the message.
+
     Raises:
         ConfigurationError: If it is neither.
     """
     try:
-        at = datetime.fromisoformat(text)
+        at = datetime.fromisoformat(text.strip())
     except ValueError:
         raise ConfigurationError(
             f"{name} is {text!r:.40}. Allowed are a day and a time in ISO 8601: {name} 2026-11-25, "
             f"or {name} 2026-11-25T12:00."
         ) from None
     at = at if at.tzinfo is not None else at.replace(tzinfo=UTC)
-    return int(at.timestamp()) * NS + at.microsecond * 1000
+    return min(_LAST_NS, max(_FIRST_NS, (at - _EPOCH) // timedelta(microseconds=1) * 1000))
 
 
 def iso_day(at_ns: int) -> str:
     """Return the day of a time, in UTC."""
-    return datetime.fromtimestamp(at_ns / NS, UTC).date().isoformat()
+    return (_EPOCH + timedelta(days=at_ns // DAY_NS)).date().isoformat()
+
+
+def _iso(at_ns: int) -> str:
+    """Return a time in UTC to the second, and of the beginning of a day only the day."""
+    at = _EPOCH + timedelta(seconds=at_ns // NS)
+    return iso_day(at_ns) if at_ns % DAY_NS == 0 else f"{at:%Y-%m-%dT%H:%M:%S}"
 
 
 def of_sessions(filters: Filters) -> ColumnElement[bool]:
     """Return the condition on sessions."""
-    conditions: list[Any] = _on_sessions(filters)
-    if filters.model is not None or filters.topic is not None:
-        conditions.append(exists(_turns_of(filters).where(turns.c.session_id == sessions.c.id)))
+    conditions = _on_sessions(filters)
+    if filters.of_some_turns:
+        conditions.append(exists().where(turns.c.session_id == sessions.c.id, *_on_turns(filters)).correlate(sessions))
     return and_(true(), *conditions)
 
 
 def of_turns(filters: Filters) -> ColumnElement[bool]:
     """Return the condition on turns."""
-    conditions: list[Any] = []
-    on_sessions = _on_sessions(filters)
+    on_sessions, conditions = _on_sessions(filters), _on_turns(filters)
     if on_sessions:
         conditions.append(turns.c.session_id.in_(select(sessions.c.id).where(*on_sessions)))
-    if filters.model is not None:
-        conditions.append(turns.c.model == filters.model)
-    if filters.topic is not None:
-        about = select(conversations.c.id).where(conversations.c.topic == filters.topic)
-        conditions.append(turns.c.conversation_id.in_(about))
     return and_(true(), *conditions)
+
+
+def of_turns_joined(filters: Filters) -> ColumnElement[bool]:
+    """Return the condition on turns that are joined with their sessions."""
+    return and_(true(), *_on_sessions(filters), *_on_turns(filters))
+
+
+def on_turns(filters: Filters) -> ColumnElement[bool]:
+    """Return the condition on turns of which the sessions are chosen already."""
+    return and_(true(), *_on_turns(filters))
 
 
 def in_sessions(filters: Filters, session_id: Any) -> ColumnElement[bool]:
@@ -106,9 +139,17 @@ def in_sessions(filters: Filters, session_id: Any) -> ColumnElement[bool]:
     return and_(session_id.in_(select(sessions.c.id).where(of_sessions(filters))))
 
 
+def in_turns(filters: Filters, turn_id: Any, session_id: Any) -> ColumnElement[bool]:
+    """Return the condition that a row with the ids of a turn and its session is about one of the turns."""
+    if not filters.of_some_turns:
+        return in_sessions(filters, session_id)
+    return and_(turn_id.in_(select(turns.c.id).where(of_turns(filters))))
+
+
 def _on_sessions(filters: Filters) -> list[Any]:
     names = ("channel", "tier", "org_id", "user_id")
-    conditions: list[Any] = [sessions.c[n] == value for n in names if (value := getattr(filters, n)) is not None]
+    given = {name: value for name in names if (value := getattr(filters, name)) is not None}
+    conditions: list[Any] = [_is(sessions.c[name], value) for name, value in given.items()]
     if filters.since_ns is not None:
         conditions.append(sessions.c.started_ns >= filters.since_ns)
     if filters.until_ns is not None:
@@ -120,11 +161,16 @@ def _on_sessions(filters: Filters) -> list[Any]:
     return conditions
 
 
-def _turns_of(filters: Filters) -> Select[Any]:
-    wanted = select(turns.c.id)
+def _is(column: Any, value: str) -> ColumnElement[bool]:
+    is_it: ColumnElement[bool] = column == value if value else column.is_(None)
+    return is_it
+
+
+def _on_turns(filters: Filters) -> list[Any]:
+    conditions: list[Any] = []
     if filters.model is not None:
-        wanted = wanted.where(turns.c.model == filters.model)
+        conditions.append(_is(turns.c.model, filters.model))
     if filters.topic is not None:
-        wanted = wanted.join(conversations, conversations.c.id == turns.c.conversation_id)
-        wanted = wanted.where(or_(conversations.c.topic == filters.topic))
-    return wanted
+        about = select(conversations.c.id).where(_is(conversations.c.topic, filters.topic))
+        conditions.append(turns.c.conversation_id.in_(about))
+    return conditions

@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from sqlalchemy import func, literal, select
+from sqlalchemy import BigInteger, func, literal, select
 
-from turntrace.analytics.asking import count_if, rows_of
+from turntrace.analytics.asking import count_if, in_bytes, mean_satisfaction, rows_of
+from turntrace.analytics.confidence import interval
 from turntrace.analytics.filters import ALL, DAY_NS, Filters, iso_day, of_sessions
+from turntrace.errors import ConfigurationError
 from turntrace.ledger import Ledger
 from turntrace.ledger.tables import sessions
 
@@ -23,35 +25,57 @@ class Cohort:
     Attributes:
         week: The Monday of that week, in UTC.
         users: How many users.
-        active: How many of them had a session so many weeks later, by weeks; week 0 is the first itself.
+        active: How many of them had a session so many weeks later, by weeks; week 0 is the first itself. Weeks in
+            which nobody had one are left out.
+        observed: How many weeks after the first are on record: up to the week of the latest session of anybody, which
+            may not be over yet. Of later weeks nothing is known.
     """
 
     week: str
     users: int
     active: Mapping[int, int]
+    observed: int = 0
 
     def rate(self, weeks: int) -> float:
-        """Users who had a session so many weeks later, from 0 to 1."""
+        """Users who had a session so many weeks later, from 0 to 1; 0 too where nothing is known (see `observed`)."""
         return self.active.get(weeks, 0) / self.users if self.users else 0.0
+
+    def interval(self, weeks: int) -> tuple[float, float] | None:
+        """Bounds between which the rate lies with 95 % confidence; None of weeks of which nothing is known."""
+        return interval(self.active.get(weeks, 0), self.users) if 0 <= weeks <= self.observed else None
 
 
 def retention(ledger: Ledger, filters: Filters = ALL) -> list[Cohort]:
-    """Return the weekly cohorts, in order: users of these sessions by the week of the first of these."""
-    week = ((sessions.c.started_ns + _MONDAY) // literal(_WEEK_NS, type_=sessions.c.started_ns.type)).label("week")
-    wanted = of_sessions(filters), sessions.c.user_id.is_not(None)
-    seen = select(sessions.c.user_id, week).where(*wanted).distinct().subquery()
-    first = select(seen.c.user_id, func.min(seen.c.week).label("week")).group_by(seen.c.user_id).subquery()
-    later = (seen.c.week - first.c.week).label("later")
+    """Return the weekly cohorts, in order: known users by the week of their first session.
+
+    The time range says which cohorts are wanted, by when the first session began, and until when sessions count. A user
+    who was there before it is in none. The other filters say which sessions count at all.
+    """
+    until = of_sessions(filters.of(since_ns=None))
+    wanted = until, sessions.c.user_id.is_not(None)
+    begun = func.min(sessions.c.started_ns)
+    first = select(sessions.c.user_id, _week(begun).label("week")).where(*wanted).group_by(sessions.c.user_id)
+    if filters.since_ns is not None:
+        first = first.having(begun >= filters.since_ns)
+    cohort = first.subquery()
+    seen = select(sessions.c.user_id, _week(sessions.c.started_ns).label("week")).where(*wanted).distinct().subquery()
+    later = (seen.c.week - cohort.c.week).label("later")
     query = (
-        select(first.c.week, later, func.count().label("users"))
-        .join(seen, seen.c.user_id == first.c.user_id)
-        .group_by(first.c.week, later)
-        .order_by(first.c.week, later)
+        select(cohort.c.week, later, func.count().label("users"))
+        .join(seen, seen.c.user_id == cohort.c.user_id)
+        .group_by(cohort.c.week, later)
+        .order_by(cohort.c.week, later)
     )
     cohorts: dict[int, dict[int, int]] = {}
     for row in rows_of(ledger, query):
-        cohorts.setdefault(row.week, {})[int(row.later)] = row.users
-    return [Cohort(iso_day(at * _WEEK_NS - _MONDAY), active[0], active) for at, active in sorted(cohorts.items())]
+        cohorts.setdefault(row.week, {})[row.later] = row.users
+    latest = rows_of(ledger, select(_week(func.max(sessions.c.started_ns)).label("week")).where(until))[0].week
+    return [Cohort(iso_day(at * _WEEK_NS - _MONDAY), of[0], of, latest - at) for at, of in sorted(cohorts.items())]
+
+
+def _week(at_ns: Any) -> Any:
+    """Return the week of a time, counted from the one that 1970 began in; weeks begin on Mondays, in UTC."""
+    return (at_ns + literal(_MONDAY, BigInteger)) // literal(_WEEK_NS, BigInteger)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +109,17 @@ UserOrder = Literal["latest", "most sessions", "most turns", "dearest", "most dr
 
 
 def users(ledger: Ledger, by: UserOrder = "latest", filters: Filters = ALL, *, limit: int = 50) -> list[UserFigures]:
-    """Return the users of these sessions who come first in an order."""
+    """Return the known users of these sessions who come first in an order; equal ones in the order of their hashes.
+
+    Args:
+        ledger: The ledger.
+        by: The order.
+        filters: Which sessions.
+        limit: How many users at most.
+
+    Raises:
+        ConfigurationError: If there is no such order.
+    """
     s = sessions.c
     columns: dict[str, Any] = {
         "sessions": func.count(),
@@ -105,17 +139,18 @@ def users(ledger: Ledger, by: UserOrder = "latest", filters: Filters = ALL, *, l
         "dearest": columns["cost_usd"],
         "most dropoffs": columns["dropoffs"],
     }
+    if by not in orders:
+        raise ConfigurationError(f"The order of users is {by!r:.40}. Allowed are: {', '.join(orders)}.")
     query = (
         select(s.user_id, *(column.label(name) for name, column in columns.items()))
         .where(of_sessions(filters), s.user_id.is_not(None))
         .group_by(s.user_id)
-        .order_by(orders[by].desc(), s.user_id)
+        .order_by(orders[by].desc(), in_bytes(s.user_id))
         .limit(limit)
     )
     found = []
     for row in rows_of(ledger, query):
         whole = {n: int(getattr(row, n)) for n in ("sessions", "turns", "tokens", "dropoffs", "first_ns", "last_ns")}
-        count = int(row.feedback_count)
-        satisfaction = min(1.0, max(0.0, float(row.feedback_sum) / count)) if count else None
-        found.append(UserFigures(user_id=row.user_id, cost_usd=float(row.cost_usd), satisfaction=satisfaction, **whole))
+        cost, satisfaction = float(row.cost_usd), mean_satisfaction(row)
+        found.append(UserFigures(user_id=row.user_id, cost_usd=cost, satisfaction=satisfaction, **whole))
     return found

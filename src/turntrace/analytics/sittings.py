@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from sqlalchemy import case, func, literal, select
+from sqlalchemy import case, func, select
 
-from turntrace.analytics.asking import count_if, day, quantiles, read, rows_of
+from turntrace.analytics.asking import Quantiles, count_if, day, in_bytes, quantiles, read, rows_of
 from turntrace.analytics.filters import ALL, DAY_NS, Filters, iso_day, of_sessions
+from turntrace.errors import ConfigurationError
 from turntrace.ledger import Ledger
 from turntrace.ledger.rows import plain_summary
 from turntrace.ledger.tables import sessions
@@ -85,7 +86,8 @@ class SessionLengths:
 
     Attributes:
         turns: Sessions by their number of turns.
-        minutes: Sessions by their minutes from the first to the last activity, begun ones counted whole.
+        minutes: Sessions by their minutes from the first to the last activity, begun ones counted whole; those of more
+            than a day stand with a day's 1,440.
         n: How many sessions there are.
         p50_turns: Half of the sessions have at most so many turns; None without any session.
         p95_turns: 95 of 100 have at most so many.
@@ -114,19 +116,18 @@ def session_lengths(ledger: Ledger, filters: Filters = ALL) -> SessionLengths:
         query = select(label, func.count().label("sessions")).where(wanted).group_by(label).order_by(label)
         return read(ledger, query, Length)
 
-    def middle(value: Any) -> Any:
-        values = select(literal(0).label("part"), value.label("value")).where(wanted)
-        return quantiles(ledger, values, (50, 95)).get(None)
+    def middle(value: Any) -> Quantiles | None:
+        return quantiles(ledger, select(value.label("value")).where(wanted), (50, 95)).get(None)
 
     of_turns, of_time = middle(sessions.c.total_turns), middle(lasted_ms)
     return SessionLengths(
         turns=counted(sessions.c.total_turns),
         minutes=counted(minutes),
-        n=0 if of_turns is None else int(of_turns.n),
-        p50_turns=None if of_turns is None else of_turns.p50,
-        p95_turns=None if of_turns is None else of_turns.p95,
-        p50_ms=None if of_time is None else of_time.p50,
-        p95_ms=None if of_time is None else of_time.p95,
+        n=0 if of_turns is None else of_turns.n,
+        p50_turns=None if of_turns is None else of_turns.at[50],
+        p95_turns=None if of_turns is None else of_turns.at[95],
+        p50_ms=None if of_time is None else of_time.at[50],
+        p95_ms=None if of_time is None else of_time.at[95],
     )
 
 
@@ -146,7 +147,10 @@ ORDERS: Final = tuple(_ORDERS)
 def sessions_by(
     ledger: Ledger, by: SortedBy = "newest", filters: Filters = ALL, *, limit: int = 10, offset: int = 0
 ) -> list[SessionSummary]:
-    """Return the sessions that come first in an order: the slowest by the mean latency of their turns.
+    """Return the sessions that come first in an order, without the figures of their users.
+
+    The slowest are so by the mean latency of their turns (those without any come last), the longest by the time from
+    their first to their last activity. Equal ones come in the order of their ids.
 
     Args:
         ledger: The ledger.
@@ -154,7 +158,12 @@ def sessions_by(
         filters: Which sessions.
         limit: How many at most.
         offset: How many to leave out before.
+
+    Raises:
+        ConfigurationError: If there is no such order.
     """
-    query = select(sessions).where(of_sessions(filters)).order_by(_ORDERS[by], sessions.c.id).limit(limit)
+    if by not in _ORDERS:
+        raise ConfigurationError(f"The order of sessions is {by!r:.40}. Allowed are: {', '.join(ORDERS)}.")
+    query = select(sessions).where(of_sessions(filters)).order_by(_ORDERS[by], in_bytes(sessions.c.id)).limit(limit)
     with ledger.asking() as connection:
         return [plain_summary(row) for row in connection.execute(query.offset(offset)).mappings().all()]

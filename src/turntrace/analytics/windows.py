@@ -1,12 +1,12 @@
-"""The context window: how full it is by the number of the turn, what is pruned, and how good our counts are."""
+"""The context window: how full it is by the number of the turn, and what is pruned."""
 
 from dataclasses import dataclass
 from typing import Final
 
-from sqlalchemy import func, select
+from sqlalchemy import BigInteger, func, literal, select
 
-from turntrace.analytics.asking import count_if, quantiles, rows_of, turn_number
-from turntrace.analytics.filters import ALL, Filters, in_sessions, of_turns
+from turntrace.analytics.asking import QUANTILES, quantiles, rows_of, turn_number
+from turntrace.analytics.filters import ALL, Filters, in_turns, of_turns
 from turntrace.ledger import Ledger
 from turntrace.ledger.tables import decisions, turns
 
@@ -34,13 +34,16 @@ class WindowOfTurn:
 
 def window_by_turn(ledger: Ledger, filters: Filters = ALL) -> list[WindowOfTurn]:
     """Return how full the models' windows were, by the number of the turn."""
-    share = (turns.c.context_tokens * _PER_MILLE) // func.nullif(turns.c.context_limit, 0)
+    # A big integer: three million tokens in thousandths are too many for PostgreSQL's usual ones.
+    share = (turns.c.context_tokens * literal(_PER_MILLE, BigInteger)) // func.nullif(
+        turns.c.context_limit, 0, type_=Integer
+    )
     values = select(turn_number(turns.c.number).label("part"), share.label("value"))
     values = values.where(of_turns(filters), turns.c.context_tokens.is_not(None), turns.c.context_limit > 0)
     found = quantiles(ledger, values)
     return [
-        WindowOfTurn(number, int(row.n), row.p50 / _PER_MILLE, row.p95 / _PER_MILLE, row.p99 / _PER_MILLE)
-        for number, row in sorted((number, row) for number, row in found.items() if number is not None)
+        WindowOfTurn(number, filled.n, *(filled.at[percent] / _PER_MILLE for percent in QUANTILES))
+        for number, filled in sorted(found.items(), key=lambda each: each[0])
     ]
 
 
@@ -54,7 +57,7 @@ class Prunings:
         decisions: How many.
         sessions: In how many sessions.
         messages: How many messages they left out, each time counted.
-        tokens: How many tokens that were, as far as they were counted.
+        tokens: By how many tokens they made the window smaller, as far as that was counted.
     """
 
     strategy: str
@@ -66,7 +69,10 @@ class Prunings:
 
 
 def prunings(ledger: Ledger, filters: Filters = ALL) -> list[Prunings]:
-    """Return what was pruned by which strategy, the most frequent first."""
+    """Return what was pruned by which strategy, the most frequent first.
+
+    Filters by model or topic take only decisions of turns that have ended: before, a turn's model is not known.
+    """
     d = decisions.c
     query = (
         select(
@@ -77,7 +83,7 @@ def prunings(ledger: Ledger, filters: Filters = ALL) -> list[Prunings]:
             func.sum(d.messages_pruned).label("messages"),
             func.sum(func.coalesce(d.tokens_before - d.tokens_after, 0)).label("tokens"),
         )
-        .where(d.messages_pruned > 0, in_sessions(filters, d.session_id))
+        .where(d.messages_pruned > 0, in_turns(filters, d.turn_id, d.session_id))
         .group_by(d.strategy, d.trigger)
     )
     found = [
@@ -85,43 +91,3 @@ def prunings(ledger: Ledger, filters: Filters = ALL) -> list[Prunings]:
         for row in rows_of(ledger, query)
     ]
     return sorted(found, key=lambda each: (-each.decisions, each.strategy, each.trigger))
-
-
-@dataclass(frozen=True, slots=True)
-class EstimateError:
-    """How far our counts are from what the providers counted.
-
-    Attributes:
-        model: The model.
-        turns: Turns whose calls both counted.
-        counted: What we counted in them, in tokens.
-        provided: What the provider counted.
-    """
-
-    model: str
-    turns: int
-    counted: int
-    provided: int
-
-    @property
-    def error_pct(self) -> float | None:
-        """Our count against the provider's, in percent: 5 when ours is 5 % more; None when there is nothing counted."""
-        return 100 * (self.counted - self.provided) / self.provided if self.provided else None
-
-
-def estimate_errors(ledger: Ledger, filters: Filters = ALL) -> list[EstimateError]:
-    """Return how good our counts are by model, those with the most turns first."""
-    both = turns.c.counted_of_tokens > 0
-    query = (
-        select(
-            func.coalesce(turns.c.model, "").label("model"),
-            count_if(both).label("turns"),
-            func.sum(turns.c.counted_tokens).label("counted"),
-            func.sum(turns.c.counted_of_tokens).label("provided"),
-        )
-        .where(of_turns(filters), both)
-        .group_by(turns.c.model)
-    )
-    rows = rows_of(ledger, query)
-    found = [EstimateError(row.model, int(row.turns), int(row.counted), int(row.provided)) for row in rows]
-    return sorted(found, key=lambda each: (-each.turns, each.model))

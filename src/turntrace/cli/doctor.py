@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from turntrace.cli.lookup import find_session, open_existing
-from turntrace.cli.render import safe, working
+from turntrace.cli.render import safe, stdout, working
 from turntrace.errors import ConfigurationError, DeliveryError
 from turntrace.settings import read_langfuse_settings
 
@@ -34,7 +34,7 @@ def doctor(ledger_url: str | None, verify: str | None) -> int:
     Raises:
         TurntraceError: If the session is not known, or Langfuse cannot be asked for it.
     """
-    return _check(Console(), ledger_url) if verify is None else _verify(Console(), ledger_url, verify)
+    return _check(stdout(), ledger_url) if verify is None else _verify(stdout(), ledger_url, verify)
 
 
 def _check(console: Console, ledger_url: str | None) -> int:

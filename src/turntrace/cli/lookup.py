@@ -1,17 +1,22 @@
-"""Finding what a command names."""
+"""Finding what a command names: ledgers, sessions, users."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from sqlalchemy import select
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from turntrace.errors import IdentityError, LedgerError
+from turntrace.identity import hash_user
 from turntrace.ledger import Ledger
+from turntrace.ledger.tables import sessions
 from turntrace.settings import read_settings
 from turntrace.summaries import SessionSummary
 
 _ALL: Final = 2**62
+_SUGGESTED: Final = 50
 
 
 def open_existing(url: str | None) -> Ledger:
@@ -53,3 +58,44 @@ def find_session(ledger: Ledger, session_id: str) -> SessionSummary:
     if only is None:
         raise IdentityError(f"The session {matches[0]!r} was erased meanwhile.")
     return only
+
+
+def find_user(ledger: Ledger, begins: str) -> str:
+    """Find a user by the hash of the id, or by the beginning of it; return the hash.
+
+    Raises:
+        IdentityError: If there is none, or more than one.
+    """
+    query = select(sessions.c.user_id).where(sessions.c.user_id.startswith(begins, autoescape=True)).distinct()
+    with ledger.asking() as connection:
+        found = list(connection.execute(query.limit(2)).scalars())
+    if begins in found:
+        return begins
+    if not found:
+        raise IdentityError(
+            f"No user has a hash that begins with {begins!r}. turntrace users lists them; --user-id takes the id as "
+            "your app has it."
+        )
+    if len(found) > 1:
+        raise IdentityError(f"Several users have hashes that begin with {begins!r}: type more of it.")
+    return str(found[0])
+
+
+def hash_of(ledger: Ledger, user_id: str) -> str:
+    """Return the hash of a user's id, by the key of the environment, else by the one that the ledger keeps.
+
+    Raises:
+        ConfigurationError: If the key of the environment cannot be used.
+        IdentityError: If the id is empty.
+    """
+    from turntrace.lifecycle.checks import hash_key_of
+
+    return hash_user(user_id, hash_key_of(None, read_settings().user_hash_key, ledger))
+
+
+def suggest_sessions(url: str | None, begins: str) -> Sequence[str]:
+    """Return ids of sessions that begin so, the newest first; none where that cannot be told."""
+    try:
+        return [session.id for session in open_existing(url).sessions(limit=_SUGGESTED, id_begins=begins)]
+    except Exception:  # whoever presses a key is not to read of an error
+        return []

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from turntrace.cli.render import money, safe, stderr
+from turntrace.cli.render import is_watched, money, safe, stderr
 from turntrace.demo.replay import Totals
 from turntrace.demo.transcripts import Line, Source
 
@@ -33,7 +33,7 @@ class ReplayProgress:
             console=self._console,
             transient=True,
             expand=True,
-            disable=not self._console.is_terminal,
+            disable=not is_watched(self._console),
         )
         self._task = self._progress.add_task("", total=total, lines=0)
         self._lines = 0

@@ -1,27 +1,76 @@
-"""What the commands show in a terminal. All text from outside is shown as text: no markup, no control characters."""
+"""How figures and texts are written in a terminal, and where. Text from outside is shown as text, never as codes."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from datetime import datetime
-from typing import Final
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Final, Literal
 
-from rich import box
-from rich.console import Console, Group
-from rich.padding import Padding
-from rich.table import Table
+from rich.console import Console
 from rich.text import Text
-from rich.tree import Tree
 
-from turntrace.records import Step, TurnSummary
-from turntrace.summaries import SessionSummary
-
-_SHORT_ID: Final = 8
-_TABLE_WIDTH: Final = 76
-_STARTED_WIDTH: Final = 100
-_KINDS: Final = {"chain": "node", "generation": "llm"}
+SHORT_ID: Final = 8
+_PATIENCE_S: Final = 0.5
+"""How long work goes on before it is said that it does."""
+_LEAST_SHARE: Final = 0.005
 
 
-# --- small things -----------------------------------------------------------------------------------------------------
+# --- where ------------------------------------------------------------------------------------------------------------
+class _Terminal(Console):
+    """A console that leaves it to the command what to do when nobody reads any more."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise what a plain ``print`` raises."""
+        self.quiet = True
+        raise BrokenPipeError
+
+
+def stdout(*, width: int | None = None) -> Console:
+    """Return the console for results."""
+    return _Terminal(highlight=False, width=width)
+
+
+def stderr() -> Console:
+    """Return the console for what is no result: errors and progress."""
+    return _Terminal(stderr=True, highlight=False)
+
+
+def is_watched(console: Console) -> bool:
+    """Tell whether somebody sees what moves: FORCE_COLOR asks for colours, not for a bar in a file."""
+    return console.is_interactive and console.file.isatty()
+
+
+def is_plain(console: Console) -> bool:
+    """Tell whether only ASCII can be shown."""
+    return not console.encoding.lower().startswith("utf")
+
+
+def error(text: str) -> None:
+    """Say in one line on stderr what went wrong."""
+    stderr().print(Text(f"turntrace: {safe(' '.join(text.split()))}"), soft_wrap=True)
+
+
+@contextmanager
+def working(text: str) -> Iterator[None]:
+    """Say on stderr what goes on, where somebody watches and it takes a while."""
+    console = stderr()
+    if not is_watched(console):
+        yield
+        return
+    status = console.status(text, spinner="line" if is_plain(console) else "dots")
+    timer = threading.Timer(_PATIENCE_S, status.start)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        status.stop()
+
+
+# --- texts and figures ------------------------------------------------------------------------------------------------
 def safe(text: object) -> str:
     """Return a text with all that is not printable (control characters, changes of direction) written as escapes."""
     return "".join(
@@ -30,7 +79,7 @@ def safe(text: object) -> str:
 
 
 def duration(ms: float) -> str:
-    """Write a time: ``350 ms``, ``1.2 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    """Write a time: ``350 ms``, ``1.2 s``, ``3 min 20 s``, ``2 h 05 min``, ``3 d 04 h``."""
     if ms < 1_000:
         return f"{ms:.0f} ms"
     if ms < 59_950:  # which would be written as 60.0 s
@@ -38,7 +87,8 @@ def duration(ms: float) -> str:
     minutes, seconds = divmod(round(ms / 1_000), 60)
     if minutes < 60:
         return f"{minutes} min {seconds:02} s"
-    return f"{minutes // 60} h {minutes % 60:02} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours // 24} d {hours % 24:02} h"
 
 
 def money(usd: float, digits: int = 6) -> str:
@@ -48,154 +98,32 @@ def money(usd: float, digits: int = 6) -> str:
     return f"${usd:.{digits}f}" if usd >= 10.0**-digits else f"<${10.0**-digits:.{digits}f}"
 
 
-def error(text: str) -> None:
-    """Say in one line on stderr what went wrong."""
-    stderr().print(Text(f"turntrace: {safe(' '.join(text.split()))}"), soft_wrap=True)
+def count(number: int, what: str) -> str:
+    """Write how many there are: ``1 turn``, ``1,200 turns``."""
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
-def working(text: str) -> AbstractContextManager[object]:
-    """Say on stderr what goes on, where somebody watches."""
-    return stderr().status(text)
+def percent(share: float) -> str:
+    """Write a share of 1: ``34%``; what is little and not nothing is ``<1%``."""
+    return "<1%" if 0 < share < _LEAST_SHARE else f"{share:.0%}"
 
 
-def stderr() -> Console:
-    """Return the console for what is no result: errors and progress."""
-    return Console(stderr=True, highlight=False)
+def clock(at_ns: int, form: Literal["day", "minute", "second", "time"] = "minute") -> str:
+    """Write a time in UTC: ``2026-11-25 12:00``."""
+    how = {"day": "%Y-%m-%d", "minute": "%Y-%m-%d %H:%M", "second": "%Y-%m-%d %H:%M:%S", "time": "%H:%M:%S"}[form]
+    return datetime.fromtimestamp(at_ns // 1_000_000_000, UTC).strftime(how)
 
 
-# --- sessions ---------------------------------------------------------------------------------------------------------
-def sessions_table(console: Console, sessions: Sequence[SessionSummary]) -> None:
-    """Show sessions, one a line; where the terminal is too narrow for that, one below the other."""
-    if not sessions:
-        console.print("There are no sessions yet.")
-    elif console.width < _TABLE_WIDTH:
-        for session in sessions:
-            console.print(_card(session))
-    else:
-        console.print(_table(sessions, with_start=console.width >= _STARTED_WIDTH))
+def bar(share: float, width: int, *, plain: bool, style: str = "cyan") -> Text:
+    """Draw a share of 1."""
+    filled = min(width, max(0, round(share * width)))
+    full, empty = ("#", ".") if plain else ("\u2588", "\u2591")
+    return Text.assemble((full * filled, style), (empty * (width - filled), "dim"))
 
 
-def _table(sessions: Sequence[SessionSummary], *, with_start: bool) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for name in ("session", "user", "channel"):
-        table.add_column(name, no_wrap=True, overflow="ellipsis")
-    if with_start:
-        table.add_column("started", no_wrap=True)
-    for name in ("turns", "tokens", "cost", "duration"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("ended", no_wrap=True, overflow="ellipsis")
-    for session in sessions:
-        started = [Text(f"{datetime.fromtimestamp(session.started_ns / 1e9):%Y-%m-%d %H:%M}")] if with_start else []
-        table.add_row(
-            Text(safe(session.id[:_SHORT_ID]), style="bold"),
-            _user(session),
-            Text(safe(session.channel)),
-            *started,
-            f"{session.total_turns:,}",
-            f"{session.total_tokens:,}",
-            money(session.total_cost_usd, 4),
-            duration(session.duration_ms),
-            _end(session),
-        )
-    return table
-
-
-def _card(session: SessionSummary) -> Group:
-    head = Text.assemble((safe(session.id[:_SHORT_ID]), "bold"), f" {safe(session.channel)}, user ", _user(session))
-    facts = Text.assemble(_figures(session), ", ", _end(session))
-    return Group(head, Padding(facts, (0, 0, 0, 2)))
-
-
-def _user(session: SessionSummary) -> Text:
-    return Text("unknown", style="dim") if session.user_id is None else Text(safe(session.user_id[:_SHORT_ID]))
-
-
-def _end(session: SessionSummary) -> Text:
-    if session.end_reason is None:
-        return Text("open", style="dim")
-    return Text(safe(session.end_reason), style="red" if session.end_reason == "error" else "")
-
-
-def _figures(session: SessionSummary) -> str:
-    turns = f"{session.total_turns:,} turn" + ("" if session.total_turns == 1 else "s")
-    tokens = f"{session.total_tokens:,} tokens"
-    return ", ".join((turns, tokens, money(session.total_cost_usd, 4), duration(session.duration_ms)))
-
-
-# --- one session ------------------------------------------------------------------------------------------------------
-def session_tree(console: Console, session: SessionSummary, turns: Sequence[tuple[TurnSummary, list[Step]]]) -> None:
-    """Show a session as a tree: its turns, the runs of the graph, nodes, calls of models and tools."""
-    tree = Tree(session_head(session), guide_style="dim")
-    conversation = None
-    for turn, steps in turns:
-        if turn.conversation_id != conversation:
-            conversation = turn.conversation_id
-            branch = tree.add(Text(f"conversation {safe(conversation)}"))
-        _add_steps(branch.add(_turn_line(turn)), turn, steps)
-    console.print(tree)
-
-
-def session_head(session: SessionSummary) -> Text:
-    """Return the two lines that say which session it is and what it adds up to."""
-    head = Text.assemble(
-        ("session ", "bold"), (safe(session.id), "bold"), f"  {safe(session.channel)}, user ", _user(session), "\n"
-    )
-    return Text.assemble(head, _figures(session), ", ", _end(session))
-
-
-def _add_steps(branch: Tree, turn: TurnSummary, steps: Sequence[Step]) -> None:
-    known = {step.span_id for step in steps}
-    below: dict[str | None, list[Step]] = {}
-    for step in sorted(steps, key=lambda step: step.start_ms):
-        # What hangs on a span of other code is shown below the turn: the ledger keeps our own steps only.
-        below.setdefault(step.parent_id if step.parent_id in known else turn.root_span_id, []).append(step)
-    waiting = [(branch, step) for step in reversed(below.get(turn.root_span_id, []))]
-    while waiting:
-        above, step = waiting.pop()
-        node = above.add(_step_line(step))
-        waiting += [(node, child) for child in reversed(below.get(step.span_id, []))]
-
-
-def _turn_line(turn: TurnSummary) -> Text:
-    line = Text.assemble((f"turn {turn.number}", "bold"))
-    if turn.input_type is not None:
-        line.append(f"  {safe(turn.input_type)}" + ("" if turn.output_type is None else f", {safe(turn.output_type)}"))
-    if turn.status != "completed":
-        line.append(f"  {safe(turn.status)}", style="red")
-    line.append(f"  {duration(turn.latency_ms)}", style="cyan")
-    if turn.llm_calls:
-        line.append(f"  {turn.input_tokens + turn.output_tokens:,} tokens  {money(turn.cost_usd)}")
-    return line
-
-
-def _step_line(step: Step) -> Text:
-    line = Text.assemble((f"{safe(_KINDS.get(step.kind, step.kind))} ", "dim"), safe(step.name))
-    line.append(f"  {duration(step.duration_ms)}", style="cyan")
-    if step.input_tokens is not None:
-        line.append(f"  {step.input_tokens:,} in, {step.output_tokens or 0:,} out")
-    if step.cost_usd is not None:
-        line.append(f"  {money(step.cost_usd)}")
-    if step.error is not None:
-        line.append(f"  {safe(step.error)}", style="red")
-    return line
-
-
-def swept_line(sessions: int, turns: int) -> str:
-    """Say what a sweep did."""
-    ended = f"{sessions:,} session" + ("" if sessions == 1 else "s")
-    closed = f"{turns:,} turn" + ("" if turns == 1 else "s")
-    return f"Ended {ended}, closed {closed} as abandoned."
-
-
-def next_steps(console: Console, *, ledger_url: str, waits: bool, session_id: str) -> None:
-    """Say where the data of the demo is and what to do with it."""
-    console.print(Text(f"\nThe ledger: {safe(ledger_url)}"), soft_wrap=True)
-    console.print(Text(f"Look again: turntrace sessions, turntrace show {session_id[:_SHORT_ID]}"), soft_wrap=True)
-    if waits:
-        hint = (
-            "To see it in Langfuse, set LANGFUSE_PUBLIC_KEY, LANGFUSE_SECRET_KEY and LANGFUSE_BASE_URL, then: "
-            "turntrace export"
-        )
-    else:
-        hint = "The spans go to Langfuse, whose keys are set: open its Sessions page."
-    console.print(Text(hint))
+def use_streams_that_cannot_fail() -> None:
+    """Have characters that stdout and stderr cannot take written as escapes, instead of failing at them."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from turntrace.cli.render import duration, safe, stderr
+from turntrace.cli.render import duration, is_watched, safe, stderr, stdout
 from turntrace.errors import ConfigurationError
 from turntrace.export import Delivered, LangfuseServer, Outcome, Pace, Sender, Sent
 from turntrace.ledger import Ledger
@@ -47,7 +47,7 @@ def send(ledger: Ledger, *, watch: bool, again: bool) -> int:
             sent, refused = _send_all(sender, ledger, progress, watch=watch)
     finally:
         sender.stop(0)
-    console = Console()
+    console = stdout()
     status = ledger.to_send.status()
     console.print(Text(f"Sent {sent:,} spans and scores to {safe(sender.server.url)}."), soft_wrap=True)
     if refused:
@@ -117,7 +117,7 @@ def _progress(status: OutboxStatus) -> Progress:
         console=console,
         transient=True,
         expand=True,
-        disable=not console.is_terminal,
+        disable=not is_watched(console),
     )
     progress.add_task("sending", total=status.spans.items + status.scores.items)
     return progress

@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from turntrace.cli.render import safe, session_head
+from turntrace.cli.render import bar, is_plain, percent, safe
+from turntrace.cli.tree import session_head
 from turntrace.decisions import PruningDecision
 from turntrace.records import TurnSummary
 from turntrace.summaries import SessionSummary
@@ -16,7 +17,6 @@ _NARROWEST: Final = 10
 _WIDEST: Final = 40
 _BESIDE: Final = 64
 _NEARLY_EMPTY: Final = 0.05
-_LEAST: Final = 0.005
 
 
 def context_chart(
@@ -54,8 +54,8 @@ def context_chart(
             conversation = turn.conversation_id
             console.print(Text(f"conversation {safe(conversation)}"))
         share = turn.context_window_pct if of_window else (turn.context_tokens or 0) / most if most else 0.0
-        bar = _bar(share or 0.0, width, is_plain=not console.encoding.lower().startswith("utf"))
-        table.add_row(f"turn {turn.number}", bar, *_figures(turn), _prunings(turn, by_turn.get(turn.id, [])))
+        drawn = bar(share or 0.0, width, plain=is_plain(console))
+        table.add_row(f"turn {turn.number}", drawn, *_figures(turn), _prunings(turn, by_turn.get(turn.id, [])))
     console.print(table)
     whole = "what its model can be given" if of_window else "the fullest turn: the window is nearly empty, or not known"
     console.print(Text(f"The bar is the fullest call of the turn, as a share of {whole}.", "dim"))
@@ -68,20 +68,13 @@ def _table() -> Table:
     return table
 
 
-def _bar(share: float, width: int, *, is_plain: bool) -> Text:
-    filled = min(width, round(share * width))
-    full, empty = ("#", ".") if is_plain else ("\u2588", "\u2591")
-    return Text.assemble((full * filled, "cyan"), (empty * (width - filled), "dim"))
-
-
 def _figures(turn: TurnSummary) -> tuple[str, str]:
     if turn.context_tokens is None:
         return "-", ""
     share = turn.context_window_pct
     if share is None:
         return f"{turn.context_tokens:,}", ""
-    percent = "<1%" if 0 < share < _LEAST else f"{share:.0%}"
-    return f"{turn.context_tokens:,}", f"{percent} of {turn.context_limit:,}"
+    return f"{turn.context_tokens:,}", f"{percent(share)} of {turn.context_limit:,}"
 
 
 def _prunings(turn: TurnSummary, decisions: Sequence[PruningDecision]) -> Text:

@@ -18,8 +18,9 @@ from opentelemetry.sdk.trace.sampling import Decision, TraceIdRatioBased
 
 from turntrace.attributes import SCOPE_NAME, AttributeValue
 from turntrace.boundary import caught
+from turntrace.current import Scope
 from turntrace.export.exporter import OutboxExporter, what_to_queue
-from turntrace.export.processor import TurnSpanProcessor, processor_of
+from turntrace.export.processor import SERVING, TurnSpanProcessor, processor_of
 from turntrace.export.server import LangfuseServer
 from turntrace.settings import LangfuseSettings, read_langfuse_settings
 
@@ -30,7 +31,6 @@ _said: set[str] = set()
 _lock = threading.Lock()
 _EMPTY = Context()
 _REQUESTS_REMEMBERED = 10_000
-_SERVING = (trace.SpanKind.SERVER, trace.SpanKind.CONSUMER)
 
 
 class _Ids(RandomIdGenerator):
@@ -153,18 +153,24 @@ class SpanTarget:
             return trace.NonRecordingSpan(trace.SpanContext(*ids, is_remote=False))
 
     def claim_request(self, span: trace.Span) -> bool:
-        """Tell whether a turn is to stand below a span: one that serves a request or a job, for its first turn.
+        """Tell whether a turn is to stand below a span: one that serves a request or a job, or is inside of one.
 
-        Such spans are of the kinds SERVER and CONSUMER. A second turn in the same request has a trace of its own, since
-        a turn is one trace.
+        Such spans are of the kinds SERVER and CONSUMER. The first turn of a request stands in its trace; a second one
+        has a trace of its own, since a turn is one trace. On a provider of ours, which sends what is turntrace's only,
+        a turn would stand below nothing.
         """
         context = span.get_span_context()
-        if getattr(span, "kind", None) not in _SERVING or not context.is_valid:
+        if not context.is_valid or self.provider in _own_providers:
+            return False
+        serving: int | None = context.span_id if getattr(span, "kind", None) in SERVING else None
+        if serving is None and self.processor is not None and not isinstance(span, Scope):
+            serving = self.processor.request_around(context)
+        if serving is None:
             return False
         with _lock:
-            if context.span_id in self._requests:
+            if serving in self._requests:
                 return False
-            self._requests[context.span_id] = None
+            self._requests[serving] = None
             if len(self._requests) > _REQUESTS_REMEMBERED:
                 self._requests.popitem(last=False)
         return True

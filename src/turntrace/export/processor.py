@@ -16,6 +16,9 @@ from turntrace.current import Scope, current_scope
 
 _LANGFUSE_SDK = "langfuse-sdk"
 
+SERVING = (trace.SpanKind.SERVER, trace.SpanKind.CONSUMER)
+"""Kinds of spans that stand for a request or a job."""
+
 
 class CollectingTurn(Protocol):
     """A turn that takes the spans of others which ended in it."""
@@ -42,6 +45,7 @@ class TurnSpanProcessor(SpanProcessor):
     def __init__(self, provider: TracerProvider) -> None:
         self._provider = weakref.ref(provider)
         self._running: dict[int, CollectingTurn] = {}
+        self._requests: dict[int, int] = {}
         self._captured = threading.local()
         self._flushers: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -55,6 +59,8 @@ class TurnSpanProcessor(SpanProcessor):
         if scope is not None and scope.name == SCOPE_NAME:
             return
         try:
+            if span.kind in SERVING and span.context is not None:
+                self._requests[span.context.trace_id] = span.context.span_id
             turn = self._turn_of(parent_context)
             if turn is None:
                 return
@@ -66,6 +72,10 @@ class TurnSpanProcessor(SpanProcessor):
                 self._running[context.span_id] = turn
         except Exception as error:
             caught("stamping a span of other code", error)
+
+    def request_around(self, context: trace.SpanContext) -> int | None:
+        """Return the id of the span of a request or a job that runs in the trace of a span, or None."""
+        return self._requests.get(context.trace_id)
 
     def _turn_of(self, context: Context | None) -> Any:
         """Find the turn that runs in a context; in one that was made by hand, by the span that is current there."""
@@ -85,6 +95,8 @@ class TurnSpanProcessor(SpanProcessor):
             if captured is not None:
                 captured.append(span)
             return
+        if span.context is not None and self._requests.get(span.context.trace_id) == span.context.span_id:
+            del self._requests[span.context.trace_id]
         turn = self._running.pop(span.context.span_id, None) if self._running and span.context else None
         if turn is not None:
             try:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _REMEMBERED: Final = 10_000
 _ENDS_S: Final = 5.0
+_MANY_ENDING: Final = 64
 
 
 class Sittings:
@@ -37,6 +38,7 @@ class Sittings:
         self._announced: OrderedDict[str, None] = OrderedDict()
         self._used: OrderedDict[str, None] = OrderedDict()
         self._ending: set[str] = set()
+        self._written: tuple[threading.Event, set[str]] | None = None
         self._lock = threading.Lock()
 
     def open(self, wanted: SessionFacts, *, given_id: bool, conversation_id: str | None = None) -> Session:
@@ -107,6 +109,16 @@ class Sittings:
             for key in [key for key, session in self._known.items() if session.id == session_id]:
                 del self._known[key]
         self._writer.submit(EndSession(self._tracker, session_id, reason, self._tracker.clock()))
+        self._forget_ended()
+
+    def _forget_ended(self) -> None:
+        """Forget that the end was said of sessions whose end is written, some at a time."""
+        with self._lock:
+            if self._written is not None and self._written[0].is_set():
+                self._ending -= self._written[1]
+                self._written = None
+            if self._written is None and len(self._ending) >= _MANY_ENDING:
+                self._written = (self._writer.mark(), set(self._ending))
 
     def forget(self, session_ids: Collection[str]) -> None:
         """Forget sessions, as those that were erased."""

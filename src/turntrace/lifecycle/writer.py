@@ -61,6 +61,12 @@ class Writer:
         """Have a job done soon; returns at once."""
         self._put(job)
 
+    def mark(self) -> threading.Event:
+        """Return an event that is set when all that was submitted before is written."""
+        reached = threading.Event()
+        self._put(reached)
+        return reached
+
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until all that was submitted is written.
 

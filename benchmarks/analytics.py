@@ -1,0 +1,212 @@
+"""How long the questions of the analytics take with a million turns on record, on SQLite: all of a report, and each.
+
+The tables are filled as benchmarks/ledger.py does it, and then made various: 90 days, four models, three tiers, twenty
+intents, latencies of 200 ms to 30 s, conversations of ten and of a hundred turns, prunings, journeys, feedback.
+
+Each round asks all questions one after the other, in an order that changes, and once more in two threads, as a report
+may do it. The first round, which finds the file as it was left by who wrote it, is told apart.
+
+    python benchmarks/analytics.py [--turns 1000000] [--rounds 3] [--filter channel=web] [--json FILE]
+"""
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from _tables import machine
+from ledger import fill
+from rich.console import Console
+from rich.table import Table
+from sqlalchemy import create_engine
+
+from turntrace import analytics
+from turntrace.analytics import ALL, ORDERS, Filters
+from turntrace.ledger import Ledger
+
+MOST_S = 3.0
+DAYS = 90
+DAY_NS = 86_400 * 1_000_000_000
+
+
+# --- what is on record ------------------------------------------------------------------------------------------------
+def one_of(of: str, *values: str) -> str:
+    """Return SQL for one of these values, by a number."""
+    chosen = " ".join(f"WHEN {n} THEN {value}" for n, value in enumerate(values))
+    return f"CASE ({of}) % {len(values)} {chosen} END"
+
+
+def by_chance(n: str, prime: int) -> str:
+    """Return SQL for a number that looks like chance, by the number of a row."""
+    return f"(({n}) * {prime} % 1000003)"
+
+
+def make_various(url: str, turns: int) -> None:
+    """Change rows that are all alike to what an app writes in three months."""
+    engine = create_engine(url)
+    sessions = turns // 10
+    step_ns = DAYS * DAY_NS // max(1, sessions)
+    n = "(rowid - 1)"
+    tiers = one_of(by_chance(n, 7919), "'free'", "'free'", "'premium'", "'enterprise'", "NULL")
+    actions = one_of(by_chance(n, 104729), "'answered'", "'answered'", "'asked_question'", "'failed'")
+    reasons = one_of(by_chance(n, 7907), "'user_exit'", "'completed'", "'inactive_timeout'", "'inactive_timeout'")
+    models = one_of(by_chance(n, 611953), "'gpt-4o'", "'gpt-4o-mini'", "'claude-sonnet-4-5'", "NULL")
+    statements = [
+        f"""UPDATE turntrace_sessions SET
+              started_ns = started_ns - {n} * 10000000000 + {n} * {step_ns},
+              last_activity_ns = started_ns - {n} * 10000000000 + {n} * {step_ns}
+                + {by_chance(n, 7919)} % 3600 * 1000000000,
+              channel = {one_of(by_chance(n, 15485863), "'web'", "'web'", "'mobile'", "'slack'")},
+              tier = {tiers}, org_id = 'org ' || ({by_chance(n, 7919)} % 50),
+              end_reason = CASE WHEN ended_ns IS NOT NULL THEN {reasons} END,
+              dropoff = CASE WHEN ended_ns IS NOT NULL THEN {by_chance(n, 7907)} % 4 = 2 END,
+              failed_turns = {by_chance(n, 6700417)} % 10 = 0, prunings = {by_chance(n, 999983)} % 4 = 0,
+              active_ms = 2000 + {by_chance(n, 999983)} % 200000,
+              total_cost_usd = {by_chance(n, 7919)} / 1000000.0,
+              input_tokens = 1000 + {by_chance(n, 7907)} % 90000, output_tokens = {by_chance(n, 7907)} % 3000,
+              feedback_count = {by_chance(n, 104729)} % 5 = 0,
+              feedback_sum = CASE WHEN {by_chance(n, 104729)} % 5 = 0 THEN {by_chance(n, 7919)} % 2 ELSE 0 END,
+              last_turn = CASE WHEN ended_ns IS NOT NULL THEN {by_chance(n, 611953)} % 60 + 1 END,
+              last_intent = 'intent ' || ({by_chance(n, 7919)} % 20), last_action = {actions}""",
+        f"""UPDATE turntrace_turns SET
+              latency_ms = 200 + {by_chance(n, 7919)} * {by_chance(n, 104729)} % 30000,
+              time_to_first_token_ms = CASE WHEN {by_chance(n, 7907)} % 2 THEN 100 + {by_chance(n, 7907)} % 3000 END,
+              model = {models}, input_tokens = 100 + {by_chance(n, 611953)} % 9000, input_length = 120,
+              output_length = 500, input_type = 'question', output_type = 'answer', has_attachments = 0,
+              intent = CASE WHEN {by_chance(n, 6700417)} % 3 THEN 'intent ' || ({by_chance(n, 7919)} % 20) END,
+              status = {one_of(by_chance(n, 999983), *["'completed'"] * 19, "'failed'")},
+              context_tokens = {n} % 10 * 9000 + {by_chance(n, 7907)} % 9000, context_messages = 12,
+              context_limit = 128000, counted_tokens = 100 + {by_chance(n, 611953)} % 9100,
+              counted_of_tokens = 100 + {by_chance(n, 611953)} % 9000,
+              checkpoint_id = substr(id, 1, 8) || '-' || substr(id, 1, 27)""",
+        f"""UPDATE turntrace_turns SET conversation_id = 'long ' || ({n} / 100), number = {n} % 100 + 1
+            WHERE {n} < {turns // 1000 * 100}""",
+        f"UPDATE turntrace_conversations SET topic = 'topic ' || ({by_chance(n, 7919)} % 12)",
+        """INSERT INTO turntrace_decisions (turn_id, session_id, conversation_id, turn_number, at_ns, "trigger",
+              strategy, tokenizer, model, "limit", tokens_before, tokens_after, messages_before, messages_after,
+              messages_pruned, duration_us)
+            SELECT id, session_id, conversation_id, number, started_ns, 'threshold', 'drop_oldest_turns', 'o200k_base',
+              model, 128000, 110000, 60000, 80, 40, 40, 900 FROM turntrace_turns WHERE rowid % 20 = 0""",
+        f"""INSERT INTO turntrace_stages (owner, name, stage, stage_number, total_stages, session_id, turn_number,
+              at_ns, time_in_stage_ms, is_back, converted)
+            SELECT s.user_id, 'onboarding', k.stage, k.number, 3, s.id, k.number, s.started_ns + k.number * 1000000000,
+              CASE WHEN k.number > 1 THEN 1000 + {by_chance("s.rowid", 7919)} % 90000 END, 0, k.number = 3
+            FROM (SELECT rowid, id, user_id, started_ns FROM turntrace_sessions GROUP BY user_id) AS s
+            JOIN (SELECT 'begin' AS stage, 1 AS number UNION SELECT 'middle', 2 UNION SELECT 'done', 3) AS k
+              ON k.number <= s.rowid % 4""",
+        """INSERT INTO turntrace_journeys (owner, name, stages, stage, started_ns, entered_ns, converted_ns,
+              conversion_turn)
+            SELECT owner, name, '["begin", "middle", "done"]', max(stage), min(at_ns), max(at_ns),
+              CASE WHEN max(converted) THEN max(at_ns) END, CASE WHEN max(converted) THEN 3 END
+            FROM turntrace_stages GROUP BY owner, name""",
+    ]
+    with engine.begin() as connection:
+        for statement in statements:
+            connection.exec_driver_sql(statement)
+    with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+        connection.exec_driver_sql("VACUUM")  # rows are written whole in life, not lengthened afterwards
+        connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    engine.dispose()
+
+
+# --- what is asked ----------------------------------------------------------------------------------------------------
+def questions(ledger: Ledger, filters: Filters) -> dict[str, Callable[[], Any]]:
+    """Return all questions of a report, by name."""
+    plain = (
+        *("sessions_over_time", "session_lengths", "latency_by_turn", "window_by_turn", "prunings", "by_model"),
+        *("usage_by_day", "usage_by_tier", "usage_by_channel", "funnels", "retention"),
+        *("dropoff_by_turn", "dropoff_by_intent", "dropoff_by_action", "dropoff_by_reason"),
+        *("outcomes", "outcomes_by_intent"),
+    )
+    asked: dict[str, Callable[[], Any]] = {}
+    for name in plain:
+        function = getattr(analytics, name)
+        asked[name] = lambda function=function: function(ledger, filters)
+    for by in ORDERS:
+        asked[f"sessions_by, {by}"] = lambda by=by: analytics.sessions_by(ledger, by, filters)
+    asked["users"] = lambda: analytics.users(ledger, "latest", filters)
+    return asked
+
+
+def timed(do: Callable[[], Any]) -> float:
+    begun = time.perf_counter()
+    do()
+    return time.perf_counter() - begun
+
+
+def measure(ledger: Ledger, filters: Filters, rounds: int) -> tuple[dict[str, list[float]], list[float], list[float]]:
+    """Return the seconds of each question, of all one after the other, and of all in two threads; of each round."""
+    asked = questions(ledger, filters)
+    chance = random.Random(1)
+    each: dict[str, list[float]] = {name: [] for name in asked}
+    alone, together = [], []
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        for name in chance.sample(list(asked), len(asked)):
+            each[name].append(timed(asked[name]))
+        alone.append(time.perf_counter() - begun)
+        slowest_first = dict(sorted(asked.items(), key=lambda item: -each[item[0]][-1]))
+        begun = time.perf_counter()
+        analytics.ask_together(slowest_first)
+        together.append(time.perf_counter() - begun)
+    return each, alone, together
+
+
+# --- what is said -----------------------------------------------------------------------------------------------------
+def verdict(seconds: float) -> str:
+    return f"at most {MOST_S:g} s: " + ("[green]met[/]" if seconds <= MOST_S else "[red]missed[/]")
+
+
+def report(
+    console: Console, title: str, each: dict[str, list[float]], alone: list[float], together: list[float]
+) -> None:
+    table = Table(title, "first round, s", "median, s", "target")
+    for name, seconds in sorted(each.items(), key=lambda item: -statistics.median(item[1])):
+        table.add_row(name, f"{seconds[0]:.3f}", f"{statistics.median(seconds):.3f}")
+    table.add_section()
+    for name, seconds in (("all, one after the other", alone), ("all, in two threads", together)):
+        middle = statistics.median(seconds)
+        table.add_row(name, f"{seconds[0]:.3f}", f"{middle:.3f}", verdict(middle))
+    console.print(table)
+
+
+def filters_of(given: list[str]) -> Filters:
+    named = dict(pair.split("=", 1) for pair in given)
+    return Filters(**{name: int(value) if name.endswith("_ns") else value for name, value in named.items()})
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--turns", type=int, default=1_000_000)
+    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument(
+        "--filter", action="append", default=[], help="a filter too, as channel=web; several are one"
+    )
+    arguments.add_argument("--json", type=Path)
+    options = arguments.parse_args()
+    console = Console(width=120)
+    console.print(f"[bold]Analytics over {options.turns:,} turns[/] on {machine()}")
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="turntrace-analytics-") as folder:
+        path = Path(folder) / "ledger.db"
+        url = f"sqlite:///{path}"
+        ledger = Ledger(url)
+        fill(url, options.turns)
+        make_various(url, options.turns)
+        console.print(f"The ledger has {path.stat().st_size / 1e6:,.0f} MB.")
+        for filters in (ALL, filters_of(options.filter)) if options.filter else (ALL,):
+            each, alone, together = measure(ledger, filters, options.rounds)
+            report(console, str(filters), each, alone, together)
+            results[str(filters)] = {"each_s": each, "one_after_the_other_s": alone, "two_threads_s": together}
+        ledger.close()
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The options that say which sessions a command is about; every command that asks about many of them has them."""
+
+import inspect
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from functools import wraps
+from typing import Annotated, Any, Final
+
+import typer
+
+from turntrace.analytics import ALL, Filters, day_of
+from turntrace.cli.lookup import find_user, hash_of, open_existing
+from turntrace.cli.running import LedgerOption
+from turntrace.errors import ConfigurationError
+from turntrace.ledger import Ledger
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What a command is about.
+
+    Attributes:
+        ledger: The ledger.
+        filters: Which of its sessions.
+    """
+
+    ledger: Ledger
+    filters: Filters
+
+    @property
+    def is_all(self) -> bool:
+        """Whether it is about all sessions."""
+        return self.filters == ALL
+
+
+def _option(name: str, metavar: str, text: str) -> Any:
+    return Annotated[str | None, typer.Option(name, metavar=metavar, help=text)]
+
+
+_DAY: Final = "a day or time in ISO 8601, UTC where it says nothing else"
+_OPTIONS: Final[dict[str, Any]] = {
+    "since": _option("--since", "DAY", f"Only sessions that began then or later: {_DAY}."),
+    "until": _option("--until", "DAY", "Only sessions that began before it."),
+    "channel": _option("--channel", "NAME", "Only sessions of this channel."),
+    "tier": _option("--tier", "NAME", "Only sessions of users of this tier."),
+    "org": _option("--org", "ID", "Only sessions of users of this organisation."),
+    "topic": _option("--topic", "NAME", "Only sessions with a conversation about this topic."),
+    "model": _option("--model", "NAME", "Only sessions with a turn that this model answered."),
+    "end_reason": _option("--end-reason", "REASON", "Only sessions that ended for this reason; open: have not ended."),
+    "user": _option("--user", "HASH", "Only sessions of this user: the hash, or as much of it as is unique."),
+    "user_id": _option("--user-id", "ID", "The same by the user's id as your app has it, which is hashed."),
+    "ledger": LedgerOption,
+}
+
+
+def about_sessions(function: Callable[..., int]) -> Callable[..., int]:
+    """Give a command the options of `Chosen`, which it is called with as its first argument."""
+
+    @wraps(function)
+    def run(**arguments: Any) -> int:
+        given = {name: arguments.pop(name) for name in _OPTIONS}
+        with closing(open_existing(given.pop("ledger"))) as ledger:
+            return function(Chosen(ledger, _filters(ledger, given)), **arguments)
+
+    own = list(inspect.signature(function).parameters.values())[1:]
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in _OPTIONS.items()
+    ]
+    keyword_only = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
+    hints = {each.name: each.annotation for each in (*own, *added)} | {"return": int}
+    run.__signature__ = inspect.Signature([*keyword_only, *added], return_annotation=int)  # type: ignore[attr-defined]
+    run.__annotations__ = hints
+    return run
+
+
+def _filters(ledger: Ledger, given: dict[str, str | None]) -> Filters:
+    since, until = given.pop("since"), given.pop("until")
+    user, user_id = given.pop("user"), given.pop("user_id")
+    if user is not None and user_id is not None:
+        raise ConfigurationError("--user and --user-id name the same user in two ways: give one of them.")
+    if user is not None:
+        user = find_user(ledger, user)
+    elif user_id is not None:
+        user = hash_of(ledger, user_id)
+    return Filters(
+        since_ns=None if since is None else day_of(since, "--since"),
+        until_ns=None if until is None else day_of(until, "--until"),
+        org_id=given.pop("org"),
+        user_id=user,
+        **given,
+    )

@@ -1,0 +1,97 @@
+"""The commands that make sessions: demo, replay."""
+
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from turntrace.cli.lists import sessions_table
+from turntrace.cli.render import SHORT_ID, safe, stdout, working
+from turntrace.cli.running import NOT_WELL, OK, LedgerOption
+from turntrace.cli.tree import session_tree
+
+
+def demo(ledger: LedgerOption = None) -> int:
+    """Run a small support desk and show what was tracked.
+
+    Three users have five sessions with an agent that has tools, in a few seconds. It needs no key, no server and no
+    network; with Langfuse's keys set, the spans go there.
+    """
+    from turntrace.demo import support_desk
+    from turntrace.lifecycle import SessionTracker
+
+    console = stdout()
+    with SessionTracker(ledger) as tracker:
+        with working("A support desk serves three users"):
+            session_ids = support_desk.run(tracker)
+        shown = session_ids[support_desk.SHOWN]
+        summary = tracker.session_summary(shown)
+        assert summary is not None
+        kept = tracker.ledger
+        session_tree(console, summary, kept.turns(shown), kept.stages(shown), kept.feedback(shown))
+        console.print()
+        sessions_table(console, kept.sessions(ids=session_ids))
+        console.print(Text(f"\nThe ledger: {safe(kept.url)}"), soft_wrap=True)
+        console.print(Text(f"Look again: turntrace sessions, turntrace show {shown[:SHORT_ID]}"), soft_wrap=True)
+        if tracker.target.to_outbox:
+            hint = (
+                "To see it in Langfuse, set LANGFUSE_PUBLIC_KEY, LANGFUSE_SECRET_KEY and LANGFUSE_BASE_URL, then: "
+                "turntrace export"
+            )
+        else:
+            hint = "The spans go to Langfuse, whose keys are set: open its Sessions page."
+        console.print(Text(hint))
+    return OK
+
+
+def replay(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE",
+            help="Files with one recorded conversation a line, as JSON; folders (all *.jsonl in them); - for stdin.",
+        ),
+    ],
+    is_async: Annotated[bool, typer.Option("--async", help="Play in an event loop, with ainvoke.")] = False,
+    concurrency: Annotated[
+        int, typer.Option("--concurrency", "-n", min=1, max=1000, help="Conversations played at a time.")
+    ] = 1,
+    context_limit: Annotated[
+        int | None,
+        typer.Option(
+            "--context-limit",
+            metavar="TOKENS",
+            min=1,
+            help="Fit what the model is given into so many tokens; by default it is given the whole history.",
+        ),
+    ] = None,
+    ledger: LedgerOption = None,
+) -> int:
+    """Play recorded conversations through a LangGraph graph.
+
+    Each becomes a session with a turn for each message of its user. What is in the ledger already is not played again,
+    and what was stopped goes on where it stood. Exit codes: 1 when a line could not be played, 2 when nothing could.
+    """
+    from turntrace.cli.progress import ReplayProgress, replay_totals
+    from turntrace.demo.player import Player
+    from turntrace.demo.replay import Replay
+    from turntrace.demo.transcripts import find_sources, read_lines
+
+    sources = find_sources(files)
+    player = Player(ledger, context_limit=context_limit)
+    try:
+        with ReplayProgress(sources) as progress:
+            playing = Replay(
+                player,
+                concurrency=concurrency,
+                is_async=is_async,
+                on_line=progress.line_done,
+                on_problem=progress.problem,
+            )
+            totals = playing.run(read_lines(sources))
+        replay_totals(stdout(), totals, ledger_url=player.tracker.ledger.url)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; the same command goes on from here") from None
+    finally:
+        player.close()
+    return NOT_WELL if totals.malformed else OK

@@ -1,0 +1,132 @@
+"""The commands that add many sessions up: funnel, dropoff, report."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from turntrace import analytics
+from turntrace.cli import lists, machine, shares
+from turntrace.cli.choosing import Chosen, about_sessions
+from turntrace.cli.render import safe, stderr, stdout, working
+from turntrace.cli.running import OK, JsonOption
+from turntrace.errors import ConfigurationError, DeliveryError
+from turntrace.settings import read_langfuse_settings
+
+if TYPE_CHECKING:
+    from turntrace.report import LangfusePlace, ReportServer
+
+
+@about_sessions
+def funnel(
+    chosen: Chosen,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Only the journey of this name.")] = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Show how far users come on journeys.
+
+    How many entered each stage, what share of all that is, how long half of them stayed at most, and how many were
+    converted.
+    """
+    with working("Asking the ledger"):
+        found = analytics.funnels(chosen.ledger, chosen.filters)
+    names = [each.name for each in found]
+    if name is not None and name not in names:
+        known = f"Those that are: {', '.join(names)}" if names else "turntrace demo makes a ledger to try this with"
+        raise ConfigurationError(f"No journey {name!r} was begun in these sessions. {known}.")
+    wanted = [each for each in found if name in (None, each.name)]
+    if as_json:
+        machine.write_json([machine.plain(each, "rate") for each in wanted])
+    elif wanted:
+        console = stdout()
+        for number, each in enumerate(wanted):
+            if number:
+                console.print()
+            shares.funnel_chart(console, each)
+    else:
+        stdout().print("No journey was begun in these sessions: turn.journey(...) in the app begins one.")
+    return OK
+
+
+@about_sessions
+def dropoff(chosen: Chosen, as_json: JsonOption = False) -> int:
+    """Show where users drop off.
+
+    That is after which turn, which intent, which action of the agent. A drop-off is a session that silence ended while
+    something was open. Each rate is of the sessions that ended at the same point.
+    """
+    with working("Asking the ledger"):
+        turns = analytics.dropoff_by_turn(chosen.ledger, chosen.filters)
+        intents = analytics.dropoff_by_intent(chosen.ledger, chosen.filters)
+        actions = analytics.dropoff_by_action(chosen.ledger, chosen.filters)
+    if as_json:
+        by = {"by_turn": turns, "by_intent": intents, "by_action": actions}
+        machine.write_json({name: [machine.plain(each, "rate") for each in rows] for name, rows in by.items()})
+    elif turns:
+        shares.dropoff_charts(stdout(), turns, intents, actions)
+    else:
+        lists.nothing(stdout(), chosen.filters, is_all=chosen.is_all, what="ended sessions")
+    return OK
+
+
+@about_sessions
+def report(
+    chosen: Chosen,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the report into this HTML file.")
+    ] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Show it at an address of this machine only, until Ctrl-C.")
+    ] = False,
+    port: Annotated[
+        int, typer.Option("--port", metavar="N", min=0, max=65535, help="Where to serve it; 0 takes a free port.")
+    ] = 0,
+) -> int:
+    """Write or serve a report of sessions.
+
+    It is one HTML file that needs no network.
+    """
+    if (output is None) is (not serve):
+        raise ConfigurationError(
+            "A report is either written or served: turntrace report -o report.html, or turntrace report --serve."
+        )
+    from turntrace.report import serve as serve_report
+    from turntrace.report import write_report
+
+    with working("Asking Langfuse for its project"):
+        place = langfuse_place()
+    if output is not None:
+        with working("Making the report"):
+            write_report(chosen.ledger, output, chosen.filters, langfuse=place)
+        stdout().print(Text(f"The report is in {safe(output)}"), soft_wrap=True)
+        return OK
+    try:
+        serve_report(chosen.ledger, chosen.filters, port=port, on_ready=_say_where, langfuse=place)
+    except KeyboardInterrupt:
+        stderr().print()
+    return OK
+
+
+def _say_where(server: "ReportServer") -> None:
+    stdout().print(Text(f"The report is at {safe(server.url)} until Ctrl-C."), soft_wrap=True)
+    sys.stdout.flush()  # whoever reads it from a pipe waits for it
+
+
+def langfuse_place() -> "LangfusePlace | None":
+    """Return where the sessions' pages in Langfuse are; None without keys, or when it does not answer."""
+    settings = read_langfuse_settings()
+    if not settings.has_keys:
+        return None
+    from turntrace.export import LangfuseServer
+    from turntrace.report import LangfusePlace
+
+    server = LangfuseServer(settings)
+    try:
+        project = server.project_id()
+    except (DeliveryError, LookupError, TypeError):
+        return None
+    finally:
+        server.close()
+    return None if project is None else LangfusePlace(settings.server, project)

@@ -1,0 +1,95 @@
+"""How a command is run: its exit code, and what becomes of everything that goes wrong."""
+
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any, Final
+
+import typer
+
+from turntrace.cli import render
+from turntrace.errors import TurntraceError
+
+OK: Final = 0
+NOT_WELL: Final = 1
+CANNOT: Final = 2
+INTERRUPTED: Final = 130
+"""What a shell says of a program that Ctrl-C ended."""
+NOBODY_READS: Final = 141
+"""What a shell says of a program that wrote into a pipe which nobody read any more, as with ``| head``."""
+
+EXIT_CODES: Final = """\
+\b
+Exit codes:
+  0    done
+  1    done, but something is not well: doctor found a problem, export left
+       something waiting, replay met lines that it could not play
+  2    could not be done; one line on stderr says why and what to do
+  130  stopped by Ctrl-C
+  141  whoever read the output went away, as with | head
+"""
+
+TRACEBACK: Final = "TURNTRACE_TRACEBACK"
+"""The environment variable with which a mistake of turntrace's own shows where it was made."""
+
+LedgerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ledger",
+        metavar="URL",
+        help="The ledger, as sqlite:///path/to/file.db. Default: TURNTRACE_LEDGER_URL, else one in your data folder.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON, with stable names and times in ISO 8601.")]
+CsvOption = Annotated[
+    bool, typer.Option("--csv", help="Write CSV (RFC 4180), with a header; no cell is run by a spreadsheet.")
+]
+
+
+def command(function: Callable[..., int]) -> Callable[..., None]:
+    """Make a command of a function that returns an exit code: what goes wrong becomes one line, never a traceback."""
+
+    @wraps(function)
+    def run(**arguments: Any) -> None:
+        render.use_streams_that_cannot_fail()
+        try:
+            code = _run(function, arguments)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _leave_the_pipe()
+            code = NOBODY_READS
+        raise typer.Exit(code)
+
+    return run
+
+
+def _run(function: Callable[..., int], arguments: dict[str, Any]) -> int:
+    try:
+        return function(**arguments)
+    except TurntraceError as error:
+        render.error(str(error))
+    except KeyboardInterrupt as stop:
+        render.error(str(stop) or "stopped")
+        return INTERRUPTED
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        render.error(f"{where}{error.strerror or error}. Check the place, its rights and the room there.")
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        render.error(
+            f"A mistake of turntrace's own: {type(error).__name__}: {error}. Please report it, with what "
+            f"{TRACEBACK}=1 in the environment shows."
+        )
+    return CANNOT
+
+
+def _leave_the_pipe() -> None:
+    """Have what Python still writes at its end go nowhere, since it would say that it cannot."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        return

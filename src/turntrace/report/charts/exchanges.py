@@ -1,0 +1,208 @@
+"""How long turns take, and what they use."""
+
+from collections.abc import Sequence
+
+from turntrace.analytics import MOST_TURNS, LatencyOfTurn, Usage
+from turntrace.report.collect import Report
+from turntrace.report.figures import (
+    BLUE,
+    DAY_WIDE,
+    FEW,
+    GRAY,
+    INK,
+    MIDDLE,
+    SOFT,
+    Chart,
+    Data,
+    Plot,
+    Section,
+    Table,
+    bars,
+    day_ticks,
+    first_ones,
+    in_unit,
+    layout,
+    left_out,
+    line,
+    lying,
+    lying_layout,
+    of_names,
+    roomy,
+    titled,
+    unit_of_ms,
+)
+from turntrace.report.words import count, duration, money, times, visible
+
+_UNKNOWN = "not known"
+_UNITS = {"ms": "milliseconds", "s": "seconds", "min": "minutes"}
+
+
+# --- latency ----------------------------------------------------------------------------------------------------------
+def latency_section(report: Report) -> Section:
+    """Return the section about how long turns take."""
+    by_number = [each for each in report.latency if each.number > 0]
+    charts = [_latency(report.latency, by_number)] if by_number else []
+    return Section("latency", "Latency", charts, "turntrace demo records some, and so does any turn that ends.")
+
+
+def number_of_turn(number: int) -> str:
+    """Write the number of a turn; those after `MOST_TURNS` are one."""
+    return f"over {MOST_TURNS}" if number > MOST_TURNS else str(number)
+
+
+def turn_axis(numbers: Sequence[int]) -> Data:
+    """Return the axis for numbers of turns."""
+    found = titled("turn of the conversation", tickformat=",d", showgrid=False, rangemode="normal", zeroline=False)
+    found["range"] = roomy(min(numbers), max(numbers), 8)
+    if len(numbers) <= 12:
+        found |= {"tickmode": "array", "tickvals": list(numbers)}
+    return found | {"labelalias": {str(MOST_TURNS + 1): f">{MOST_TURNS}"}}
+
+
+def _latency(all_turns: Sequence[LatencyOfTurn], by_number: Sequence[LatencyOfTurn]) -> Chart:
+    numbers = [each.number for each in by_number]
+    n = [each.n for each in by_number]
+    unit, length = unit_of_ms(max(each.p99 for each in by_number))
+    data = [
+        line("p99", numbers, in_unit([e.p99 for e in by_number], length), GRAY, _hover("p99", unit), n=n),
+        line("p95", numbers, in_unit([e.p95 for e in by_number], length), MIDDLE, _hover("p95", unit), n=n),
+        line("p50", numbers, in_unit([e.p50 for e in by_number], length), BLUE, _hover("p50", unit), n=n),
+    ]
+    if any(each.streamed for each in by_number):
+        first = in_unit([each.first_token_p50 for each in by_number], length)
+        streamed = [each.streamed for each in by_number]
+        hover = f"first token, p50: %{{y:,}} {unit} (%{{customdata:,}} streamed)"
+        data.append(line("first token, p50", numbers, first, INK, hover, n=streamed, dash="dot"))
+    looks = layout(
+        height=340,
+        hovermode="x unified",
+        xaxis=turn_axis(numbers),
+        yaxis=titled(_UNITS[unit], nticks=7, tickformat=","),
+    )
+    names = ("turn", "turns", "p50", "p95", "p99", "streamed", "first token p50", "first token p95")
+    rows = [
+        (
+            "all" if each.number == 0 else number_of_turn(each.number),
+            count(each.n),
+            duration(each.p50),
+            duration(each.p95),
+            duration(each.p99),
+            count(each.streamed),
+            duration(each.first_token_p50),
+            duration(each.first_token_p95),
+        )
+        for each in all_turns
+    ]
+    return Chart(
+        "latency-by-turn",
+        "Turn latency by turn number",
+        "Of the turns with the same number in their conversation, half took at most p50, 95 of 100 at most p95; a line "
+        f"that rises says that long conversations get slow, and a hollow point stands for fewer than {FEW} turns.",
+        [Plot(data, looks)],
+        Table(names, rows),
+        note="The time that a turn waited for a person is not in it.",
+        is_wide=True,
+    )
+
+
+def _hover(name: str, unit: str) -> str:
+    return f"{name}: %{{y:,}} {unit} (%{{customdata:,}} turns)"
+
+
+# --- tokens and cost --------------------------------------------------------------------------------------------------
+def usage_section(report: Report) -> Section:
+    """Return the section about tokens and cost."""
+    charts = []
+    if any(each.input_tokens or each.output_tokens or each.cost_usd for each in report.usage_by_day):
+        charts = [
+            _by_day(report.usage_by_day),
+            _by("model", report.usage_by_model, "the model that was called last in a turn", is_wide=True),
+            _by("tier", report.usage_by_tier, "the user's tier", is_wide=False),
+            _by("channel", report.usage_by_channel, "the session's channel", is_wide=False),
+        ]
+    unpriced = report.totals.unpriced_calls
+    intro = [
+        f"{times(unpriced, 'call')} of models without a known price {'is' if unpriced == 1 else 'are'} not in the cost."
+    ]
+    return Section(
+        "usage",
+        "Tokens and cost",
+        charts,
+        "turntrace demo has calls of a model; tokens are counted for every call whose provider counts them.",
+        intro if charts and unpriced else (),
+    )
+
+
+def _table(of: str, usages: Sequence[Usage]) -> Table:
+    rows = [
+        (
+            visible(each.of) or _UNKNOWN,
+            count(each.turns),
+            count(each.input_tokens),
+            count(each.output_tokens),
+            money(each.cost_usd),
+            count(each.unpriced_calls),
+        )
+        for each in usages
+    ]
+    return Table((of, "turns", "input tokens", "output tokens", "cost", "calls without a price"), rows)
+
+
+def _by_day(usages: Sequence[Usage]) -> Chart:
+    on = [each.of for each in usages]
+    days = titled("", type="date", showgrid=False, hoverformat="%a %Y-%m-%d", **day_ticks(on, 6))
+    tokens = [
+        bars("input", on, [e.input_tokens for e in usages], BLUE, "%{y:,} tokens in", width=DAY_WIDE),
+        bars("output", on, [e.output_tokens for e in usages], SOFT, "%{y:,} tokens out", width=DAY_WIDE),
+    ]
+    cost = [bars("cost", on, [each.cost_usd for each in usages], BLUE, "$%{y:,.4f}", width=DAY_WIDE)]
+    plots = [
+        Plot(
+            tokens,
+            layout(barmode="stack", hovermode="x unified", xaxis=days, yaxis=titled("tokens", nticks=6)),
+            "Tokens",
+        ),
+        Plot(
+            cost,
+            layout(hovermode="x unified", xaxis=days, showlegend=False, yaxis=titled("US dollars", **_dollars(usages))),
+            "Cost",
+        ),
+    ]
+    return Chart(
+        "usage-by-day",
+        "Tokens and cost by day",
+        "Each bar is what the sessions that began on a day used, to their end: tokens that models were given and "
+        "answered, and what that cost.",
+        plots,
+        _table("day", usages),
+        is_wide=True,
+    )
+
+
+def _by(of: str, usages: Sequence[Usage], what: str, *, is_wide: bool) -> Chart:
+    shown = first_ones(usages)
+    names = [each.of for each in shown]
+    full = of_names(names)
+    tokens = [
+        lying("input", [e.input_tokens for e in shown], BLUE, "%{hovertext}: %{x:,} tokens in", hovertext=full),
+        lying("output", [e.output_tokens for e in shown], SOFT, "%{hovertext}: %{x:,} tokens out", hovertext=full),
+    ]
+    cost = [lying("cost", [each.cost_usd for each in shown], BLUE, "%{hovertext}: $%{x:,.4f}", hovertext=full)]
+    cost_looks = lying_layout(names, "US dollars", showlegend=False)
+    cost_looks["margin"] |= {"t": 34}  # so that its bars are beside those of the tokens
+    cost_looks["xaxis"] |= _dollars(usages)
+    return Chart(
+        f"usage-by-{of}",
+        f"Tokens and cost by {of}",
+        f"Each bar is what was used by {what}, the dearest first: tokens in and out, and what they cost.",
+        [Plot(tokens, lying_layout(names, "tokens", barmode="stack"), "Tokens"), Plot(cost, cost_looks, "Cost")],
+        _table(of, usages),
+        left_out(usages, f"{of}s"),
+        is_wide=is_wide,
+    )
+
+
+def _dollars(usages: Sequence[Usage]) -> Data:
+    """Return how an axis of dollars is written: with cents only where they tell something."""
+    most = max((each.cost_usd for each in usages), default=0.0)
+    return {"nticks": 5, "tickprefix": "$", "tickformat": "," if most >= 5 else ",.2f" if most >= 0.1 else ",.2~r"}

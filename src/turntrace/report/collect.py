@@ -1,0 +1,132 @@
+"""All figures of the report, asked of the ledger."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+from turntrace import analytics
+from turntrace.analytics import ALL, Filters
+from turntrace.ledger import Ledger
+from turntrace.report.totals import Choices, Totals, choices, totals
+from turntrace.summaries import SessionSummary
+
+_AT_ONCE: Final = 2
+_SHOWN: Final = 10
+_LATEST: Final = 15
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What the report shows.
+
+    Attributes:
+        at_ns: When it was asked, in nanoseconds since 1970.
+        filters: Which sessions and turns it is about.
+        totals: What they add up to.
+        choices: What the filters can be set to.
+        days: The days on which sessions began.
+        lengths: How long sessions are.
+        latency: How long turns take, for all and by their number.
+        usage_by_day: Tokens and cost by day.
+        usage_by_model: The same by model.
+        usage_by_tier: The same by the users' tier.
+        usage_by_channel: The same by channel.
+        funnels: The journeys.
+        dropoff_by_turn: Drop-offs by the number of the session's last turn.
+        dropoff_by_intent: The same by what the user wanted last.
+        dropoff_by_action: The same by what the agent did last.
+        dropoff_by_reason: The same by why the session ended.
+        outcomes: What sessions of each outcome are like.
+        outcomes_by_intent: How sessions came out, by what users wanted.
+        retention: Weekly cohorts of users.
+        windows: How full the models' windows were, by the number of the turn.
+        prunings: What was pruned by which strategy.
+        estimate_errors: How good our counts of tokens are, by model.
+        latest: The sessions that began last.
+        slowest: Those with the longest mean latency of a turn.
+        dearest: Those that cost most.
+        longest: Those with the longest time from the first to the last activity.
+    """
+
+    at_ns: int
+    filters: Filters
+    totals: Totals
+    choices: Choices
+    days: Sequence[analytics.DayOfSessions]
+    lengths: analytics.SessionLengths
+    latency: Sequence[analytics.LatencyOfTurn]
+    usage_by_day: Sequence[analytics.Usage]
+    usage_by_model: Sequence[analytics.Usage]
+    usage_by_tier: Sequence[analytics.Usage]
+    usage_by_channel: Sequence[analytics.Usage]
+    funnels: Sequence[analytics.Funnel]
+    dropoff_by_turn: Sequence[analytics.Dropoffs]
+    dropoff_by_intent: Sequence[analytics.Dropoffs]
+    dropoff_by_action: Sequence[analytics.Dropoffs]
+    dropoff_by_reason: Sequence[analytics.Dropoffs]
+    outcomes: Sequence[analytics.Outcome]
+    outcomes_by_intent: Sequence[analytics.IntentOutcome]
+    retention: Sequence[analytics.Cohort]
+    windows: Sequence[analytics.WindowOfTurn]
+    prunings: Sequence[analytics.Prunings]
+    estimate_errors: Sequence[analytics.EstimateError]
+    latest: Sequence[SessionSummary]
+    slowest: Sequence[SessionSummary]
+    dearest: Sequence[SessionSummary]
+    longest: Sequence[SessionSummary]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no session that it is about."""
+        return self.totals.sessions == 0
+
+
+def collect(ledger: Ledger, filters: Filters = ALL, *, now_ns: int) -> Report:
+    """Ask the ledger for all that the report shows; in two threads.
+
+    Args:
+        ledger: The ledger.
+        filters: Which sessions and turns it is about.
+        now_ns: The time, in nanoseconds since 1970.
+
+    Raises:
+        LedgerError: If the ledger cannot be read.
+    """
+    ledger.settled()  # once, instead of at the first question of each thread
+    questions = {name: partial(question, ledger, filters) for name, question in _QUESTIONS.items()}
+    answers = analytics.ask_together(questions, threads=_AT_ONCE)
+    return Report(at_ns=now_ns, filters=filters, **answers)
+
+
+def _sessions(by: Any, limit: int) -> Callable[[Ledger, Filters], Any]:
+    return lambda ledger, filters: analytics.sessions_by(ledger, by, filters, limit=limit)
+
+
+# Those that read all turns come first: they take the longest.
+_QUESTIONS: Final[Mapping[str, Callable[[Ledger, Filters], Any]]] = {
+    "latency": analytics.latency_by_turn,
+    "windows": analytics.window_by_turn,
+    "outcomes_by_intent": analytics.outcomes_by_intent,
+    "usage_by_model": analytics.usage_by_model,
+    "estimate_errors": analytics.estimate_errors,
+    "choices": lambda ledger, _: choices(ledger),
+    "funnels": analytics.funnels,
+    "prunings": analytics.prunings,
+    "retention": analytics.retention,
+    "lengths": analytics.session_lengths,
+    "days": analytics.sessions_over_time,
+    "usage_by_day": analytics.usage_by_day,
+    "usage_by_tier": analytics.usage_by_tier,
+    "usage_by_channel": analytics.usage_by_channel,
+    "dropoff_by_turn": analytics.dropoff_by_turn,
+    "dropoff_by_intent": analytics.dropoff_by_intent,
+    "dropoff_by_action": analytics.dropoff_by_action,
+    "dropoff_by_reason": analytics.dropoff_by_reason,
+    "outcomes": analytics.outcomes,
+    "totals": totals,
+    "latest": _sessions("newest", _LATEST),
+    "slowest": _sessions("slowest", _SHOWN),
+    "dearest": _sessions("dearest", _SHOWN),
+    "longest": _sessions("longest", _SHOWN),
+}

@@ -1,0 +1,132 @@
+"""The filters of the report: as a page states them, as a form, and as a query string says them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from turntrace.analytics import Filters, day_of
+from turntrace.errors import ConfigurationError
+from turntrace.report.markup import Markup, element
+from turntrace.report.totals import Choices
+from turntrace.report.words import day_or_moment, shortened, visible
+
+_OPEN: Final = "open"
+_LONGEST: Final = 200
+_MAY_LACK: Final = ("tier", "org", "topic", "model")
+
+FIELDS: Final = {
+    "since": "since_ns",
+    "until": "until_ns",
+    "channel": "channel",
+    "tier": "tier",
+    "org": "org_id",
+    "topic": "topic",
+    "model": "model",
+    "end_reason": "end_reason",
+    "user": "user_id",
+}
+"""The fields of the form, and what of `Filters` each says."""
+
+NOT_KNOWN: Final = "(not known)"
+"""What a field says for sessions of which it is not known."""
+
+_WORDS: Final = {
+    "since": "from",
+    "until": "before",
+    "org": "organisation",
+    "end_reason": "ended by",
+    "user": "user (hash)",
+}
+
+
+def filters_of(asked: Mapping[str, Sequence[str]], base: Filters) -> Filters:
+    """Read filters from a query string.
+
+    Args:
+        asked: The values of each of its fields; unknown fields are an error.
+        base: What holds for fields that are not in it; an empty one takes a filter away.
+
+    Raises:
+        ConfigurationError: If a field is not known, or its value cannot be used.
+    """
+    changed: dict[str, str | int | None] = {}
+    for name, values in asked.items():
+        if name not in FIELDS:
+            raise ConfigurationError(f"There is no filter {name!r:.40}. Allowed are {', '.join(FIELDS)}.")
+        value = values[-1]
+        if len(value) > _LONGEST:
+            raise ConfigurationError(f"The filter {name} has {len(value):,} characters. Allowed are {_LONGEST}.")
+        changed[FIELDS[name]] = _value(name, value)
+    return base.of(**changed)
+
+
+def _value(name: str, value: str) -> str | int | None:
+    if not value.strip():
+        return None
+    if name in ("since", "until"):
+        return day_of(value, name)
+    return "" if value == NOT_KNOWN else value
+
+
+def applied(filters: Filters) -> Markup:
+    """Return what states the filters that were applied."""
+    said = [(name, value) for name in FIELDS if (value := _shown(filters, name)) is not None]
+    if not said:
+        return element("p", "No filters: everything on record.", class_="about")
+    items = (
+        element("li", f"{_WORDS.get(name, name)} ", element("strong", element("bdi", visible(value) or "not known")))
+        for name, value in said
+    )
+    return element("ul", *items, class_="applied", aria_label="Filters that were applied")
+
+
+def filter_form(filters: Filters, choices: Choices) -> Markup:
+    """Return the form of the served page."""
+    fields = (
+        _day("since", filters),
+        _day("until", filters),
+        _choice("channel", filters, choices.channel),
+        _choice("tier", filters, choices.tier),
+        _choice("org", filters, choices.org_id),
+        _choice("topic", filters, choices.topic),
+        _choice("model", filters, choices.model),
+        _choice("end_reason", filters, (_OPEN, *(reason for reason in choices.end_reason if reason != _OPEN))),
+        _label("user", element("input", type="text", name="user", value=filters.user_id, autocomplete="off")),
+    )
+    actions = element(
+        "div", element("button", "Show", type="submit"), element("a", "Clear", href=_cleared()), class_="actions"
+    )
+    return element("form", *fields, actions, method="get", action="/", id="filters", class_="filters")
+
+
+def _cleared() -> str:
+    """Return the address without filters, also without those that the page was served with."""
+    return "/?" + "&".join(f"{name}=" for name in FIELDS)
+
+
+def _label(name: str, field: Markup) -> Markup:
+    words = _WORDS.get(name, name)
+    return element("label", words[0].upper() + words[1:], field)
+
+
+def _day(name: str, filters: Filters) -> Markup:
+    value = _shown(filters, name)
+    kind = "datetime-local" if value is not None and "T" in value else "date"
+    return _label(name, element("input", type=kind, name=name, value=value))
+
+
+def _choice(name: str, filters: Filters, values: Sequence[str]) -> Markup:
+    chosen = getattr(filters, FIELDS[name])
+    present = values if not chosen or chosen in values else (chosen, *values)
+    options = [
+        element("option", shortened(visible(value), 60), value=value, selected=value == chosen) for value in present
+    ]
+    if name in _MAY_LACK:
+        options.append(element("option", "not known", value=NOT_KNOWN, selected=chosen == ""))
+    return _label(name, element("select", element("option", "any", value=""), *options, name=name))
+
+
+def _shown(filters: Filters, name: str) -> str | None:
+    value: int | str | None = getattr(filters, FIELDS[name])
+    if value is None or isinstance(value, str):
+        return value
+    return day_or_moment(value).replace(" ", "T")

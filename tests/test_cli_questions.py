@@ -1,0 +1,556 @@
+"""The commands that are asked: what a user sees of sessions, of one session, of users, funnels and drop-offs."""
+
+import csv
+import io
+import itertools
+import json
+import re
+import shutil
+import sqlite3
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import START, StateGraph
+from langgraph.types import Command, RetryPolicy, interrupt
+from opentelemetry.sdk.trace import TracerProvider
+from typer.testing import Result
+
+from apps import FakeModel, State, asks
+from command_line import runner
+from turntrace import ContextTracker, SessionCallbackHandler, SessionTracker, track_graph
+from turntrace.analytics import ORDERS
+from turntrace.cli import looking
+from turntrace.cli.main import app
+from turntrace.context import DropOldestTurns
+from turntrace.demo import support_desk
+from turntrace.identity import hash_user
+from turntrace.summaries import SessionSummary
+from turntrace.testing import Clock
+
+KEY = "a key of the tests"
+STAGES = ("signup", "connect", "first_answer")
+BEGIN_NS = 1_767_261_600_000_000_000
+"""10 o'clock on the first of January 2026, in UTC."""
+
+Run = Callable[..., Result]
+
+
+# --- a ledger by hand -------------------------------------------------------------------------------------------------
+class Office:
+    """Makes a ledger with sessions of every kind, by a clock that is set."""
+
+    def __init__(self, url: str) -> None:
+        self.clock = Clock(BEGIN_NS)
+        self.tracker = SessionTracker(
+            url,
+            clock=self.clock,
+            user_hash_key=KEY,
+            tracer_provider=TracerProvider(),
+            journeys={"onboarding": list(STAGES)},
+        )
+
+    def visit(self, session_id: str, user: str, *said: tuple[str, str, str], end: str | None, **about: Any) -> None:
+        """Have a user say something: what, what the agent answers, and the intent."""
+        topic = about.pop("topic", None)
+        stages, convert = about.pop("stages", ()), about.pop("convert", False)
+        session = self.tracker.start_session(user_id=user, session_id=session_id, **about)
+        conversation = session.conversation(f"{session_id}-talk", topic=topic)
+        for number, (question, answer, intent) in enumerate(said):
+            self.clock.advance(seconds=20)
+            with conversation.turn(question) as turn:
+                self.clock.advance(seconds=1.5 + number)
+                turn.set_intent(intent)
+                if number < len(stages):
+                    turn.journey("onboarding").enter(stages[number])
+                turn.set_answer(answer)
+                if answer.startswith("!"):
+                    turn.feedback(False)
+        if convert:
+            session.journey("onboarding").convert()
+        if end is not None:
+            session.end(end)
+        self.clock.advance(minutes=5)
+
+    def sweep(self) -> None:
+        self.clock.advance(minutes=60)
+        self.tracker.sweep()
+
+    def with_a_graph(self) -> None:
+        """Have a graph stop for a person, try a node again, replay a turn, and wait."""
+        tries = itertools.count()
+
+        def look_up(_state: State) -> dict[str, Any]:
+            self.clock.advance(seconds=0.25)
+            if next(tries) == 0:
+                raise ConnectionError("the database did not answer")
+            return {}
+
+        def refund(_state: State) -> dict[str, Any]:
+            said = interrupt("May I?")
+            self.clock.advance(seconds=2)
+            return {"messages": [FakeModel().invoke(f"{said}, please")]}
+
+        builder: Any = StateGraph(State)
+        builder.add_node("look_up", look_up, retry_policy=RetryPolicy(initial_interval=0.01, max_attempts=2))
+        builder.add_node("refund", refund)
+        builder.add_edge(START, "look_up")
+        builder.add_edge("look_up", "refund")
+        graph: Any = track_graph(builder).compile(checkpointer=InMemorySaver(), name="desk")
+        graph = graph.with_config(callbacks=[SessionCallbackHandler(self.tracker)])
+        metadata = {"user_id": "dora", "channel": "slack", "session_id": "people"}
+        config: Any = {"configurable": {"thread_id": "refunds"}, "metadata": metadata}
+        graph.invoke(asks("Pay it back."), config)
+        self.clock.advance(minutes=3)
+        graph.invoke(Command(resume="yes"), config)
+        before = next(each for each in graph.get_state_history(config) if each.next == ("look_up",))
+        self.clock.advance(seconds=30)
+        graph.invoke(None, before.config | {"metadata": metadata})
+        self.tracker.flush()
+        self.clock.advance(minutes=5)
+
+    def with_a_window(self) -> None:
+        """Have a window be pruned."""
+        window = ContextTracker(model="gpt-4o", limit=200, threshold=0.5, strategy=DropOldestTurns())
+        session = self.tracker.start_session(user_id="eve", session_id="long", channel="api")
+        conversation = session.conversation("long-talk", topic="tea")
+        messages: list[Any] = []
+        for number in range(3):
+            messages.append({"role": "user", "content": f"{number} " + "tea " * 40})
+            with conversation.turn(messages[-1]["content"]) as turn:
+                window.fit(messages)
+                self.clock.advance(seconds=1)
+                turn.set_answer("Tea.")
+            messages.append({"role": "assistant", "content": "Tea. " * 10})
+        session.end("completed")
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'ledger.db'}"
+
+
+def fill(url: str) -> None:
+    """Fill a ledger with sessions of every kind."""
+    office = Office(url)
+    price = ("What does it cost?", "It costs 5 euros.", "price")
+    setup = ("How do I connect?", "Which provider do you use?", "setup")
+    bad = ("That is wrong!", "!Sorry.", "complaint")
+    office.visit("first", "ann", price, setup, end="completed", channel="web", tier="premium", topic="mail",
+                 stages=("signup", "connect"), convert=True)  # fmt: skip
+    office.visit("second", "bob", price, end="user_exit", channel="web", tier="free", stages=("signup",))
+    office.visit("third", "cid", price, setup, end=None, channel="mobile", org_id="initech",
+                 stages=("signup", "connect"))  # fmt: skip
+    office.visit("fourth", "bob", price, bad, setup, end=None, channel="web", tier="free")
+    office.sweep()
+    office.with_a_window()
+    office.with_a_graph()
+    office.visit("last", "ann", price, end=None, channel="web")
+    office.tracker.shutdown()
+
+
+@pytest.fixture(scope="session")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Name the place of a ledger that the first test fills which asks for it."""
+    return tmp_path_factory.mktemp("cli") / "filled.db"
+
+
+@pytest.fixture
+def office(filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Give the URL of a ledger with sessions of every kind, which commands find by themselves."""
+    if not filled.exists():
+        fill(f"sqlite:///{filled}")
+    url = f"sqlite:///{shutil.copy(filled, tmp_path / 'office.db')}"
+    monkeypatch.setenv("TURNTRACE_LEDGER_URL", url)
+    return url
+
+
+@pytest.fixture
+def run() -> Run:
+    """Run a command in a terminal of 100 columns, or as many as are asked for."""
+
+    def invoke(*arguments: str, columns: int = 100) -> Result:
+        environment = {"COLUMNS": str(columns), "TERM": "dumb"}
+        return runner().invoke(app, list(arguments), env=environment)
+
+    return invoke
+
+
+def ids(result: Result) -> list[str]:
+    """Return the first words of a table's rows."""
+    assert result.exit_code == 0, result.output
+    return [line.split()[0] for line in result.stdout.splitlines()[2:]]
+
+
+def rows(result: Result) -> list[dict[str, Any]]:
+    assert (result.exit_code, result.stderr) == (0, "")
+    found: list[dict[str, Any]] = json.loads(result.stdout)
+    return found
+
+
+def read_csv(result: Result) -> list[dict[str, str]]:
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout_bytes.count(b"\r\n") == result.stdout_bytes.count(b"\n")
+    return list(csv.DictReader(io.StringIO(result.stdout_bytes.decode(), newline="")))
+
+
+# --- sessions ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ("", "last people long fourth third second first"),
+        ("--channel web", "last fourth second first"),
+        ("--tier free", "fourth second"),
+        ("--org initech", "third"),
+        ("--topic mail", "first"),
+        ("--topic tea", "long"),
+        ("--model gpt-4o-mini", "people"),
+        ("--end-reason open", "last people"),
+        ("--end-reason inactive_timeout", "fourth third"),
+        ("--since 2026-01-01T11:00", "last people long"),
+        ("--since 2026-01-01T12:00+01:00 --until 2026-01-01T11:23", "long"),
+        ("--until 2026-01-01T10:06", "second first"),
+        ("--user-id ann", "last first"),
+        ("--user-id bob --channel web --end-reason user_exit", "second"),
+        ("--sort longest --limit 2", "people fourth"),
+        ("--sort most-turns --limit 2", "fourth long"),
+        ("--sort most-tokens --limit 1", "people"),
+        ("--sort dearest --limit 1", "people"),
+        ("--sort slowest --limit 1", "fourth"),
+        ("--sort newest --limit 1", "last"),
+    ],
+)
+def test_sessions_are_filtered_and_sorted(
+    options: str, found: str, run: Run, office: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TURNTRACE_USER_HASH_KEY", KEY)
+    assert ids(run("sessions", *options.split())) == found.split()
+
+
+def test_every_order_of_analytics_can_be_asked_for() -> None:
+    assert tuple(order.value.replace("-", " ") for order in looking.SessionOrder) == ORDERS
+
+
+def test_a_user_is_found_by_the_hash_or_its_beginning(run: Run, office: str) -> None:
+    whole = hash_user("ann", KEY.encode())
+    for given in (whole, whole[:6]):
+        assert ids(run("sessions", "--user", given)) == ["last", "first"]
+    for options, why in (
+        (("--user", "ann"), "No user has a hash that begins with 'ann'. turntrace users lists them; --user-id takes"),
+        (("--user", ""), "Several users have hashes that begin with ''"),
+        (("--user", "%"), "No user has a hash that begins with '%'"),
+        (("--user", whole, "--user-id", "ann"), "name the same user in two ways"),
+        (("--user-id", ""), "user_id is empty"),
+        (("--since", "yesterday"), "--since is 'yesterday'. Allowed are a day and a time in ISO 8601"),
+        (("--until", "2026-13-01"), "--until is '2026-13-01'"),
+        (("--json", "--csv"), "give one of them"),
+    ):
+        result = run("sessions", *options)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr.startswith("turntrace: ")
+        assert why in result.stderr
+        assert result.stderr.count("\n") == 1
+    assert run("sessions", "--sort", "oldest").exit_code == 2
+
+
+def test_a_users_id_is_hashed_with_the_key_that_the_ledger_keeps(run: Run, url: str) -> None:
+    with SessionTracker(url) as tracker:
+        tracker.start_session(user_id="zoe@example.com", session_id="hers").end()
+        tracker.start_session(user_id=42, session_id="his").end()
+    assert ids(run("sessions", "--user-id", "zoe@example.com", "--ledger", url)) == ["hers"]
+    assert ids(run("sessions", "--user-id", "42", "--ledger", url)) == ["his"]
+    nobody = run("sessions", "--user-id", "nobody", "--ledger", url, "--channel", "a\x1b[2Jb")
+    assert nobody.exit_code == 0
+    assert nobody.stdout.startswith("There are no sessions like that: channel a\\x1b[2Jb, user_id ")
+
+
+def test_sessions_as_json_have_the_fields_of_a_summary_and_times_in_iso(run: Run, office: str) -> None:
+    found = {row["id"]: row for row in rows(run("sessions", "--json", columns=20))}
+    assert list(found) == ["last", "people", "long", "fourth", "third", "second", "first"]
+    names = {re.sub("_ns$", "_at", each.name) for each in fields(SessionSummary)}
+    added = {"duration_ms", "total_tokens", "avg_turn_latency_ms", "avg_turn_tokens"}
+    assert set(found["first"]) == (names | added) - {"user_avg_session_length", "user_retention_days"}
+    third = found["third"]
+    assert third["started_at"] == "2026-01-01T10:11:05.500000+00:00"
+    assert (third["end_reason"], third["dropoff"], third["last_action"]) == ("inactive_timeout", True, "asked_question")
+    assert (third["org_id"], third["tier"], third["duration_ms"]) == ("initech", None, 44_000)
+    assert found["last"]["ended_at"] is None
+    assert rows(run("sessions", "--json", "--channel", "none")) == []
+
+
+def test_sessions_as_csv_are_rows_that_a_spreadsheet_reads(run: Run, office: str) -> None:
+    found = read_csv(run("sessions", "--csv"))
+    as_json = rows(run("sessions", "--json"))
+    assert [list(row) for row in found] == [list(row) for row in as_json]
+    for row, same in zip(found, as_json, strict=True):
+        for name, value in same.items():
+            written = "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+            assert row[name] == written
+    assert list(csv.reader(io.StringIO(run("sessions", "--csv", "--channel", "none").stdout))) == [list(as_json[0])]
+
+
+def test_no_cell_is_run_by_a_spreadsheet_and_none_changes_the_terminal(run: Run, url: str) -> None:
+    channels = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", 'a"b,c\r\nd', "\x1b[2Jx", "plain -1", "=\u202e"]
+    with SessionTracker(url) as tracker:
+        for number, channel in enumerate(channels):
+            tracker.start_session(session_id=f"={number}", channel=channel).end()
+    result = run("sessions", "--csv", "--ledger", url)
+    found = {row["id"]: row["channel"] for row in read_csv(result)}
+    assert [found[f"'={number}"] for number in range(len(channels))] == [
+        *("'=1+1", "'+1", "'-1", "'@SUM(A1)", "'\\t=1", 'a"b,c\\r\\nd', "\\x1b[2Jx", "plain -1", "'=\\u202e")
+    ]
+    as_json = run("sessions", "--json", "--ledger", url)
+    assert {row["channel"] for row in rows(as_json)} == set(channels)
+    for output in (result.stdout_bytes, as_json.stdout_bytes):
+        assert b"\x1b" not in output
+        assert output.isascii()
+
+
+# --- one session ------------------------------------------------------------------------------------------------------
+def lines(result: Result) -> list[str]:
+    """Return the lines of a tree without its branches."""
+    assert (result.exit_code, result.stderr) == (0, "")
+    return [line.strip("\u2502\u251c\u2514\u2500 ") for line in result.stdout.splitlines()]
+
+
+def shown(run: Run, session_id: str, url: str, now_ns: int = BEGIN_NS + 3 * 3600 * 10**9) -> list[str]:
+    """Return the lines of the tree as they are at a time."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("time.time_ns", lambda: now_ns)
+        return lines(run("show", session_id, "--ledger", url, columns=120))
+
+
+def test_a_session_with_a_journey_feedback_and_an_end(run: Run, office: str) -> None:
+    assert shown(run, "first", office) == [
+        "session first  web, user " + hash_user("ann", KEY.encode())[:8],
+        "2026-01-01 10:00:00 UTC, tier premium",
+        "2 turns, 0 tokens, $0.00, 44.0 s",
+        "conversation first-talk",
+        "turn 1  10:00:20  completed  price  question, answer",
+        "1.5 s",
+        "turn 2  10:00:41  completed  setup  question, question",
+        "2.5 s",
+        "journey onboarding",
+        "10:00:21  signup (1 of 3)",
+        "10:00:44  connect (2 of 3)  after 22.5 s",
+        "10:00:44  connect  converted, 22.5 s after its first step",
+        "end  10:00:44  completed",
+    ]
+
+
+def test_a_session_that_dropped_off_says_where(run: Run, office: str) -> None:
+    found = shown(run, "fourth", office)
+    assert "feedback user_feedback 0" in found
+    assert found[2].endswith("satisfied 0%")
+    assert found[-2:] == [
+        "end  10:47:57  inactive_timeout after 30 min 00 s of silence",
+        "drop-off after turn 3 (setup): the agent had asked something",
+    ]
+
+
+def test_waiting_attempts_and_forks_are_told(run: Run, office: str) -> None:
+    found = shown(run, "people", office)
+    first, second = (next(n for n, line in enumerate(found) if line.startswith(f"turn {turn} ")) for turn in (1, 2))
+    assert found[first : first + 3] == [
+        "turn 1  11:23:00  completed  command, answer",
+        "2.5 s, 120 tokens, $0.000027, window \u2591\u2591\u2591\u2591\u2591\u2591\u2591\u2591\u2591\u2591 <1%",
+        "waited 3 min 00 s for a person",
+    ]
+    assert found[first + 3 : second] == [
+        "agent desk  500 ms",
+        "node look_up  250 ms  ConnectionError",
+        "node look_up  250 ms  attempt 2",
+        "node refund  0 ms",
+        "agent desk  2.0 s",
+        "node refund  2.0 s",
+        "llm gpt-4o-mini  0 ms  100 in, 20 out  $0.000027",
+    ]
+    assert found[second : second + 5] == [
+        "turn 2  11:26:32  interrupted",
+        "250 ms",
+        "waits for a person, 1 h 33 min so far",
+        "pruned 1 message",
+        "forked from turn 1",
+    ]
+    assert found[-1] == "open, last active 1 h 33 min ago"
+    assert found[2].endswith("1 pruning, waited 3 min 00 s for a person")
+
+
+def test_how_full_the_window_was_and_what_was_pruned(run: Run, office: str) -> None:
+    found = shown(run, "long", office)
+    full, empty = "\u2588", "\u2591"
+    assert found[5] == f"1.0 s, window {full * 2}{empty * 8} 24%"
+    assert "pruned 2 messages, 71 tokens" in found
+    assert found[2].endswith("2 prunings")
+    assert "pruned 2 messages, 71 tokens" in run("show", "long", "--context", columns=120).stdout
+
+
+def test_a_turn_that_runs_says_since_when(run: Run, url: str) -> None:
+    clock = Clock(BEGIN_NS)
+    with SessionTracker(url, clock=clock) as tracker:
+        turn = tracker.start_session(session_id="s").conversation("c").start_turn("Hi")
+        found = shown(run, "s", url, BEGIN_NS + 7_000_000_000)
+        turn.end()
+    assert found[-3:] == ["turn 1  10:00:00  open", "has not ended, began 7.0 s ago", "open, last active 7.0 s ago"]
+
+
+def test_a_session_as_json_is_whole(run: Run, office: str) -> None:
+    result = run("show", "peo", "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    found = json.loads(result.stdout)
+    assert (found["id"], found["ended_at"], found["wait_ms"], found["user_retention_days"]) == (
+        "people",
+        None,
+        180_000,
+        0,
+    )
+    first, second = found["turns"]
+    assert (first["number"], first["status"], second["status"], second["forked_from"]) == (
+        *(1, "completed", "interrupted", first["id"]),
+    )
+    assert [step["name"] for step in first["steps"]][:3] == ["look_up", "look_up", "refund"]
+    assert first["context_window_pct"] == pytest.approx(first["context_tokens"] / first["context_limit"])
+    assert [each["messages_pruned"] for each in second["pruned"]] == [1]
+    assert json.loads(run("show", "first", "--json").stdout)["journey_steps"][1]["stage"] == "connect"
+    [given] = json.loads(run("show", "fourth", "--json").stdout)["feedback"]
+    assert (given["value"], given["at"][:10]) == (0.0, "2026-01-01")
+
+
+# --- users, funnels, drop-offs ----------------------------------------------------------------------------------------
+def test_users_and_what_they_used(run: Run, office: str) -> None:
+    hashes = {hash_user(name, KEY.encode()): name for name in ("ann", "bob", "cid", "dora", "eve")}
+    by_beginning = {value[:8]: name for value, name in hashes.items()}
+    for sort, names in (
+        ("latest", "ann dora eve bob cid"),
+        ("most-sessions", None),
+        ("most-turns", "bob"),
+        ("dearest", "dora"),
+        ("most-dropoffs", None),
+    ):
+        found = [by_beginning[each] for each in ids(run("users", "--sort", sort))]
+        assert sorted(found) == sorted(hashes.values())
+        if names is not None:
+            assert found[: len(names.split())] == names.split()
+    assert {
+        hashes[row["user_id"]] for row in rows(run("users", "--json", "--sort", "most-dropoffs", "--limit", "2"))
+    } == {
+        *("bob", "cid"),
+    }
+    [ann] = rows(run("users", "--json", "--limit", "1"))
+    assert (ann["sessions"], ann["turns"], ann["first_at"]) == (2, 3, "2026-01-01T10:00:00.000000+00:00")
+    assert ann["satisfaction"] is None
+    [same] = read_csv(run("users", "--csv", "--limit", "1"))
+    assert list(same) == list(ann)
+    assert (same["user_id"], same["satisfaction"]) == (ann["user_id"], "")
+    assert len(ids(run("users", "--channel", "web"))) == 2
+
+
+def test_a_funnel_has_bars_counts_shares_and_times(run: Run, office: str) -> None:
+    result = run("funnel")
+    assert (result.exit_code, result.stderr) == (0, "")
+    head, _, _, *stages = result.stdout.splitlines()
+    assert head == "onboarding  3 users, 1 converted (33%), median 22.5 s, in turn 2"
+    assert [re.sub("[\u2588\u2591]+", "|", " ".join(line.split())) for line in stages] == [
+        *("1 signup | 3 100% 22.5 s 2", "2 connect | 2 67%", "3 first_answer | 0 0%", "converted | 1 33%"),
+    ]
+    bars = [line.count("\u2588") for line in stages]
+    assert bars[0] > bars[1] > bars[3] > bars[2] == 0
+    assert run("funnel", "onboarding").stdout == result.stdout
+    [journey] = rows(run("funnel", "--json"))
+    assert (journey["name"], journey["begun"], journey["converted"], journey["rate"]) == ("onboarding", 3, 1, 1 / 3)
+    assert [stage["entered"] for stage in journey["stages"]] == [3, 2, 0]
+    [journey] = rows(run("funnel", "onboarding", "--json", "--channel", "mobile"))
+    assert [stage["entered"] for stage in journey["stages"]] == [1, 1, 0]
+
+
+def test_a_journey_that_nobody_began_is_said_to_be_none(run: Run, office: str) -> None:
+    wrong = run("funnel", "checkout")
+    assert (wrong.exit_code, wrong.stdout) == (2, "")
+    assert "No journey 'checkout' was begun in these sessions. Those that are: onboarding." in wrong.stderr
+    none = run("funnel", "--channel", "api")
+    assert none.exit_code == 0
+    assert "No journey was begun in these sessions" in none.stdout
+    assert rows(run("funnel", "--channel", "api", "--json")) == []
+
+
+def test_dropoffs_by_turn_intent_and_action_with_their_rates(run: Run, office: str) -> None:
+    result = run("dropoff")
+    assert (result.exit_code, result.stderr) == (0, "")
+    plain = [re.sub("[\u2588\u2591]+", "|", " ".join(line.split())) for line in result.stdout.splitlines()]
+    assert plain[0] == "2 of 5 ended sessions dropped off (40%)."
+    for row in ("1 | 1 0 0%", "2 | 2 1 50%", "3 | 2 1 50%", "setup | 3 2 67%", "asked_question | 3 2 67%"):
+        assert row in plain
+    assert [line for line in plain if line.endswith("ended drop-offs rate")] == [
+        *("last turn ended drop-offs rate", "last intent ended drop-offs rate", "the agent had ended drop-offs rate"),
+    ]
+    found = json.loads(run("dropoff", "--json", "--channel", "web").stdout)
+    assert found["by_turn"] == [
+        {"at": "1", "ended": 1, "dropoffs": 0, "rate": 0.0},
+        {"at": "2", "ended": 1, "dropoffs": 0, "rate": 0.0},
+        {"at": "3", "ended": 1, "dropoffs": 1, "rate": 1.0},
+    ]
+    assert set(found) == {"by_turn", "by_intent", "by_action"}
+    assert run("dropoff", "--channel", "fax").stdout == "There are no ended sessions like that: channel fax.\n"
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+def test_a_report_is_written(run: Run, office: str, tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    result = run("report", "-o", str(file), "--channel", "web")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert str(file) in result.stdout
+    page = file.read_text(encoding="utf-8")
+    assert "</html>" in page
+    assert "onboarding" in page
+
+
+def test_a_report_needs_to_know_where_it_goes(run: Run, office: str, tmp_path: Path) -> None:
+    for options in ((), ("-o", str(tmp_path / "x.html"), "--serve")):
+        wrong = run("report", *options)
+        assert (wrong.exit_code, wrong.stdout) == (2, "")
+        assert "turntrace report -o report.html, or turntrace report --serve" in wrong.stderr
+    nowhere = run("report", "-o", str(tmp_path / "none" / "report.html"))
+    assert nowhere.exit_code == 2
+    assert nowhere.stderr.count("\n") == 1
+
+
+# --- the demo ---------------------------------------------------------------------------------------------------------
+def test_the_demos_sessions_can_all_be_shown(run: Run, url: str) -> None:
+    with SessionTracker(url) as tracker:
+        found = support_desk.run(tracker)
+    for session_id in found:
+        for columns in (40, 60, 80, 120):
+            result = run("show", session_id, "--ledger", url, columns=columns)
+            assert result.exit_code == 0
+            assert max(map(len, result.stdout.splitlines())) <= max(columns, 42)
+    assert {row["id"] for row in rows(run("sessions", "--json", "--ledger", url))} == set(found)
+
+
+# --- what is wrong with a ledger --------------------------------------------------------------------------------------
+def test_a_file_that_is_no_ledger_is_one_line(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "text.db").write_text("This is no database at all. " * 100)
+    with sqlite3.connect(tmp_path / "other.db") as other:
+        other.execute("CREATE TABLE turntrace_sessions (id INTEGER)")
+    other.close()
+    commands = ["sessions", "show x", "users", "funnel", "dropoff", "sweep", "report -o x.html", "export --status"]
+    for name, command in (*(("text.db", each) for each in commands), ("other.db", "sessions"), ("other.db", "show x")):
+        result = run(*command.split(), "--ledger", f"sqlite:///{tmp_path / name}")
+        assert (result.exit_code, result.stdout) == (2, ""), command
+        assert result.stderr.startswith(f"turntrace: The ledger at sqlite:///{tmp_path / name} failed: ")
+        assert result.stderr.count("\n") == 1
+
+
+def test_asking_changes_nothing(run: Run, office: str) -> None:
+    def everything() -> list[str]:
+        with sqlite3.connect(office.removeprefix("sqlite:///")) as connection:
+            found = list(connection.iterdump())
+        connection.close()
+        return found
+
+    before = everything()
+    for command in ("sessions", "users", "funnel", "dropoff", "show first", "show people --json", "sessions --csv"):
+        assert run(*command.split()).exit_code == 0
+    assert everything() == before
