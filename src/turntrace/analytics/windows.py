@@ -36,7 +36,7 @@ def window_by_turn(ledger: Ledger, filters: Filters = ALL) -> list[WindowOfTurn]
     """Return how full the models' windows were, by the number of the turn."""
     # A big integer: three million tokens in thousandths are too many for PostgreSQL's usual ones.
     share = (turns.c.context_tokens * literal(_PER_MILLE, BigInteger)) // func.nullif(
-        turns.c.context_limit, 0, type_=Integer
+        turns.c.context_limit, 0, type_=BigInteger
     )
     values = select(turn_number(turns.c.number).label("part"), share.label("value"))
     values = values.where(of_turns(filters), turns.c.context_tokens.is_not(None), turns.c.context_limit > 0)
