@@ -110,8 +110,18 @@ def of_sessions(filters: Filters) -> ColumnElement[bool]:
     """Return the condition on sessions."""
     conditions = _on_sessions(filters)
     if filters.of_some_turns:
-        conditions.append(exists().where(turns.c.session_id == sessions.c.id, *_on_turns(filters)).correlate(sessions))
+        conditions.append(_with_turns(filters))
     return and_(true(), *conditions)
+
+
+def _with_turns(filters: Filters) -> ColumnElement[bool]:
+    """Return the condition on sessions that they have a turn of those.
+
+    Of a topic there are few turns, and the index of conversations finds them; those of a model are sought by session.
+    """
+    if filters.topic is not None:
+        return sessions.c.id.in_(select(turns.c.session_id).where(*_on_turns(filters)).correlate(None))
+    return exists().where(turns.c.session_id == sessions.c.id, *_on_turns(filters)).correlate(sessions)
 
 
 def of_turns(filters: Filters) -> ColumnElement[bool]:
