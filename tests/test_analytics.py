@@ -184,6 +184,7 @@ def by_chance(seed: int = 7, count: int = 160) -> Records:
             last_turn=None if reason is None else chance.choice((None, 1, 2, 50, 51, 70)),
             last_intent=chance.choice((None, "refund", "Rebook", "éclair")),
             last_action=chance.choice((None, "answered", "failed")),
+            journey_name="onboarding",
             journey_converted=chance.choice((None, None, True, False)),
         )
         for part in range(chance.choice((0, 1, 1, 2))):
@@ -192,7 +193,13 @@ def by_chance(seed: int = 7, count: int = 160) -> Records:
             first, many = chance.choice(((1, 3), (1, 6), (48, 6)))
             for number in range(first, first + chance.randrange(1, many + 1)):
                 turn_by_chance(chance, records, session, name, number)
+    for owner in sorted({owner_of(row) for row in records.sessions if row["journey_converted"]}):
+        records.journey(owner, "done", took_ms=chance.randrange(35) * DAY // 1_000_000)
     return records
+
+
+def owner_of(session: Row) -> str:
+    return str(session["user_id"] or f"session:{session['id']}")
 
 
 def turn_by_chance(chance: random.Random, records: Records, session: Row, conversation: str, number: int) -> None:
@@ -368,18 +375,22 @@ def expected_dropoffs(records: Records, filters: Filters, column: str) -> set[tu
     return {(name, len(rows), sum(row["dropoff"] is True for row in rows)) for name, rows in grouped(ended, at).items()}
 
 
-def outcome(row: Row) -> str:
+def outcome(row: Row, records: Records) -> str:
+    whose = [
+        each for each in records.of(journeys) if (each["owner"], each["name"]) == (owner_of(row), row["journey_name"])
+    ]
+    converted = any((each["converted_ns"] or 0) >= row["started_ns"] for each in whose) and row["journey_converted"]
     if row["ended_ns"] is None:
         return "unknown"
     if row["feedback_count"]:
         return "successful" if row["feedback_sum"] / row["feedback_count"] >= 0.5 else "unsuccessful"
-    if row["journey_converted"] or row["end_reason"] == "completed":
+    if converted or row["end_reason"] == "completed":
         return "successful"
     return "unsuccessful" if row["end_reason"] == "error" or row["dropoff"] else "unknown"
 
 
 def expected_outcomes(records: Records, filters: Filters) -> list[tuple[Any, ...]]:
-    by_outcome, found = grouped(kept_sessions(records, filters), outcome), []
+    by_outcome, found = grouped(kept_sessions(records, filters), lambda row: outcome(row, records)), []
     for name in ("successful", "unsuccessful", "unknown"):
         if rows := by_outcome.get(name):
             n, many, rated = len(rows), total(rows, "total_turns"), total(rows, "feedback_count")
@@ -393,7 +404,7 @@ def expected_outcomes(records: Records, filters: Filters) -> list[tuple[Any, ...
 
 
 def expected_intents(records: Records, filters: Filters) -> list[tuple[Any, ...]]:
-    ids = {row["id"]: outcome(row) for row in kept_sessions(records, filters)}
+    ids = {row["id"]: outcome(row, records) for row in kept_sessions(records, filters)}
     pairs = {(turn["intent"], turn["session_id"]) for turn in kept_turns(records, filters) if turn["intent"]}
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for intent, session_id in pairs:
@@ -656,7 +667,7 @@ EVERY_QUESTION = sorted(
     name
     for name in analytics.__all__
     if callable(getattr(analytics, name))
-    and name not in ("ask_together", "day_of", "interval", "funnel", "users", "sessions_by")
+    and name not in ("ask_together", "day_of", "interval", "funnel", "users", "sessions_by", "choices")
     and not name[0].isupper()
 )
 
@@ -664,6 +675,7 @@ EVERY_QUESTION = sorted(
 def every_answer(ledger: Ledger, filters: Filters = ALL) -> dict[str, Any]:
     answers = {name: getattr(analytics, name)(ledger, filters) for name in EVERY_QUESTION}
     answers |= {f"sessions_by {by}": analytics.sessions_by(ledger, by, filters) for by in SESSION_ORDERS}  # type: ignore[arg-type]
+    answers["choices"] = analytics.choices(ledger)
     return answers | {"users": analytics.users(ledger, "dearest", filters)}
 
 
@@ -691,6 +703,17 @@ def test_asked_together_the_answers_are_the_same(made: Made) -> None:
 def test_an_error_of_a_question_asked_together_is_raised() -> None:
     with pytest.raises(ZeroDivisionError):
         analytics.ask_together({"one": lambda: 1, "other": lambda: 1 // 0})
+
+
+def test_what_was_converted_before_a_session_is_no_success_of_it(engine: Engine) -> None:
+    records = Records()
+    for name, began in (("first", 0), ("second", 10 * DAY)):
+        ended = {"ended_ns": MONDAY + began + DAY, "end_reason": "inactive_timeout", "dropoff": True}
+        known = {"user_id": "ann", "journey_name": "onboarding", "journey_converted": True}
+        records.add_session(name, started_ns=MONDAY + began, **known, **ended)
+    records.journey("ann", "done", took_ms=5_000)
+    found = analytics.outcomes(records.write(engine))
+    assert [(each.outcome, each.n) for each in found] == [("successful", 1), ("unsuccessful", 1)]
 
 
 # --- the recorded conversations ---------------------------------------------------------------------------------------
@@ -798,17 +821,18 @@ def test_every_answer_is_the_same_on_each_database(
 ) -> None:
     found = every_answer(airline_ledger[1])
     for name, expected in answers_of_sqlite.items():
-        assert rounded(found[name]) == rounded(expected), name
+        assert listed(found[name]) == listed(expected, nearly=True), name
 
 
-def rounded(value: Any) -> Any:
-    """Sums of floats depend on the order of the rows, which is a database's own."""
+def listed(value: Any, *, nearly: bool = False) -> Any:
+    """Sums of floats depend on the order of the rows, which is a database's own: they are nearly the same."""
     if isinstance(value, float):
-        return round(value, 9)
+        return pytest.approx(value, rel=1e-9) if nearly else value
     if isinstance(value, list | tuple):
-        return [rounded(each) for each in value]
+        return [listed(each, nearly=nearly) for each in value]
     if hasattr(value, "__dataclass_fields__"):
-        return [type(value).__name__, *(rounded(getattr(value, name)) for name in value.__dataclass_fields__)]
+        told = (listed(getattr(value, name), nearly=nearly) for name in value.__dataclass_fields__)
+        return [type(value).__name__, *told]
     return value
 
 
@@ -826,6 +850,8 @@ def test_an_empty_ledger_is_answered_with_nothing_and_no_error(engine: Engine) -
         answers = every_answer(ledger, filters)
         assert plain(answers.pop("session_lengths")) == ([], [], 0, None, None, None, None)
         assert answers.pop("by_model") == ([], [])
+        assert set(plain(answers.pop("totals"))) == {0, None}
+        assert plain(answers.pop("choices")) == ([],) * 6
         assert list(answers.values()) == [[]] * len(answers)
         assert analytics.funnel(ledger, "onboarding", filters) is None
 

@@ -74,10 +74,6 @@ def fails_until(attempt: int) -> Callable[[], None]:
     return call
 
 
-def is_named(name: str) -> Any:
-    return lambda span: span.name == name
-
-
 # --- attempts ---------------------------------------------------------------------------------------------------------
 def attempts_of(spans: list[CapturedSpan]) -> list[tuple[Any, Any]]:
     return [(span.attributes.get(a.TURN_ATTEMPT), span.attributes.get(a.LANGFUSE_OBSERVATION_LEVEL)) for span in spans]

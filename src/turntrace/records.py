@@ -273,6 +273,7 @@ class Step:
         error: Class of the error that ended it.
         context_tokens: Tokens that the model was given, for a generation.
         context_limit: Tokens that it can be given.
+        attempt: Which attempt of a node or a task it is, for those after the first.
     """
 
     span_id: str
@@ -287,3 +288,4 @@ class Step:
     error: str | None = None
     context_tokens: int | None = None
     context_limit: int | None = None
+    attempt: int | None = None

@@ -47,12 +47,14 @@ from turntrace.analytics.sittings import (
     sessions_by,
     sessions_over_time,
 )
+from turntrace.analytics.totals import Choices, Totals, choices, totals
 from turntrace.analytics.windows import Prunings, WindowOfTurn, prunings, window_by_turn
 
 __all__ = [
     "ALL",
     "MOST_TURNS",
     "ORDERS",
+    "Choices",
     "Cohort",
     "DayOfSessions",
     "Dropoffs",
@@ -67,11 +69,13 @@ __all__ = [
     "Prunings",
     "Rate",
     "SessionLengths",
+    "Totals",
     "Usage",
     "UserFigures",
     "WindowOfTurn",
     "ask_together",
     "by_model",
+    "choices",
     "day_of",
     "dropoff_by_action",
     "dropoff_by_intent",
@@ -89,6 +93,7 @@ __all__ = [
     "session_lengths",
     "sessions_by",
     "sessions_over_time",
+    "totals",
     "usage_by_channel",
     "usage_by_day",
     "usage_by_model",

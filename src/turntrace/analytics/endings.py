@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, case, func, or_, select
+from sqlalchemy import ColumnElement, and_, case, exists, func, literal, or_, select
 
 from turntrace.analytics.asking import count_if, in_bytes, mean_satisfaction, rows_of, turn_number
 from turntrace.analytics.confidence import Rate, interval
 from turntrace.analytics.filters import ALL, Filters, of_sessions, on_turns
 from turntrace.ledger import Ledger
-from turntrace.ledger.tables import sessions, turns
+from turntrace.ledger.tables import journeys, sessions, turns
 
 SUCCESSFUL: Final = "successful"
 UNSUCCESSFUL: Final = "unsuccessful"
@@ -129,7 +129,7 @@ def outcome_of() -> ColumnElement[str]:
     """Return the outcome of a session, by the first of these that is known; that of an open one is not.
 
     - what users thought of it: a mean of at least 0.5 is success, less is not;
-    - the journey that it took the last step of: converted is success;
+    - the journey that it took the last step of: converted in it is success;
     - why it ended: ``completed`` is success, ``error`` is not;
     - a drop-off is not success.
     """
@@ -137,11 +137,21 @@ def outcome_of() -> ColumnElement[str]:
     return case(
         (sessions.c.ended_ns.is_(None), UNKNOWN),
         (sessions.c.feedback_count > 0, case((satisfied, SUCCESSFUL), else_=UNSUCCESSFUL)),
-        (sessions.c.journey_converted.is_(True), SUCCESSFUL),
+        (and_(sessions.c.journey_converted.is_(True), _converted_in_it()), SUCCESSFUL),
         (sessions.c.end_reason == "completed", SUCCESSFUL),
         (or_(sessions.c.end_reason == "error", sessions.c.dropoff.is_(True)), UNSUCCESSFUL),
         else_=UNKNOWN,
     )
+
+
+def _converted_in_it() -> ColumnElement[bool]:
+    """Return the condition that the session's journey was not converted before it began.
+
+    The journey is the user's, or that of a session whose user is unknown (see `turntrace.ledger.writing.owner_of`).
+    """
+    owner = func.coalesce(sessions.c.user_id, literal("session:") + sessions.c.id)
+    of_it = journeys.c.owner == owner, journeys.c.name == sessions.c.journey_name
+    return exists().where(*of_it, journeys.c.converted_ns >= sessions.c.started_ns).correlate(sessions)
 
 
 def outcomes(ledger: Ledger, filters: Filters = ALL) -> list[Outcome]:

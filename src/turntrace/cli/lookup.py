@@ -1,6 +1,7 @@
 """Finding what a command names: ledgers, sessions, users."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Final
 
@@ -96,6 +97,7 @@ def hash_of(ledger: Ledger, user_id: str) -> str:
 def suggest_sessions(url: str | None, begins: str) -> Sequence[str]:
     """Return ids of sessions that begin so, the newest first; none where that cannot be told."""
     try:
-        return [session.id for session in open_existing(url).sessions(limit=_SUGGESTED, id_begins=begins)]
+        with closing(open_existing(url)) as ledger:
+            return [session.id for session in ledger.sessions(limit=_SUGGESTED, id_begins=begins)]
     except Exception:  # whoever presses a key is not to read of an error
         return []

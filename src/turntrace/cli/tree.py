@@ -209,36 +209,19 @@ def _add_steps(branch: Tree, turn: TurnSummary, steps: Sequence[Step]) -> None:
     for step in sorted(steps, key=lambda step: step.start_ms):
         # What hangs on a span of other code is shown below the turn: the ledger keeps our own steps only.
         below.setdefault(step.parent_id if step.parent_id in known else turn.root_span_id, []).append(step)
-    attempts = {span_id: n for siblings in below.values() for span_id, n in _attempts(siblings).items()}
     waiting = [(branch, step) for step in reversed(below.get(turn.root_span_id, []))]
     while waiting:
         above, step = waiting.pop()
-        node = above.add(_step_line(step, attempts.get(step.span_id)))
+        node = above.add(_step_line(step))
         waiting += [(node, child) for child in reversed(below.get(step.span_id, []))]
 
 
-def _attempts(siblings: Sequence[Step]) -> dict[str, int]:
-    """Return which attempt nodes are, from 2: a failed one after which another of its name began was tried again."""
-    found: dict[str, int] = {}
-    failed: dict[str, list[Step]] = {}
-    for step in siblings:
-        if step.kind != "chain":
-            continue
-        before = next((f for f in failed.get(step.name, []) if f.start_ms + f.duration_ms <= step.start_ms), None)
-        if before is not None:
-            failed[step.name].remove(before)
-            found[step.span_id] = found.get(before.span_id, 1) + 1
-        if step.error is not None:
-            failed.setdefault(step.name, []).append(step)
-    return found
-
-
-def _step_line(step: Step, attempt: int | None) -> Text:
+def _step_line(step: Step) -> Text:
     line = Text.assemble((f"{safe(_KINDS.get(step.kind, step.kind))} ", "dim"), safe(step.name))
     if step.kind != "event":
         line.append(f"  {duration(step.duration_ms)}", style="cyan")
-    if attempt is not None:
-        line.append(f"  attempt {attempt}", style="yellow")
+    if step.attempt is not None:
+        line.append(f"  attempt {step.attempt}", style="yellow")
     if step.input_tokens is not None:
         line.append(f"  {step.input_tokens:,} in, {step.output_tokens or 0:,} out")
     if step.cost_usd is not None:

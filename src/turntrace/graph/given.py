@@ -13,7 +13,7 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.graph.state import CompiledStateGraph
 
 from turntrace.boundary import caught
-from turntrace.lifecycle.travelling import CARRIED
+from turntrace.lifecycle.carrying import CARRIED
 
 _NAMES: Final = (
     *("session_id", "user_id", "conversation_id"),

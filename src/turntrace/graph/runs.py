@@ -85,10 +85,11 @@ class RunRegistry:
                 self._make_graph(parent)
             known: dict[str, AttributeValue] = {} if number is None else {a.TURN_STEP: number}
             attempt = next_attempt(parent, namespace)
-            if attempt > 1:
+            if attempt is not None:
                 known[a.TURN_ATTEMPT] = attempt
             run = self._step_began(run_id, parent.root, parent, extract.name_of_node(name), "chain", known)
-            run.attempt = attempt
+            if run.step is not None:
+                run.step.attempt = attempt
             messages = extract.messages_of_state(inputs, self.reads.messages_key, metadata)
             if messages is not None and run.step is not None:
                 run.root.turn.recall(messages)

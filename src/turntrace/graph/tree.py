@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 from uuid import UUID
 
 from opentelemetry import trace
@@ -46,13 +46,6 @@ class Root:
     prompt: Prompt | None = None
 
 
-class Attempt(NamedTuple):
-    """A run of a node or a task that failed: which attempt it was, from 1, and its step."""
-
-    number: int
-    step: OpenStep
-
-
 @dataclass(slots=True, eq=False)
 class Run:
     """A run of LangChain's.
@@ -70,7 +63,6 @@ class Run:
         model: The model that a call asks for.
         provider: The vendor of that model.
         namespace: LangGraph's checkpoint namespace of the node or task that it is, or is in.
-        attempt: Which attempt it is, from 1.
         failed: Of a graph, its nodes and tasks that failed, by namespace: another run of the same is another attempt.
     """
 
@@ -86,8 +78,7 @@ class Run:
     model: str | None = None
     provider: str | None = None
     namespace: str = ""
-    attempt: int = 1
-    failed: "dict[str, Attempt] | None" = None
+    failed: dict[str, OpenStep] | None = None
 
 
 def joined(turn: Turn, scope: Scope) -> Root:
@@ -100,16 +91,16 @@ def joined(turn: Turn, scope: Scope) -> Root:
     return Root(turn, owns_turn=False, above=above)
 
 
-def next_attempt(parent: Run, namespace: str) -> int:
-    """Return which attempt a run of a node or a task is that begins below a graph's, from 1.
+def next_attempt(parent: Run, namespace: str) -> int | None:
+    """Return which attempt a run of a node or a task is that begins below a graph's; None for the first.
 
     Those before it were none that the graph failed by, which is noted on their steps.
     """
     before = None if parent.failed is None else parent.failed.pop(namespace, None)
     if before is None:
-        return 1
-    before.step.retried = True
-    return before.number + 1
+        return None
+    before.retried = True
+    return (before.attempt or 1) + 1
 
 
 def note_failure(run: Run) -> None:
@@ -117,4 +108,4 @@ def note_failure(run: Run) -> None:
     if run.parent is not None and run.step is not None and run.is_step and run.namespace:
         if run.parent.failed is None:
             run.parent.failed = {}
-        run.parent.failed[run.namespace] = Attempt(run.attempt, run.step)
+        run.parent.failed[run.namespace] = run.step

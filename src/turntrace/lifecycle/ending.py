@@ -156,4 +156,5 @@ def _as_record(turn: "Turn", ended: EndedStep) -> Step:
         error=step.error or ("abandoned" if step.abandoned else None),
         context_tokens=None if given is None else given.tokens,
         context_limit=None if given is None else given.limit,
+        attempt=step.attempt,
     )

@@ -10,7 +10,8 @@ from turntrace.identity import check_id, check_text
 from turntrace.lifecycle.feedback import FEEDBACK_NAME, PutFeedback
 from turntrace.lifecycle.here import current_turn
 from turntrace.lifecycle.journey import Journey
-from turntrace.lifecycle.turn import Turn, is_abandoning
+from turntrace.lifecycle.running import is_abandoning
+from turntrace.lifecycle.turn import Turn
 from turntrace.records import SessionFacts
 from turntrace.summaries import SessionSummary
 

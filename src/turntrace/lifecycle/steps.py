@@ -99,6 +99,7 @@ class OpenStep:
         error_text: What may be recorded of that error's text.
         abandoned: Whether nobody waited for it any more.
         retried: Whether it failed and another attempt took its place.
+        attempt: Which attempt of a node or a task it is, for those after the first.
         fit: How messages were fitted in it last.
         sent: What the model was sent, for a generation.
     """
@@ -119,6 +120,7 @@ class OpenStep:
     error_text: str | None = None
     abandoned: bool = False
     retried: bool = False
+    attempt: int | None = None
     started: Span | None = None
     fit: Fit | None = None
     sent: Sent | None = None

@@ -9,15 +9,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry import baggage, trace
-from opentelemetry.baggage.propagation import W3CBaggagePropagator
 from opentelemetry.context import Context
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from turntrace import attributes as a
 from turntrace.attributes import AttributeValue
 from turntrace.current import Scope
 from turntrace.errors import IdentityError
 from turntrace.identity import check_id, safe_text
+from turntrace.lifecycle.carrying import CARRIED, context_in
 from turntrace.lifecycle.session import Conversation, Session
 from turntrace.lifecycle.steps import OpenStep, TurnAccount
 from turntrace.lifecycle.turn import Turn
@@ -26,12 +25,7 @@ from turntrace.records import SessionFacts, TurnTags
 if TYPE_CHECKING:
     from turntrace.lifecycle.tracker import SessionTracker
 
-CARRIED: Final = ("traceparent", "baggage")
-"""The headers by which a turn travels, in lower case."""
-
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
-_TRACE: Final = TraceContextTextMapPropagator()
-_BAGGAGE: Final = W3CBaggagePropagator()
 
 
 def tags_in(carrier: Mapping[str, Any] | None) -> tuple[TurnTags, trace.SpanContext] | None:
@@ -52,7 +46,7 @@ def tags_in(carrier: Mapping[str, Any] | None) -> tuple[TurnTags, trace.SpanCont
         texts = {name: text for name in CARRIED if isinstance(text := carrier.get(name), str)}
         if len(texts) < len(CARRIED):
             return None
-        context = _BAGGAGE.extract(texts, _TRACE.extract(texts, Context()))
+        context = context_in(texts)
         span = trace.get_current_span(context)
     carried = baggage.get_all(context)
     called_by = span.get_span_context()

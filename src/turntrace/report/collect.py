@@ -8,7 +8,6 @@ from typing import Any, Final
 from turntrace import analytics
 from turntrace.analytics import ALL, Filters
 from turntrace.ledger import Ledger
-from turntrace.report.totals import Choices, Totals, choices, totals
 from turntrace.summaries import SessionSummary
 
 _AT_ONCE: Final = 2
@@ -51,8 +50,8 @@ class Report:
 
     at_ns: int
     filters: Filters
-    totals: Totals
-    choices: Choices
+    totals: analytics.Totals
+    choices: analytics.Choices
     days: Sequence[analytics.DayOfSessions]
     lengths: analytics.SessionLengths
     latency: Sequence[analytics.LatencyOfTurn]
@@ -95,8 +94,9 @@ def collect(ledger: Ledger, filters: Filters = ALL, *, now_ns: int) -> Report:
     """
     ledger.settled()  # once, instead of at the first question of each thread
     questions = {name: partial(question, ledger, filters) for name, question in _QUESTIONS.items()}
-    answers = analytics.ask_together(questions, threads=_AT_ONCE)
-    return Report(at_ns=now_ns, filters=filters, **answers)
+    answers: dict[str, Any] = analytics.ask_together(questions, threads=_AT_ONCE)
+    usage, errors = answers.pop("by_model")
+    return Report(at_ns=now_ns, filters=filters, usage_by_model=usage, estimate_errors=errors, **answers)
 
 
 def _sessions(by: Any, limit: int) -> Callable[[Ledger, Filters], Any]:
@@ -108,9 +108,8 @@ _QUESTIONS: Final[Mapping[str, Callable[[Ledger, Filters], Any]]] = {
     "latency": analytics.latency_by_turn,
     "windows": analytics.window_by_turn,
     "outcomes_by_intent": analytics.outcomes_by_intent,
-    "usage_by_model": analytics.usage_by_model,
-    "estimate_errors": analytics.estimate_errors,
-    "choices": lambda ledger, _: choices(ledger),
+    "by_model": analytics.by_model,
+    "choices": lambda ledger, _: analytics.choices(ledger),
     "funnels": analytics.funnels,
     "prunings": analytics.prunings,
     "retention": analytics.retention,
@@ -124,7 +123,7 @@ _QUESTIONS: Final[Mapping[str, Callable[[Ledger, Filters], Any]]] = {
     "dropoff_by_action": analytics.dropoff_by_action,
     "dropoff_by_reason": analytics.dropoff_by_reason,
     "outcomes": analytics.outcomes,
-    "totals": totals,
+    "totals": analytics.totals,
     "latest": _sessions("newest", _LATEST),
     "slowest": _sessions("slowest", _SHOWN),
     "dearest": _sessions("dearest", _SHOWN),

@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from turntrace.analytics import Filters, day_of
+from turntrace.analytics import Choices, Filters, day_of
 from turntrace.errors import ConfigurationError
 from turntrace.report.markup import Markup, element
-from turntrace.report.totals import Choices
 from turntrace.report.words import day_or_moment, shortened, visible
 
 _OPEN: Final = "open"

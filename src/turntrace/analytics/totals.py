@@ -1,4 +1,4 @@
-"""The figures at the top of the report, and what the filters can be set to."""
+"""What sessions add up to, and what the filters can be set to."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,9 +6,8 @@ from typing import Any, Final
 
 from sqlalchemy import func, select
 
-from turntrace.analytics import Filters
-from turntrace.analytics.asking import count_if, mean_satisfaction, rows_of
-from turntrace.analytics.filters import of_sessions
+from turntrace.analytics.asking import count_if, in_bytes, mean_satisfaction, rows_of
+from turntrace.analytics.filters import ALL, Filters, of_sessions
 from turntrace.ledger import Ledger
 from turntrace.ledger.tables import conversations, sessions, turns
 
@@ -67,7 +66,7 @@ class Totals:
         return self.dropoffs / self.ended if self.ended else None
 
 
-def totals(ledger: Ledger, filters: Filters) -> Totals:
+def totals(ledger: Ledger, filters: Filters = ALL) -> Totals:
     """Return what the sessions add up to."""
     s = sessions.c
     whole = {
@@ -126,5 +125,5 @@ def choices(ledger: Ledger) -> Choices:
 
 
 def _values(ledger: Ledger, column: Any) -> list[str]:
-    query = select(column.label("value")).where(column.is_not(None)).distinct().order_by(column).limit(_MOST_CHOICES)
-    return [str(row.value) for row in rows_of(ledger, query)]
+    query = select(column.label("value")).where(column.is_not(None)).group_by(column).order_by(in_bytes(column))
+    return [str(row.value) for row in rows_of(ledger, query.limit(_MOST_CHOICES))]
