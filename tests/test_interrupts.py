@@ -412,11 +412,11 @@ def test_a_turn_is_handed_over(desk: Desk) -> None:
 
 def test_a_turn_that_was_handed_over_waits_for_no_user(desk: Desk) -> None:
     conversation = desk.tracker.start_session(user_id="ann").conversation("c1")
-    carrier = conversation.start_turn("Sum this up").carrier()
-    with conversation.turn("And this?"):
-        pass
-    desk.tracker.flush()
     with asyncio.Runner() as runner:
+        carrier = runner.run(conversation.start_turn("Sum this up").acarrier())
+        with conversation.turn("And this?"):
+            pass
+        desk.tracker.flush()
         turn = runner.run(desk.tracker.aresume_turn(carrier))
     turn.end()
     assert [each.status for each in desk.turns()] == ["completed", "completed"]

@@ -54,10 +54,8 @@ def sessions(
     _check_one_form(as_json, as_csv)
     with working("Asking the ledger"):
         found = sessions_by(chosen.ledger, cast(Any, _words(sort)), chosen.filters, limit=limit)
-    if as_json:
-        machine.write_json([machine.session_row(session) for session in found])
-    elif as_csv:
-        machine.write_csv(machine.SESSION_NAMES, map(machine.session_row, found))
+    if as_json or as_csv:
+        machine.write_rows([machine.session_row(session) for session in found], machine.SESSION_NAMES, as_csv=as_csv)
     elif found:
         lists.sessions_table(stdout(), found)
     else:
@@ -77,10 +75,8 @@ def users(
     _check_one_form(as_json, as_csv)
     with working("Asking the ledger"):
         found = users_by(chosen.ledger, cast(Any, _words(sort)), chosen.filters, limit=limit)
-    if as_json:
-        machine.write_json([machine.plain(user) for user in found])
-    elif as_csv:
-        machine.write_csv(machine.USER_NAMES, map(machine.plain, found))
+    if as_json or as_csv:
+        machine.write_rows([machine.plain(user) for user in found], machine.USER_NAMES, as_csv=as_csv)
     elif found:
         lists.users_table(stdout(), found)
     else:

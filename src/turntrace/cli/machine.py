@@ -26,6 +26,14 @@ def write_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
+def write_rows(rows: Sequence[Mapping[str, Any]], names: Sequence[str], *, as_csv: bool) -> None:
+    """Write rows as CSV with these columns, or as one JSON array."""
+    if as_csv:
+        write_csv(names, rows)
+    else:
+        write_json(rows)
+
+
 def write_csv(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows as CSV (RFC 4180), after a row of their names.
 
