@@ -18,7 +18,7 @@ from turntrace.records import SessionFacts, TurnRequest
 if TYPE_CHECKING:
     from turntrace.lifecycle.tracker import SessionTracker
 
-_WRITTEN_S: Final = 30.0
+_WRITTEN_S: Final = 5.0
 
 
 class Turns:
