@@ -37,8 +37,14 @@ class Reading:
         return ("assistant", answer) if isinstance(answer, str) else answer
 
 
-_message_in = never_breaks("reading the input of a run")(extract.message_in)
-_answer_in = never_breaks("reading the output of a run")(extract.answer_in)
+@never_breaks("reading the input of a run")
+def _message_in(inputs: Any, key: str) -> Any:
+    return extract.message_in(inputs, key)
+
+
+@never_breaks("reading the output of a run")
+def _answer_in(outputs: Any, key: str) -> Any:
+    return extract.answer_in(outputs, key)
 
 
 def checked_key(key: Any) -> str:
