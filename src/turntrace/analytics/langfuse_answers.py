@@ -19,8 +19,8 @@ WHY_NOT: Final[Mapping[str, str]] = {
     "estimate_errors": "Our own counts stand in metadata, which the Metrics API can filter by, not measure.",
     "prunings": "The prunings of known strategies can be counted (`prunings_by`); the messages and tokens stand in "
     "metadata, which the Metrics API cannot sum.",
-    "totals": "Different users and the sessions that are open cannot be counted, as it has no distinct counts; the sums "
-    "by day, reason and model (`sessions_over_time`, `end_reasons`, `usage_by_model`) have the rest.",
+    "totals": "Different users and the sessions that are open cannot be counted, as it has no distinct counts; the "
+    "sums by day, reason and model (`sessions_over_time`, `end_reasons`, `usage_by_model`) have the rest.",
     "choices": "Values in metadata cannot be a dimension, so those that there are cannot be listed.",
     "latency_by_turn, without waiting": "Langfuse's latency of a turn is from its start to its end, so the time that "
     "an interrupted turn waited for a person is in it.",
