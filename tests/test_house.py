@@ -4,14 +4,18 @@ import ast
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import turntrace
 
+PROJECT = Path(__file__).parents[1]
 SOURCE = Path(turntrace.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
@@ -144,6 +148,18 @@ def test_nothing_else_is_public_at_the_top() -> None:
     rooms = set(FLOORS) | set(ABOVE_ALL)
     public = {name for name in vars(turntrace) if not name.startswith("_")}
     assert public - rooms == set(turntrace.__all__)
+
+
+def test_ci_tries_the_floor_of_every_dependency() -> None:
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [Requirement(line) for line in [*project["dependencies"], *extras["langchain"], *extras["postgres"]]]
+    wanted += [Requirement(line) for line in extras["report"]]
+    tried = [Requirement(line.split("#")[0]) for line in (PROJECT / ".ci" / "oldest.txt").read_text().splitlines()[1:]]
+    at = {one.name: Version(next(iter(one.specifier)).version) for one in tried}
+    for one in wanted:
+        (floor,) = (Version(part.version) for part in one.specifier if part.operator == ">=")
+        assert at.get(one.name) == floor, f"{one}: .ci/oldest.txt has {at.get(one.name)}"
 
 
 def test_the_version_is_that_of_the_package() -> None:

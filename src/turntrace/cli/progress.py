@@ -1,16 +1,33 @@
-"""What `turntrace replay` shows: how far it is, lines that cannot be played, and what it came to."""
+"""How far a command is, and what `turntrace replay` shows: lines that cannot be played, and what it came to."""
 
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from turntrace.cli.render import is_watched, money, safe, stderr
 from turntrace.demo.replay import Totals
 from turntrace.demo.transcripts import Line, Source
+
+
+class WatchedProgress(Progress):
+    """Shows on stderr how far something is where somebody watches, and nothing at all where nobody does.
+
+    Args:
+        *columns: What it shows, from left to right.
+    """
+
+    def __init__(self, *columns: ProgressColumn) -> None:
+        console = stderr()
+        super().__init__(*columns, console=console, transient=True, expand=True, disable=not is_watched(console))
+
+    def stop(self) -> None:
+        """Take it away; older versions of rich print an empty line here even where nothing was shown."""
+        if not self.disable:
+            super().stop()
 
 
 class ReplayProgress:
@@ -21,19 +38,14 @@ class ReplayProgress:
     """
 
     def __init__(self, sources: Sequence[Source]) -> None:
-        self._console = stderr()
         sizes = [source.size for source in sources]
         total = None if None in sizes else sum(size or 0 for size in sizes)
-        self._progress = Progress(
+        self._progress = WatchedProgress(
             TextColumn("replaying"),
             BarColumn(bar_width=None),
             *([] if total is None else [TaskProgressColumn()]),
             TextColumn("{task.fields[lines]:,} lines"),
             TimeElapsedColumn(),
-            console=self._console,
-            transient=True,
-            expand=True,
-            disable=not is_watched(self._console),
         )
         self._task = self._progress.add_task("", total=total, lines=0)
         self._lines = 0
@@ -54,7 +66,7 @@ class ReplayProgress:
 
     def problem(self, line: Line, why: str) -> None:
         """Name a line that cannot be played."""
-        self._console.print(Text(f"{safe(line.source)}:{line.number}: {safe(why)}"), soft_wrap=True)
+        self._progress.console.print(Text(f"{safe(line.source)}:{line.number}: {safe(why)}"), soft_wrap=True)
 
 
 def replay_totals(console: Console, totals: Totals, *, ledger_url: str) -> None:

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from turntrace.cli.render import duration, is_watched, safe, stderr, stdout
+from turntrace.cli.progress import WatchedProgress
+from turntrace.cli.render import duration, safe, stdout
 from turntrace.errors import ConfigurationError
 from turntrace.export import Delivered, LangfuseServer, Outcome, Pace, Sender, Sent
 from turntrace.ledger import Ledger
@@ -108,16 +109,8 @@ def _gives_up(sent: Sent, failures: int) -> bool:
 
 
 def _progress(status: OutboxStatus) -> Progress:
-    console = stderr()
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        expand=True,
-        disable=not is_watched(console),
+    progress = WatchedProgress(
+        TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn()
     )
     progress.add_task("sending", total=status.spans.items + status.scores.items)
     return progress
