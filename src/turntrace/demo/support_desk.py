@@ -28,6 +28,11 @@ from turntrace.lifecycle import Session, SessionTracker, current_turn
 SHOWN: Final = 1
 """Which of the sessions that `run` returns is the one to look at: the one with the failing tool."""
 
+JOURNEY: Final = "order_help"
+"""The journey of a user with a question about an order, and its stages."""
+
+STAGES: Final = ("asked", "looked_up", "refunded")
+
 _LOOK_UP_S: Final = 0.02
 _INTENTS: Final = {"refund": "refund", "money": "refund", "order": "order", "ship": "shipping", "sign in": "account"}
 _INSTRUCTIONS: Final = "You help the customers of a shop. Be brief, be friendly, and look things up before you answer."
@@ -71,12 +76,15 @@ def build(model: BaseChatModel, payments: Payments) -> Graph:
     def order_status(order: str) -> str:
         """Tell where an order is."""
         time.sleep(_LOOK_UP_S)
+        current_turn().journey(JOURNEY).enter("looked_up")
         return f"order {order} is on its way"
 
     @tool
     def refund(order: str, amount: float) -> str:
         """Send the money for an order back."""
-        return payments.refund(order, amount)
+        receipt = payments.refund(order, amount)
+        current_turn().journey(JOURNEY).enter("refunded")
+        return receipt
 
     builder = StateGraph(DeskState)
     builder.add_node("triage", _triage)
@@ -95,7 +103,10 @@ def build(model: BaseChatModel, payments: Payments) -> Graph:
 
 def _triage(state: DeskState) -> dict[str, Any]:
     text = str(state["messages"][-1].content).lower()
-    current_turn().set_intent(next((intent for word, intent in _INTENTS.items() if word in text), "other"))
+    turn = current_turn()
+    turn.set_intent(next((intent for word, intent in _INTENTS.items() if word in text), "other"))
+    if "order" in text:
+        turn.journey(JOURNEY, STAGES).enter("asked")
     return {}
 
 
@@ -140,6 +151,8 @@ def run(tracker: SessionTracker) -> list[str]:
 
     second = tracker.start_session(user_id=alice, channel="mobile", tier="premium", locale="en-GB")
     _talk(graph, second, late_order, REFUND)
+    second.journey(JOURNEY).convert()
+    second.feedback(True)
     second.end("completed")
 
     others = asyncio.run(_others(graph, tracker))
@@ -176,6 +189,7 @@ async def _atalk(graph: Graph, tracker: SessionTracker, script: Sequence[Exchang
             for said, _ in script:
                 async with conversation.turn(said) as turn:
                     await graph.ainvoke(turn.input, cast(Any, turn.config))
+            session.feedback(False, comment="not answered")
     return session.id
 
 
