@@ -1,7 +1,8 @@
 """The turn of this context, and the span that stands for its running step.
 
 A `Scope` stands for a span of ours while a node, a tool or a turn's block runs, and from then on for whatever was
-current before it. It is put into OpenTelemetry's context, so spans that the app's own code starts become its children,
+current before it; in what a node left running, as a background task, for the root of its turn until that is finished,
+too. It is put into OpenTelemetry's context, so spans that the app's own code starts become its children,
 and under a key of our own, so that they are found to belong to the turn however deep they nest.
 
 Nothing breaks when a scope is never taken out again, as happens where LangChain calls the end of a run in another
@@ -10,6 +11,7 @@ context than its start: every look-up goes through the scope, and an ended one a
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
+from weakref import ReferenceType, ref
 
 from opentelemetry import context as otel_context
 from opentelemetry import trace
@@ -42,6 +44,14 @@ class CurrentTurn(Protocol):
         """What every span of the turn carries."""
 
     @property
+    def root(self) -> "Step":
+        """Its root."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has ended."""
+
+    @property
     def travels(self) -> bool:
         """Whether what runs inside takes the turn along in its requests to other servers."""
 
@@ -72,6 +82,7 @@ class Scope(trace.Span):
     def __init__(self, turn: CurrentTurn, step: Step, parent: Context) -> None:
         self._turn: CurrentTurn | None = turn
         self._step: Step | None = step
+        self._was: ReferenceType[CurrentTurn] | None = None
         before = otel_context.get_value(_SCOPE_KEY, parent)
         self._before_scope = before.settled() if isinstance(before, Scope) else None
         current = trace.get_current_span(parent)
@@ -107,8 +118,16 @@ class Scope(trace.Span):
         span: trace.Span = self
         while isinstance(span, Scope):
             step = span._step
+            if step is None and (left_by := span.left_by) is not None:
+                step = left_by.root
             span = span._before_span if step is None else step.span
         return span
+
+    @property
+    def left_by(self) -> CurrentTurn | None:
+        """The turn of a step that has ended while the turn goes on: what the step left running belongs to it."""
+        turn = None if self._was is None else self._was()
+        return None if turn is None or turn.is_finished else turn
 
     @property
     def step(self) -> Step | None:
@@ -117,6 +136,8 @@ class Scope(trace.Span):
 
     def close(self) -> None:
         """Stop standing for the step."""
+        if self._turn is not None:
+            self._was = ref(self._turn)  # contexts may live for long, and must not keep turns alive
         self._turn = self._step = None
 
     # --- the interface of a span: all but its end goes to the span that this stands for -------------------------------
@@ -169,6 +190,12 @@ def current_scope(context: Context | None = None) -> Scope | None:
     """Return the running scope of a context, by default of the current one."""
     scope = otel_context.get_value(_SCOPE_KEY, context)
     return scope.settled() if isinstance(scope, Scope) else None
+
+
+def turn_that_left(context: Context | None = None) -> CurrentTurn | None:
+    """Return the unfinished turn of an ended step that left running what runs in a context, or None."""
+    scope = otel_context.get_value(_SCOPE_KEY, context)
+    return scope.left_by if isinstance(scope, Scope) else None
 
 
 def current_span() -> trace.Span:

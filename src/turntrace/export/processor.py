@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerPro
 
 from turntrace.attributes import LANGFUSE_METADATA_PREFIX, SCOPE_NAME
 from turntrace.boundary import caught
-from turntrace.current import Scope, current_scope
+from turntrace.current import Scope, current_scope, turn_that_left
 
 _LANGFUSE_SDK = "langfuse-sdk"
 
@@ -85,7 +85,7 @@ class TurnSpanProcessor(SpanProcessor):
             if not isinstance(span, Scope):
                 return self._running.get(span.get_span_context().span_id)
             running = span.settled()
-        return None if running is None else running.turn
+        return turn_that_left(context) if running is None else running.turn
 
     def on_end(self, span: ReadableSpan) -> None:
         """Hand a span that has ended to its turn, or to the block that captures."""

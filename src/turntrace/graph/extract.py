@@ -17,6 +17,7 @@ from turntrace.records import LLMCall, TurnRequest, Usage
 
 HIDDEN_TAG: Final = "langsmith:hidden"
 _STEP_TAG: Final = "graph:step:"
+_EDIT: Final = "UpdateState"
 _INTERRUPTS: Final = "__interrupt__"
 _SENT: Final = "__pregel_push"
 _TASK_PATH: Final = 4
@@ -162,6 +163,14 @@ def is_answer(inputs: Any) -> bool:
 def has_interrupts(outputs: Any) -> bool:
     """Tell whether what a graph gave back says that it stopped to wait for a person."""
     return isinstance(outputs, Mapping) and bool(outputs.get(_INTERRUPTS))
+
+
+def is_edit_of_state(name: str | None) -> bool:
+    """Tell whether a root run is how ``update_state`` writes what is edited, and so no run of the graph.
+
+    LangGraph names it after the graph and tells nothing else that holds for every graph and version.
+    """
+    return name is not None and name.endswith(_EDIT)
 
 
 def message_in(inputs: Any, key: str = "messages") -> Any:

@@ -70,7 +70,7 @@ def track_graph(builder: B) -> B:
             builder.channels[name] = _Latest(channel.typ, name)
     for name, spec in builder.nodes.items():
         if not getattr(spec.runnable, _TRACKED, False):
-            tracked = _TrackedRunnable(spec.runnable, fields)  # type: ignore[arg-type]
+            tracked = _TrackedRunnable(spec.runnable, _Wanted(fields))  # type: ignore[arg-type]
             builder.nodes[name] = dataclasses.replace(spec, runnable=tracked)
     if not hasattr(builder.compile, _TRACKED):
         builder.compile = _tracked_compile(builder.compile)  # type: ignore[method-assign]
@@ -80,10 +80,31 @@ def track_graph(builder: B) -> B:
 def _tracked_compile(compiles: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(compiles)
     def tracked(*args: Any, **options: Any) -> Any:
-        return reads_what_it_is_given(compiles(*args, **options))
+        graph = compiles(*args, **options)
+        _keep_ids_from_caches(graph)
+        return reads_what_it_is_given(graph)
 
     setattr(tracked, _TRACKED, True)
     return tracked
+
+
+@never_breaks("keeping the ids out of the caches of nodes")
+def _keep_ids_from_caches(graph: Any) -> None:
+    """Have nodes with a cache write no ids: what they write is kept, and given to other turns of other users."""
+    for spec in graph.nodes.values():
+        if spec.cache_policy is not None:
+            for wanted in _wanted_in(spec.bound):
+                wanted.fields = frozenset()
+
+
+def _wanted_in(node: Any) -> Iterator["_Wanted"]:
+    wanted = getattr(node, _TRACKED, None)
+    if isinstance(wanted, _Wanted):
+        yield wanted
+    for name in ("inner", "func", "afunc"):  # a tracked function is in a runnable of LangGraph's, which is tracked too
+        inside = node.__dict__.get(name) if hasattr(node, "__dict__") else None
+        if inside is not None:
+            yield from _wanted_in(inside)
 
 
 def track_node(
@@ -122,25 +143,36 @@ def track_node(
             raise ConfigurationError("The node is tracked already. Give journey and stage where it is tracked first.")
         return node
     if isinstance(node, Runnable):
-        return _TrackedRunnable(node, _tracked_fields(state_schema), step)
+        return _TrackedRunnable(node, _Wanted(_tracked_fields(state_schema), step))
     if not callable(node):
         raise ConfigurationError(
             f"track_node takes a function, a coroutine function, a callable object or a Runnable, and got a "
             f"{type(node).__name__}: track_node(agent)."
         )
-    return _tracked_function(node, _tracked_fields(state_schema or _hinted_schema(node)), step)
+    return _tracked_function(node, _Wanted(_tracked_fields(state_schema or _hinted_schema(node)), step))
 
 
-def _tracked_function(
-    node: Callable[..., Any], fields: frozenset[str], journey: tuple[str, str] | None
-) -> Callable[..., Any]:
+@dataclasses.dataclass(slots=True)
+class _Wanted:
+    """What a tracked node is to do.
+
+    Attributes:
+        fields: The fields of the state that it writes.
+        journey: The journey and its stage that the user enters by it.
+    """
+
+    fields: frozenset[str]
+    journey: tuple[str, str] | None = None
+
+
+def _tracked_function(node: Callable[..., Any], wanted: _Wanted) -> Callable[..., Any]:
     called = _called(node)
     shell: Callable[..., Any]
     if inspect.isasyncgenfunction(called):
 
         @wraps(called)
         async def shell(state: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-            with _tracked(state, fields, journey) as track:
+            with _tracked(state, wanted) as track:
                 async for update in called(state, *args, **kwargs):
                     yield track.finished(update)
 
@@ -148,7 +180,7 @@ def _tracked_function(
 
         @wraps(called)
         def shell(state: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
-            with _tracked(state, fields, journey) as track:
+            with _tracked(state, wanted) as track:
                 for update in called(state, *args, **kwargs):
                     yield track.finished(update)
 
@@ -156,18 +188,18 @@ def _tracked_function(
 
         @wraps(called)
         async def shell(state: Any, *args: Any, **kwargs: Any) -> Any:
-            with _tracked(state, fields, journey) as track:
+            with _tracked(state, wanted) as track:
                 return track.finished(await called(state, *args, **kwargs))
 
     else:
 
         @wraps(called)
         def shell(state: Any, *args: Any, **kwargs: Any) -> Any:
-            with _tracked(state, fields, journey) as track:
+            with _tracked(state, wanted) as track:
                 return track.finished(called(state, *args, **kwargs))
 
     shell.__name__ = getattr(node, "__name__", type(node).__name__)  # by which LangGraph names a node
-    setattr(shell, _TRACKED, True)
+    setattr(shell, _TRACKED, wanted)
     return shell
 
 
@@ -186,23 +218,24 @@ class _TrackedRunnable(RunnableLambda[Any, Any]):
     ``afunc`` for whether it can be cancelled; it makes no run of its own.
     """
 
-    def __init__(
-        self, inner: Runnable[Any, Any], fields: frozenset[str], journey: tuple[str, str] | None = None
-    ) -> None:
+    def __init__(self, inner: Runnable[Any, Any], wanted: _Wanted) -> None:
         self.inner = inner
-        self.fields = fields
-        self.journey = journey
+        self.wanted = wanted
         self.name = inner.get_name()
         self.func = inner.invoke
         if _has_native_async(inner):
             self.afunc = inner.ainvoke
-        setattr(self, _TRACKED, True)
+        named = getattr(inner, "func", None) or inner  # by its place in the code LangGraph tells cached nodes apart
+        if hasattr(named, "__qualname__"):
+            self.__qualname__ = named.__qualname__
+            self.__module__ = named.__module__
+        setattr(self, _TRACKED, wanted)
 
     def __repr__(self) -> str:
         return f"track_node({self.inner!r})"
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("inner", "afunc", "func", "journey"):
+        if name.startswith("__") or name in ("inner", "afunc", "func", "wanted"):
             raise AttributeError(name)
         return getattr(self.inner, name)  # as LangGraph asks a ToolNode for its tools
 
@@ -211,11 +244,11 @@ class _TrackedRunnable(RunnableLambda[Any, Any]):
         return [self.inner]
 
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        with _tracked(input, self.fields, self.journey) as track:
+        with _tracked(input, self.wanted) as track:
             return track.finished(self.inner.invoke(input, track.carried(config, self.inner), **kwargs))
 
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        with _tracked(input, self.fields, self.journey) as track:
+        with _tracked(input, self.wanted) as track:
             return track.finished(await self.inner.ainvoke(input, track.carried(config, self.inner), **kwargs))
 
     stream = Runnable.stream
@@ -289,17 +322,17 @@ class _Track:
 
 
 @contextmanager
-def _tracked(state: Any, fields: frozenset[str], journey: tuple[str, str] | None = None) -> Iterator[_Track]:
+def _tracked(state: Any, wanted: _Wanted) -> Iterator[_Track]:
     """What happens around the run of a node, sync or async: its step is current in the node's own frame."""
     turn, step = _place()
-    track = _Track(turn, step, state, fields)
+    track = _Track(turn, step, state, wanted.fields)
     if turn is None or step is None:
         yield track
     else:
         with current_step(turn, step):
             yield track
-    if turn is not None and journey is not None:
-        _enter_stage(turn, *journey)
+    if turn is not None and wanted.journey is not None:
+        _enter_stage(turn, *wanted.journey)
 
 
 @never_breaks("entering the stage of a journey that a node was declared with")

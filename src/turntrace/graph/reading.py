@@ -29,10 +29,17 @@ class Reading:
             return _message_in(inputs, self.messages_key)
         return never_breaks("describing an input by describe_input=...")(self.describe_input)(inputs)
 
-    def answer_in(self, outputs: Any) -> Any:
-        """Return what the app answered: a text, a message or messages; or None."""
+    def answer_in(self, outputs: Any, *, waits: bool) -> Any:
+        """Return what the app answered: a text, a message or messages; or None.
+
+        Args:
+            outputs: What a run gave back.
+            waits: Whether it stopped to wait for a person: the app's function expects the output of one that is done.
+        """
         if self.describe_output is None:
             return _answer_in(outputs, self.messages_key)
+        if waits:
+            return None
         answer = never_breaks("describing an output by describe_output=...")(self.describe_output)(outputs)
         return ("assistant", answer) if isinstance(answer, str) else answer
 

@@ -17,13 +17,14 @@ from turntrace import attributes as a
 from turntrace.attributes import AttributeValue
 from turntrace.boundary import off_watched_loop
 from turntrace.content import to_json
-from turntrace.current import current_scope, enter, leave
+from turntrace.current import current_scope, enter, leave, turn_that_left
 from turntrace.graph import extract
 from turntrace.graph.given import given_ids
 from turntrace.graph.neighbours import neighbours
 from turntrace.graph.reading import Reading
 from turntrace.graph.tree import Metadata, Root, Run, Tags, joined, next_attempt, note_failure
 from turntrace.lifecycle import SessionTracker, Turn
+from turntrace.lifecycle.running import is_abandoning
 from turntrace.lifecycle.steps import OpenStep, StepKind
 from turntrace.lifecycle.turn import TURN_ID_KEY
 
@@ -43,6 +44,7 @@ class RunRegistry:
         self._tracker = tracker
         self.reads = reads
         self._runs: dict[UUID, Run] = _runs_of.setdefault(tracker, {})
+        self._unheard: set[UUID] = set()  # runs that are none of the app's, and what is below them
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -60,6 +62,9 @@ class RunRegistry:
         """Note a run of a graph, a node, or of what is between them, which makes no step of its own."""
         if run_id in self._runs:  # heard by another handler of this tracker
             return
+        if self._is_unheard(run_id, parent_id) or (parent_id is None and extract.is_edit_of_state(name)):
+            self._unheard.add(run_id)
+            return
         parent = None if parent_id is None else self._runs.get(parent_id)
         if parent is None:
             root = self._root_of(parent_id, inputs, metadata)
@@ -68,6 +73,7 @@ class RunRegistry:
                     root.prompt = extract.prompt_of(metadata)
                     root.names_prompts = root.prompt is not None
                 root.turn.run_began()
+                root.is_graph = True
                 name = name or "graph"
                 self._step_began(run_id, root, None, name, "agent", {a.GEN_AI_AGENT_NAME: name})
             return
@@ -160,7 +166,7 @@ class RunRegistry:
         inputs: Any,
         metadata: Metadata,
     ) -> Run | None:
-        if run_id in self._runs:
+        if run_id in self._runs or self._is_unheard(run_id, parent_id):
             return None
         parent = None if parent_id is None else self._runs.get(parent_id)
         root = self._root_of(parent_id, inputs, metadata) if parent is None else parent.root
@@ -180,6 +186,12 @@ class RunRegistry:
         run = Run(root, step, is_step=True, is_root=parent is None, parent=parent)
         self._note(run_id, run)
         return run
+
+    def _is_unheard(self, run_id: UUID, parent_id: UUID | None) -> bool:
+        if not self._unheard or parent_id not in self._unheard:
+            return False
+        self._unheard.add(run_id)
+        return True
 
     def _note(self, run_id: UUID, run: Run) -> None:
         self._runs[run_id] = run
@@ -211,8 +223,10 @@ class RunRegistry:
             return Root(named, owns_turn=False)
         if scope is not None and isinstance(running, Turn) and running.tracker is self._tracker:
             return joined(running, scope)
-        if parent_id is not None and extract.is_inside_graph(metadata):
-            return None  # what is left of a run that has ended: its turn is over
+        if parent_id is not None and extract.is_inside_graph(metadata):  # what a run that has ended left running
+            left_by: Any = turn_that_left()
+            is_ours = isinstance(left_by, Turn) and left_by.tracker is self._tracker
+            return Root(left_by, owns_turn=False) if is_ours else None
         return Root(off_watched_loop(lambda: self._turn_of_its_own(inputs, metadata or {})), owns_turn=True)
 
     def _turn_of_its_own(self, inputs: Any, metadata: Mapping[str, Any]) -> Turn:
@@ -238,13 +252,14 @@ class RunRegistry:
         if run is None:
             return
         run.prompt = None  # also for what it left running
-        answer = self.reads.answer_in(outputs) if run.is_root else None
+        if run.is_root and extract.has_interrupts(outputs):
+            run.root.interrupted = True
+        answer = self.reads.answer_in(outputs, waits=run.root.interrupted) if run.is_root else None
         if run.is_step and run.step is not None:
             if isinstance(answer, list) and len(answer) > 1:
                 run.root.turn.note_state(run.step, answer, "", at_ns=self._tracker.clock())
             run.root.turn.close_step(run.step)
         if run.is_root:
-            run.root.interrupted = run.root.interrupted or extract.has_interrupts(outputs)
             self._root_ended(run.root, answer)
 
     def llm_ended(self, run_id: UUID, result: LLMResult) -> None:
@@ -277,9 +292,10 @@ class RunRegistry:
         if run is None:
             return
         control_flow = extract.is_control_flow(error)
-        if extract.is_interrupt(error) and (run.is_root or (run.parent is not None and run.parent.is_root)):
-            run.root.interrupted = True  # one below it may be caught on its way
+        if extract.is_interrupt(error) and (run.is_root or (run.parent is not None and not run.parent.namespace)):
+            run.root.interrupted = True  # one further below may be caught on its way
         if run.is_step and run.step is not None:
+            run.step.waits = extract.is_interrupt(error)
             run.root.turn.close_step(run.step, error=None if control_flow else error)
             if not control_flow:
                 note_failure(run)
@@ -289,7 +305,7 @@ class RunRegistry:
     def interrupted(self, run_id: UUID | None, checkpoint_id: str) -> None:
         """Note that a graph stopped to wait for a person."""
         run = None if run_id is None else self._runs.get(run_id)
-        if run is not None and run.is_root:
+        if run is not None and not run.namespace:  # the graph itself, which may be a part of a chain
             run.root.interrupted = True
             run.root.checkpoint_id = checkpoint_id
 
@@ -311,6 +327,8 @@ class RunRegistry:
         if run is not None:
             run.root.below.discard(run_id)
             self._leave(run)
+        elif self._unheard:
+            self._unheard.discard(run_id)
         return run
 
     def _root_ended(self, root: Root, answer: Any, *, error: BaseException | None = None) -> None:
@@ -319,8 +337,11 @@ class RunRegistry:
             if run is not None and run.is_step and run.step is not None:
                 run.step.abandoned = True
                 root.turn.close_step(run.step)
+        if root.interrupted and error is not None and is_abandoning(error):
+            error = None  # whoever read the stream left it at the question: the graph waits all the same
         turn = root.turn
-        turn.run_ended(interrupted=root.interrupted, checkpoint_id=root.checkpoint_id)
+        if root.is_graph:
+            turn.run_ended(interrupted=root.interrupted, checkpoint_id=root.checkpoint_id)
         turn.note_answer(answer)
         if root.owns_turn:
             turn.end("interrupted" if root.interrupted else "completed", error=error)

@@ -29,6 +29,7 @@ class Root:
         above: Where it began inside a step of that turn: the step.
         owns_turn: Whether the turn ends with it.
         below: The runs below it that have not ended.
+        is_graph: Whether it is a run of a graph, or of a chain around one, and not a call that stands alone.
         interrupted: Whether it stopped to wait for a person.
         checkpoint_id: LangGraph's checkpoint at which it did.
         names_prompts: Whether a run below it named a prompt, so that calls of models have one to look for.
@@ -40,6 +41,7 @@ class Root:
     context: Context | None = None
     above: OpenStep | None = None
     below: set[UUID] = field(default_factory=set)
+    is_graph: bool = False
     interrupted: bool = False
     checkpoint_id: str | None = None
     names_prompts: bool = False
@@ -94,7 +96,7 @@ def joined(turn: Turn, scope: Scope) -> Root:
 def next_attempt(parent: Run, namespace: str) -> int | None:
     """Return which attempt a run of a node or a task is that begins below a graph's; None for the first.
 
-    Those before it were none that the graph failed by, which is noted on their steps.
+    The step of the one before is marked as tried again, so its error counts as a warning.
     """
     before = None if parent.failed is None else parent.failed.pop(namespace, None)
     if before is None:

@@ -64,7 +64,7 @@ def _add_step(step: OpenStep, account: TurnAccount) -> EndedStep:
             late.update(given.attributes())
             add_given(account, given)
     elif step.kind == "tool":
-        account.tool_calls += 1
+        account.tool_calls += not step.waits  # it is called once, and run again when somebody has answered
     if step.first_token_ns is not None:
         late[a.LANGFUSE_COMPLETION_START_TIME] = iso_time(step.first_token_ns)
         late[a.TURN_TIME_TO_FIRST_TOKEN_MS] = elapsed_ms(step.start_ns, step.first_token_ns)
@@ -97,7 +97,7 @@ def _failure_of(turn: "Turn", step: OpenStep) -> Failure | None:
     if step.error is None and not step.abandoned:
         return None
     text = None if step.error_text is None else turn.tracker.content.clean(step.error_text)
-    return Failure(step.error or "abandoned", text, failed=not (step.abandoned or step.retried))
+    return Failure(step.error or "abandoned", text, failed=not (step.abandoned or step.is_retried))
 
 
 def words_of(failure: Failure | None) -> dict[str, AttributeValue]:

@@ -95,6 +95,7 @@ class RunningTurn:
         self.account = TurnAccount() if before is None else account_before(before)
         self._running: dict[int, OpenStep] = {}
         self._ended: deque[OpenStep] = deque()
+        self._failed: list[OpenStep] = []
         self._foreign: deque[ReadableSpan] = deque()
         self._noted: deque[Fit | Glimpse] = deque()
         self._fit: Fit | None = None
@@ -291,8 +292,16 @@ class RunningTurn:
             self._settle()
 
     def take_ended(self) -> tuple[list[OpenStep], list[ReadableSpan], list[Fit | Glimpse]]:
-        """Hand over the steps and the spans of others that have ended since the last time, and what was noted."""
-        return list(_drained(self._ended)), list(_drained(self._foreign)), list(_drained(self._noted))
+        """Hand over the steps and the spans of others that have ended since the last time, and what was noted.
+
+        While the turn runs, what failed is kept back: it may be an attempt, which is told when it is tried again.
+        """
+        ended = [*self._failed, *_drained(self._ended)]
+        self._failed = [] if self._finished else [step for step in ended if step.error and not step.is_retried]
+        if self._failed:
+            kept = {id(step) for step in self._failed}
+            ended = [step for step in ended if id(step) not in kept]
+        return ended, list(_drained(self._foreign)), list(_drained(self._noted))
 
     def note_answer(self, messages: Any) -> None:
         """Note the last message that a run of a graph gave back."""

@@ -98,6 +98,7 @@ class OpenStep:
         error: Class of the error that ended it.
         error_text: What may be recorded of that error's text.
         abandoned: Whether nobody waited for it any more.
+        waits: Whether it stopped to wait for a person, and is run again with the answer.
         retried: Whether it failed and another attempt took its place.
         attempt: Which attempt of a node or a task it is, for those after the first.
         fit: How messages were fitted in it last.
@@ -119,6 +120,7 @@ class OpenStep:
     error: str | None = None
     error_text: str | None = None
     abandoned: bool = False
+    waits: bool = False
     retried: bool = False
     attempt: int | None = None
     started: Span | None = None
@@ -139,6 +141,14 @@ class OpenStep:
         if late:
             self.started.set_attributes(late)
         return self.started
+
+    @property
+    def is_retried(self) -> bool:
+        """Whether it, or what it was a part of, failed and another attempt took its place."""
+        step: OpenStep | None = self
+        while step is not None and not step.retried:
+            step = step.parent
+        return step is not None
 
     @property
     def agent(self) -> "OpenStep | None":
