@@ -12,11 +12,13 @@ from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, Remove
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, StateGraph
 from langgraph.graph.message import add_messages
+from langgraph.types import Command
 from pydantic import BaseModel
 
 from apps import MODEL, USAGE, Builder, FakeModel, State, asks, config_of, single
 from turntrace import ContentPolicy, ContextTracker, SessionCallbackHandler, boundary, track_graph
 from turntrace import attributes as a
+from turntrace.errors import ConfigurationError
 from turntrace.graph.state import CONTEXT_FIELD, STATE_IDS
 from turntrace.testing import Capture, assert_all_tagged, captured_spans
 
@@ -397,3 +399,65 @@ def test_a_state_that_is_the_messages_themselves(capture: Capture, is_async: boo
     assert [len(result) for result in talk.results] == [2, 4]
     assert talk.said == [KNOWN] * 2
     assert talk.of_roots(a.CONVERSATION_MESSAGES_IN_CONTEXT) == [1, 3]
+
+
+# --- what the user wants ----------------------------------------------------------------------------------------------
+class Wanting(State):
+    intent: NotRequired[str]
+
+
+@pytest.mark.parametrize("how", ["mapping", "command", "state"])
+def test_what_a_node_writes_as_the_intent_is_the_turns_where_it_is_asked_for(how: str, capture: Capture) -> None:
+    class Wants(BaseModel):
+        messages: Annotated[list[Any], add_messages]
+        intent: str | None = None
+
+    def triage(state: Any) -> Any:
+        if how == "state":
+            return Wants(messages=[], intent="refund")
+        return Command(update={"intent": "refund"}) if how == "command" else {"intent": "refund"}
+
+    tracker = capture.tracker()
+    schema: Any = Wants if how == "state" else Wanting
+    builder: Builder = StateGraph(schema)
+    builder.add_node("triage", triage)
+    builder.add_edge(START, "triage")
+    for key in (None, "intent"):
+        handler = SessionCallbackHandler(tracker, intent_key=key)
+        graph: Any = builder.compile()
+        graph.invoke(asks(), {**config_of("c1"), "callbacks": [handler]})
+    tracker.flush()
+    turns = [turn for session in tracker.ledger.sessions() for turn, _ in tracker.ledger.turns(session.id)]
+    assert [turn.intent for turn in turns] == [None, "refund"]
+
+
+def test_an_intent_of_an_earlier_turn_is_not_taken_for_that_of_this_one(capture: Capture) -> None:
+    tracker = capture.tracker()
+    builder: Builder = StateGraph(Wanting)
+    intents = iter(["refund", None, 7, ""])
+
+    def triage(_state: Any) -> Any:
+        intent: Any = next(intents)
+        return {} if intent is None else {"intent": intent}
+
+    builder.add_node("triage", triage)
+    builder.add_edge(START, "triage")
+    handler = SessionCallbackHandler(tracker, intent_key="intent")
+    graph: Any = builder.compile(checkpointer=InMemorySaver()).with_config(callbacks=[handler])
+    for _ in range(4):
+        graph.invoke(asks(), config_of("c1"))
+    tracker.flush()
+    [session] = tracker.ledger.sessions()
+    assert [turn.intent for turn, _ in tracker.ledger.turns(session.id)] == ["refund", None, None, None]
+
+
+@pytest.mark.parametrize("key", ["", 7, ["intent"]], ids=str)
+def test_a_key_that_is_none_says_what_to_type(key: Any, capture: Capture) -> None:
+    with pytest.raises(ConfigurationError, match=r'SessionCallbackHandler\(intent_key="intent"\)'):
+        SessionCallbackHandler(capture.tracker(), intent_key=key)
+
+
+def test_a_tracker_that_is_none_says_what_to_pass() -> None:
+    given: Any = "x"
+    with pytest.raises(ConfigurationError, match=r"was given a str as its tracker. Pass a SessionTracker"):
+        SessionCallbackHandler(given)

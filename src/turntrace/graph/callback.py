@@ -12,6 +12,7 @@ from langchain_core.tracers.context import register_configure_hook
 from turntrace import boundary
 from turntrace.boundary import never_breaks
 from turntrace.current import current_scope
+from turntrace.errors import ConfigurationError
 from turntrace.graph.reading import Reading, checked_describer, checked_key
 from turntrace.graph.runs import RunRegistry
 from turntrace.lifecycle import SessionTracker, Turn, default_tracker
@@ -20,6 +21,15 @@ try:
     from langgraph.callbacks import GraphCallbackHandler
 except ImportError:  # an older langgraph tells of an interrupt only by the error of the node
     GraphCallbackHandler = BaseCallbackHandler  # type: ignore[assignment, misc]
+
+
+def _checked(tracker: Any) -> SessionTracker:
+    if isinstance(tracker, SessionTracker):
+        return tracker
+    raise ConfigurationError(
+        f"SessionCallbackHandler was given a {type(tracker).__name__} as its tracker. Pass a SessionTracker: "
+        "SessionCallbackHandler(SessionTracker()), or nothing for one with settings from the environment."
+    )
 
 
 class SessionCallbackHandler(GraphCallbackHandler):
@@ -37,6 +47,9 @@ class SessionCallbackHandler(GraphCallbackHandler):
     Args:
         tracker: The tracker that keeps the turns. Default: one for the process, with settings from the environment.
         messages_key: Key of the graph's state that holds its messages.
+        intent_key: Key of the graph's state in which a node says what the user wants in this turn, as ``"refund"``:
+            recorded as ``turn.intent`` when a node writes a text there, as with ``current_turn().set_intent(...)``.
+            Default: none is read, since a state's texts may be what a user wrote.
         describe_input: For graphs without messages: gets the input of a run and returns what the user said in it, as a
             text or a message, or None. Of it only length and type are recorded, unless the content policy allows more.
         describe_output: The same for what a run gave back, and what the app answered.
@@ -51,13 +64,15 @@ class SessionCallbackHandler(GraphCallbackHandler):
         tracker: SessionTracker | None = None,
         *,
         messages_key: str = "messages",
+        intent_key: str | None = None,
         describe_input: Callable[[Any], Any] | None = None,
         describe_output: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__()
-        self.tracker = tracker if tracker is not None else default_tracker()
+        self.tracker = _checked(tracker) if tracker is not None else default_tracker()
         reads = Reading(
-            checked_key(messages_key),
+            checked_key(messages_key, "messages_key"),
+            None if intent_key is None else checked_key(intent_key, "intent_key"),
             checked_describer(describe_input, "describe_input"),
             checked_describer(describe_output, "describe_output"),
         )

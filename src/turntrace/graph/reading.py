@@ -1,8 +1,11 @@
 """How a handler reads what the user said from a run's input, and what the app answered from its output."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+from langgraph.types import Command
 
 from turntrace.boundary import never_breaks
 from turntrace.errors import ConfigurationError
@@ -15,11 +18,13 @@ class Reading:
 
     Attributes:
         messages_key: Key of the state that holds its messages.
+        intent_key: Key of the state in which nodes say what the user wants; None reads none.
         describe_input: Returns what the user said in an input, as a text or a message; by default the last message.
         describe_output: Returns what the app answered in an output; by default the messages.
     """
 
     messages_key: str = "messages"
+    intent_key: str | None = None
     describe_input: Callable[[Any], Any] | None = None
     describe_output: Callable[[Any], Any] | None = None
 
@@ -43,6 +48,19 @@ class Reading:
         answer = never_breaks("describing an output by describe_output=...")(self.describe_output)(outputs)
         return ("assistant", answer) if isinstance(answer, str) else answer
 
+    @never_breaks("reading the intent in the output of a node")
+    def intent_in(self, outputs: Any) -> str | None:
+        """Return what the user wants, where a node has written it into the state."""
+        if self.intent_key is None:
+            return None
+        for each in outputs if isinstance(outputs, list | tuple) else (outputs,):
+            update = each.update if isinstance(each, Command) else each
+            read = update.get if isinstance(update, Mapping) else partial(getattr, update)
+            intent = read(self.intent_key, None)
+            if isinstance(intent, str) and intent:
+                return intent
+        return None
+
 
 @never_breaks("reading the input of a run")
 def _message_in(inputs: Any, key: str) -> Any:
@@ -54,8 +72,8 @@ def _answer_in(outputs: Any, key: str) -> Any:
     return extract.answer_in(outputs, key)
 
 
-def checked_key(key: Any) -> str:
-    """Return the key of the messages.
+def checked_key(key: Any, name: str) -> str:
+    """Return a key of the state.
 
     Raises:
         ConfigurationError: If it is no text.
@@ -63,8 +81,8 @@ def checked_key(key: Any) -> str:
     if isinstance(key, str) and key:
         return key
     raise ConfigurationError(
-        f"messages_key is {key!r:.40}. It is the name of the state's field that holds the messages: "
-        'SessionCallbackHandler(messages_key="messages").'
+        f"{name} is {key!r:.40}. It is the name of a field of the graph's state: "
+        f'SessionCallbackHandler({name}="{name.removesuffix("_key")}").'
     )
 
 

@@ -258,6 +258,8 @@ class RunRegistry:
         if run.is_step and run.step is not None:
             if isinstance(answer, list) and len(answer) > 1:
                 run.root.turn.note_state(run.step, answer, "", at_ns=self._tracker.clock())
+            if not run.is_root and (intent := self.reads.intent_in(outputs)) is not None:
+                run.root.turn.set_intent(intent)
             run.root.turn.close_step(run.step)
         if run.is_root:
             self._root_ended(run.root, answer)
