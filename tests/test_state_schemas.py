@@ -419,7 +419,7 @@ def test_what_a_node_writes_as_the_intent_is_the_turns_where_it_is_asked_for(how
 
     tracker = capture.tracker()
     schema: Any = Wants if how == "state" else Wanting
-    builder: Builder = StateGraph(schema)
+    builder: Any = StateGraph(schema)
     builder.add_node("triage", triage)
     builder.add_edge(START, "triage")
     for key in (None, "intent"):
@@ -440,7 +440,8 @@ def test_an_intent_of_an_earlier_turn_is_not_taken_for_that_of_this_one(capture:
         intent: Any = next(intents)
         return {} if intent is None else {"intent": intent}
 
-    builder.add_node("triage", triage)
+    node: Any = triage
+    builder.add_node("triage", node)
     builder.add_edge(START, "triage")
     handler = SessionCallbackHandler(tracker, intent_key="intent")
     graph: Any = builder.compile(checkpointer=InMemorySaver()).with_config(callbacks=[handler])
