@@ -4,9 +4,8 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Generator, Iterator, Sequence
-from typing import Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 from langchain_core.runnables import RunnableConfig
 
@@ -16,6 +15,9 @@ from turntrace.context.overfull import SUMMARY_KEY, Overfull
 from turntrace.context.strategies import check_count, oldest_turns
 from turntrace.errors import ConfigurationError, ContextError
 from turntrace.identity import new_id
+
+if TYPE_CHECKING:
+    from langchain_core.language_models import BaseChatModel
 
 PROMPT: Final = """\
 You keep the running summary of a conversation between a user and an assistant. The assistant will see your summary in \
@@ -61,7 +63,7 @@ class Summarize:
 
     def __init__(
         self,
-        model: BaseChatModel,
+        model: "BaseChatModel",
         *,
         keep_last: int = 2,
         summary_tokens: int = 500,
@@ -214,7 +216,7 @@ def _line(message: BaseMessage, most: int) -> str:
     return f"{role_of(message)}: {text}"
 
 
-def _checked_model(model: Any) -> BaseChatModel:
+def _checked_model(model: Any) -> "BaseChatModel":
     if isinstance(model, type) or not all(callable(getattr(model, name, None)) for name in ("invoke", "ainvoke")):
         what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise ConfigurationError(
