@@ -16,12 +16,11 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from turntrace.identity import new_hash_key
-from turntrace.ledger import resuming, schema
+from turntrace.ledger import schema, taking_up
 from turntrace.ledger.engine import Database
 from turntrace.ledger.erasing import Erased, erase_waiting, forget
 from turntrace.ledger.outbox import StoredOutbox
 from turntrace.ledger.questions import LedgerQuestions
-from turntrace.ledger.resuming import TurnResumed
 from turntrace.ledger.rows import (
     continue_session,
     first_session,
@@ -30,6 +29,7 @@ from turntrace.ledger.rows import (
 )
 from turntrace.ledger.statements import Statements
 from turntrace.ledger.tables import gates, open_turns, sessions, turns
+from turntrace.ledger.taking_up import TurnTakenUp
 from turntrace.ledger.writing import LedgerWriter
 from turntrace.records import SessionFacts, TurnSummary
 
@@ -262,15 +262,15 @@ class Ledger(LedgerQuestions):
         row = self._database.run_fast(self._statements.begin_turn, values)
         return None if row is None else TurnBegun(int(row[0]), row[1])
 
-    def resume_newest(self, conversation_id: str, may_resume: Callable[[TurnSummary], bool]) -> TurnResumed | None:
-        """Have the newest turn of a conversation go on, if it waits; see `turntrace.ledger.resuming.resume_newest`."""
+    def resume_newest(self, conversation_id: str, may_resume: Callable[[TurnSummary], bool]) -> TurnTakenUp | None:
+        """Have the newest turn of a conversation go on, if it waits; see `turntrace.ledger.taking_up.resume_newest`."""
         with self._database.writing() as connection:
-            return resuming.resume_newest(connection, conversation_id, may_resume)
+            return taking_up.resume_newest(connection, conversation_id, may_resume)
 
-    def resume_turn(self, turn_id: str) -> TurnResumed | None:
+    def resume_turn(self, turn_id: str) -> TurnTakenUp | None:
         """Have a turn that waits go on; None when there is none of that id, or it does not wait."""
         with self._database.writing() as connection:
-            return resuming.resume_by_id(connection, turn_id)
+            return taking_up.resume_by_id(connection, turn_id)
 
     # --- what ends ----------------------------------------------------------------------------------------------------
     @contextmanager

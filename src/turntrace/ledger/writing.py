@@ -17,7 +17,6 @@ from turntrace.ledger.ends import (
     waiting_turns,
 )
 from turntrace.ledger.journeys import enter_stage, unconverted_in
-from turntrace.ledger.resuming import TurnWritten, newest_turn, written_turn
 from turntrace.ledger.rows import (
     decision_values,
     first_session,
@@ -27,6 +26,7 @@ from turntrace.ledger.rows import (
 )
 from turntrace.ledger.statements import ABANDONED, INTERRUPTED, LATE_SUMS, SESSION_SUMS, TURN_COLUMNS, Statements
 from turntrace.ledger.tables import conversations, open_turns, outbox, sessions, turns
+from turntrace.ledger.taking_up import TurnWritten, newest_turn, written_turn
 from turntrace.records import Step, TurnSummary, TurnTags
 from turntrace.summaries import SessionSummary, StageEntered
 

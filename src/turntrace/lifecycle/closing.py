@@ -89,7 +89,6 @@ class FinishTurn(SettleTurn):
         account.is_closed = True
         question, answer = read_message(turn.message), read_message(turn.answer)
         summary = _sum_up(turn, self._status, self._ended_ns, question, answer)
-        self._answer = None
         failure = None
         if self._status in ("failed", "abandoned"):
             failure = Failure(summary.error or self._status, None, self._status == "failed")

@@ -8,7 +8,7 @@ from opentelemetry import trace
 from turntrace import attributes as a
 from turntrace.attributes import AttributeValue
 from turntrace.identity import time_of_checkpoint
-from turntrace.ledger import ABANDONED, INTERRUPT, INTERRUPTED, OPEN, Ledger, TurnResumed
+from turntrace.ledger import ABANDONED, INTERRUPT, INTERRUPTED, OPEN, Ledger, TurnTakenUp
 from turntrace.lifecycle.session import Conversation, Session
 from turntrace.lifecycle.steps import OpenStep, root_attributes
 from turntrace.lifecycle.turn import Turn
@@ -44,7 +44,7 @@ def forked_from(ledger: Ledger, request: TurnRequest, checkpoint_id: str | None)
     return None if found is None else found.id
 
 
-def resumed_turn(tracker: "SessionTracker", found: TurnResumed) -> Turn:
+def resumed_turn(tracker: "SessionTracker", found: TurnTakenUp) -> Turn:
     """Go on with a turn.
 
     Args:

@@ -49,10 +49,6 @@ class Turns:
             raise StateError(f"The session {conversation.session.id!r} is ended again and again while a turn begins.")
         return turn
 
-    async def astart_turn(self, conversation: Conversation, message: Any = None, *, role: str = "user") -> Turn:
-        """Begin a turn of a conversation, as `Conversation.astart_turn` does."""
-        return await conversation.astart_turn(message, role=role)
-
     def begin_turn(self, request: TurnRequest, message: Any = None) -> Turn:
         """Begin the turn of a run that stands alone: in the session that it names, or in the open one of its user.
 

@@ -28,7 +28,7 @@ class TurnWritten:
 
 
 @dataclass(frozen=True, slots=True)
-class TurnResumed:
+class TurnTakenUp:
     """A turn that goes on.
 
     Attributes:
@@ -61,7 +61,7 @@ def turn_at(connection: Connection, conversation_id: str, at_ns: int) -> TurnSum
 
 def resume_newest(
     connection: Connection, conversation_id: str, may_resume: Callable[[TurnSummary], bool]
-) -> TurnResumed | None:
+) -> TurnTakenUp | None:
     """Have the newest turn of a conversation go on, if it waits.
 
     Args:
@@ -79,14 +79,14 @@ def resume_newest(
     return _resumed(connection, newest)
 
 
-def resume_by_id(connection: Connection, turn_id: str) -> TurnResumed | None:
+def resume_by_id(connection: Connection, turn_id: str) -> TurnTakenUp | None:
     """Have a turn that waits go on; None when there is none of that id, or it does not wait."""
     query = select(turns).where(turns.c.id == turn_id, turns.c.status == INTERRUPTED).with_for_update()
     row = connection.execute(query).mappings().first()
     return None if row is None else _resumed(connection, turn_summary(row))
 
 
-def _resumed(connection: Connection, turn: TurnSummary) -> TurnResumed | None:
+def _resumed(connection: Connection, turn: TurnSummary) -> TurnTakenUp | None:
     before = written_turn(connection, turn.id)
     session = first_session(connection, sessions.c.id == turn.session_id)
     if session is None:
@@ -101,7 +101,7 @@ def _resumed(connection: Connection, turn: TurnSummary) -> TurnResumed | None:
             return None
         connection.execute(insert(open_turns).values(open_row(turn)))
     known = turn if before is None else before.turn
-    return TurnResumed(known, session_facts(session), connection.execute(topic).scalar_one_or_none(), before)
+    return TurnTakenUp(known, session_facts(session), connection.execute(topic).scalar_one_or_none(), before)
 
 
 def written_turn(connection: Connection, turn_id: str) -> TurnWritten | None:
