@@ -262,15 +262,17 @@ class Ledger(LedgerQuestions):
         row = self._database.run_fast(self._statements.begin_turn, values)
         return None if row is None else TurnBegun(int(row[0]), row[1])
 
-    def resume_newest(self, conversation_id: str, may_resume: Callable[[TurnSummary], bool]) -> TurnTakenUp | None:
+    def resume_newest(
+        self, conversation_id: str, may_resume: Callable[[TurnSummary], bool], *, now_ns: int
+    ) -> TurnTakenUp | None:
         """Have the newest turn of a conversation go on, if it waits; see `turntrace.ledger.taking_up.resume_newest`."""
-        with self._database.writing() as connection:
-            return taking_up.resume_newest(connection, conversation_id, may_resume)
+        with self._database.writing(many_rows=True) as connection:
+            return taking_up.resume_newest(connection, conversation_id, may_resume, now_ns)
 
-    def resume_turn(self, turn_id: str) -> TurnTakenUp | None:
+    def resume_turn(self, turn_id: str, *, now_ns: int) -> TurnTakenUp | None:
         """Have a turn that waits go on; None when there is none of that id, or it does not wait."""
-        with self._database.writing() as connection:
-            return taking_up.resume_by_id(connection, turn_id)
+        with self._database.writing(many_rows=True) as connection:
+            return taking_up.resume_by_id(connection, turn_id, now_ns)
 
     # --- what ends ----------------------------------------------------------------------------------------------------
     @contextmanager

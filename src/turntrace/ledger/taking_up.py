@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, insert, select
+from sqlalchemy import Connection, RowMapping, insert, select, update
 
 from turntrace.ledger.rows import first_session, open_row, running_turn, session_facts, steps_from, turn_summary
 from turntrace.ledger.statements import INTERRUPTED, OPEN
@@ -60,7 +60,7 @@ def turn_at(connection: Connection, conversation_id: str, at_ns: int) -> TurnSum
 
 
 def resume_newest(
-    connection: Connection, conversation_id: str, may_resume: Callable[[TurnSummary], bool]
+    connection: Connection, conversation_id: str, may_resume: Callable[[TurnSummary], bool], now_ns: int
 ) -> TurnTakenUp | None:
     """Have the newest turn of a conversation go on, if it waits.
 
@@ -69,6 +69,7 @@ def resume_newest(
         conversation_id: The conversation.
         may_resume: Tells of the newest turn whether it is to go on: one that waits, or has the status ``open``
             because its process was killed before it could write down that it waits.
+        now_ns: The time, in nanoseconds since 1970.
 
     Returns:
         The turn, which is written down as open again; None when it is not to go on.
@@ -76,17 +77,17 @@ def resume_newest(
     newest = newest_turn(connection, conversation_id)
     if newest is None or not may_resume(newest):
         return None
-    return _resumed(connection, newest)
+    return _resumed(connection, newest, now_ns)
 
 
-def resume_by_id(connection: Connection, turn_id: str) -> TurnTakenUp | None:
+def resume_by_id(connection: Connection, turn_id: str, now_ns: int) -> TurnTakenUp | None:
     """Have a turn that waits go on; None when there is none of that id, or it does not wait."""
     query = select(turns).where(turns.c.id == turn_id, turns.c.status == INTERRUPTED).with_for_update()
     row = connection.execute(query).mappings().first()
-    return None if row is None else _resumed(connection, turn_summary(row))
+    return None if row is None else _resumed(connection, turn_summary(row), now_ns)
 
 
-def _resumed(connection: Connection, turn: TurnSummary) -> TurnTakenUp | None:
+def _resumed(connection: Connection, turn: TurnSummary, now_ns: int) -> TurnTakenUp | None:
     before = written_turn(connection, turn.id)
     session = first_session(connection, sessions.c.id == turn.session_id)
     if session is None:
@@ -100,6 +101,9 @@ def _resumed(connection: Connection, turn: TurnSummary) -> TurnTakenUp | None:
         if is_open:  # somebody else was first
             return None
         connection.execute(insert(open_turns).values(open_row(turn)))
+    # The answer is activity, though the turn began long ago: the sweep is to leave both alone.
+    silent = sessions.c.id == turn.session_id, sessions.c.last_activity_ns < now_ns
+    connection.execute(update(sessions).where(*silent).values(last_activity_ns=now_ns))
     known = turn if before is None else before.turn
     return TurnTakenUp(known, session_facts(session), connection.execute(topic).scalar_one_or_none(), before)
 

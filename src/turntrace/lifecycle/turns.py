@@ -122,7 +122,7 @@ class Turns:
                 f"{carrier!r:.80}. Pass it on as it is: tracker.resume_turn(job['turn'])."
             )
         self._wait_until_written(lambda turn: turn.id == turn_id)
-        found = self.ledger.resume_turn(turn_id)
+        found = self.ledger.resume_turn(turn_id, now_ns=self.clock())
         if found is None:
             raise StateError(
                 f"The turn {turn_id!r} does not wait: it has ended, another worker goes on with it, or it is in "
@@ -158,6 +158,7 @@ class Turns:
         found = self.ledger.resume_newest(
             conversation_id,
             lambda turn: not self.holds(turn.id) and is_to_resume(turn, checkpoint_id, answers=answers),
+            now_ns=self.clock(),
         )
         return None if found is None else self._went_on(resumed_turn(self._tracker, found))
 
