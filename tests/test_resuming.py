@@ -1,6 +1,8 @@
 """A turn that several processes have a part in is one turn: its numbers are whole, and its words are its own."""
 
-from collections.abc import Iterator
+import logging
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -13,11 +15,12 @@ from langgraph.types import Command, interrupt
 
 import postgres
 from apps import Builder, FakeModel, State, asks, config_of
-from turntrace import SessionCallbackHandler, SessionTracker
+from turntrace import SessionCallbackHandler, SessionTracker, boundary
 from turntrace import attributes as a
+from turntrace.ledger import LedgerWriter
 from turntrace.lifecycle.sweep import Swept
 from turntrace.records import Step, TurnSummary
-from turntrace.testing import Capture, CapturedSpan, Clock, assert_all_tagged, outbox_spans
+from turntrace.testing import Capture, CapturedSpan, Clock, assert_all_tagged, captured_spans, outbox_spans
 
 MINUTE = 60_000
 _servers = ExitStack()
@@ -136,3 +139,133 @@ def test_the_sweep_of_another_process_leaves_a_turn_alone_that_was_just_answered
     graph.invoke(asks(), config_of("c2", user_id="ann"))
     tracker.flush()
     assert [(each.end_reason, each.total_turns) for each in tracker.ledger.sessions()] == [(None, 2)]
+
+
+# --- two processes at once --------------------------------------------------------------------------------------------
+class Waits:
+    """A job of the writer's that keeps back all that is written after it."""
+
+    def __init__(self) -> None:
+        self.begun, self.goes_on = threading.Event(), threading.Event()
+
+    def prepare(self) -> None:
+        self.begun.set()
+        assert self.goes_on.wait(30)
+
+    def write(self, ledger: LedgerWriter) -> None:
+        """Write nothing."""
+
+
+def held_back(tracker: SessionTracker) -> Waits:
+    """Keep back what a tracker is to write from now on."""
+    waits = Waits()
+    tracker.submit(waits)
+    assert waits.begun.wait(30)
+    return waits
+
+
+def at_once(*calls: Callable[[], Any]) -> None:
+    threads = [threading.Thread(target=call) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def approve_twice(workers: Workers, *, outbox: bool = True) -> None:
+    """Have two workers go on with the same turn, each of which does the work before the other has ended."""
+    both = threading.Barrier(2)
+
+    def work(_state: State) -> dict[str, Any]:
+        both.wait(30)
+        FakeModel().invoke("work")
+        both.wait(30)
+        return {"messages": [("ai", "Done.")]}
+
+    graphs = [workers.graph(workers.tracker(outbox=outbox), think, ask, work) for _ in range(2)]
+    graphs[0].invoke(asks(), config_of("c1", user_id="ann"))
+    workers.trackers[0].flush()
+    calls = [lambda g=g: g.invoke(Command(resume="yes"), config_of("c1", user_id="ann")) for g in graphs]
+    at_once(*calls)
+
+
+def test_what_both_of_two_workers_did_that_took_up_one_turn_is_counted(workers: Workers) -> None:
+    approve_twice(workers)
+    turn = workers.is_whole(status="completed", agent_runs=3, llm_calls=3, input_tokens=300, output_tokens=60)
+    assert turn.input_length == len("What does tea cost?")
+
+
+def test_where_a_provider_of_the_apps_sends_the_root_goes_out_once(workers: Workers) -> None:
+    approve_twice(workers, outbox=False)
+    spans = [span for span in captured_spans(workers.capture.spans()) if a.TURN_ID in span.attributes]
+    assert_all_tagged(spans)
+    assert [span.name for span in spans].count(a.SPAN_TURN) == 1
+    [turn] = [turn for turn, _ in workers.rows()]
+    assert workers.trackers[0].ledger.span_counts(turn.session_id) == {turn.id: len(spans)}
+
+
+def test_an_answer_that_comes_before_it_is_written_that_the_turn_waits_loses_nothing(workers: Workers) -> None:
+    first, second = workers.tracker(), workers.tracker()
+    written = held_back(first)
+    workers.graph(first, think, ask).invoke(asks(), config_of("c1", user_id="ann"))
+    workers.clock.advance(seconds=1)
+    workers.graph(second, think, ask).invoke(Command(resume="yes"), config_of("c1", user_id="ann"))
+    second.flush_writer()
+    written.goes_on.set()
+    turn = workers.is_whole(status="completed", agent_runs=2, llm_calls=1, input_tokens=100, output_type="answer")
+    assert (turn.input_length, turn.input_type) == (len("What does tea cost?"), "question")
+
+
+def test_the_totals_of_a_session_that_ended_meanwhile_are_sent_again_with_both_parts(workers: Workers) -> None:
+    first, second = workers.tracker(), workers.tracker()
+    written = held_back(first)
+    workers.graph(first, think, ask).invoke(asks(), config_of("c1", user_id="ann"))
+    workers.graph(second, think, ask).invoke(Command(resume="yes"), config_of("c1", user_id="ann"))
+    second.flush_writer()
+    [session] = second.ledger.sessions()
+    second.end_session(session.id)
+    second.flush_writer()
+    written.goes_on.set()
+    workers.is_whole(status="completed", llm_calls=1)
+    [end] = [span for span in latest(outbox_spans(second.ledger)) if span.name == a.SPAN_SESSION_END]
+    assert end.attributes[a.SESSION_TOTAL_TOKENS] == 120
+
+
+@pytest.mark.parametrize("level", ["metadata", "turn"])
+def test_the_texts_of_both_parts_are_shown_where_they_may_be(level: str, capture: Capture, tmp_path: Path) -> None:
+    workers = Workers(f"sqlite:///{tmp_path}/shared.db", capture)
+    for _ in range(2):
+        workers.trackers.append(capture.tracker(workers.url, clock=workers.clock, outbox=True, content=level))
+    first, second = workers.trackers
+    written = held_back(first)
+    workers.graph(first, think, ask).invoke(asks(), config_of("c1", user_id="ann"))
+    workers.graph(second, think, ask).invoke(Command(resume="yes"), config_of("c1", user_id="ann"))
+    second.flush_writer()
+    written.goes_on.set()
+    workers.rows()
+    shown: dict[str, Any] = {}  # as Langfuse has it, which takes what is there of each
+    for root in [span for span in outbox_spans(first.ledger) if span.name == a.SPAN_TURN]:
+        shown |= root.attributes
+    assert ("What does tea cost?" in shown[a.LANGFUSE_OBSERVATION_INPUT]) is (level == "turn")
+    assert shown[a.TURN_STATUS] == "completed"
+
+
+class Unreadable(dict[str, Any]):
+    """A message that cannot be read."""
+
+    def get(self, key: str, default: Any = None) -> Any:
+        raise RuntimeError(key)
+
+
+def test_a_turn_that_cannot_be_summed_up_keeps_nobody_waiting(
+    capture: Capture, lenient: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = capture.tracker()
+    turn = tracker.start_session(user_id="ann").conversation("c1").start_turn("Hello")
+    turn.set_answer(Unreadable())
+    turn.end()
+    tracker.flush()
+    assert not tracker.holds(turn.id)
+    assert sum(boundary.failures.values()) == 1
+    [told] = [each for each in caplog.records if each.levelno >= logging.WARNING and each.name == "turntrace"]
+    assert "writing down (FinishTurn) failed with RuntimeError" in told.getMessage()

@@ -20,11 +20,13 @@ class TurnWritten:
         turn: What is known of it.
         steps: Its steps.
         spans: How many spans its trace has, the root left out.
+        roots: How many roots it has: none while it waits, or where spans are not recorded.
     """
 
     turn: TurnSummary
     steps: tuple[Step, ...]
     spans: int
+    roots: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +115,8 @@ def written_turn(connection: Connection, turn_id: str) -> TurnWritten | None:
     row = connection.execute(select(turns).where(turns.c.id == turn_id).with_for_update()).mappings().first()
     if row is None:
         return None
-    has_root = row["status"] != INTERRUPTED and row["spans"] > 0
-    return TurnWritten(turn_summary(row), tuple(steps_from(row["steps"])), row["spans"] - has_root)
+    roots = int(row["status"] != INTERRUPTED and row["spans"] > 0)
+    return TurnWritten(turn_summary(row), tuple(steps_from(row["steps"])), row["spans"] - roots, roots)
 
 
 def _newest(connection: Connection, table: Any, conversation_id: str) -> RowMapping | None:

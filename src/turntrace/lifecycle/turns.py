@@ -205,12 +205,14 @@ class Turns:
     def finish(self, turn: Turn, status: str, ended_ns: int) -> None:
         """Have a turn that has ended written down. Called by `Turn.end`."""
         self._finishing[turn.id] = turn
-        self._turns.pop(turn.id, None)
+        if self._turns.get(turn.id) is turn:  # not when the same was taken up here again
+            del self._turns[turn.id]
         self._writer.submit(FinishTurn(turn, status, ended_ns))
 
-    def finished(self, turn_id: str) -> None:
-        """Note that the end of a turn is written. Called by the writer."""
-        self._finishing.pop(turn_id, None)
+    def finished(self, turn: Turn) -> None:
+        """Note that the end of a turn is written, or cannot be. Called by the writer."""
+        if self._finishing.get(turn.id) is turn:
+            del self._finishing[turn.id]
 
     def holds(self, turn_id: str) -> bool:
         """Tell whether a turn runs in this process, or its end is still to be written."""
