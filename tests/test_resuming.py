@@ -12,6 +12,9 @@ import pytest
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, StateGraph
 from langgraph.types import Command, interrupt
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased
 
 import postgres
 from apps import Builder, FakeModel, State, asks, config_of
@@ -19,7 +22,7 @@ from turntrace import SessionCallbackHandler, SessionTracker, boundary
 from turntrace import attributes as a
 from turntrace.ledger import LedgerWriter
 from turntrace.lifecycle.sweep import Swept
-from turntrace.records import Step, TurnSummary
+from turntrace.records import Step, TurnRequest, TurnSummary
 from turntrace.testing import Capture, CapturedSpan, Clock, assert_all_tagged, captured_spans, outbox_spans
 
 MINUTE = 60_000
@@ -269,3 +272,116 @@ def test_a_turn_that_cannot_be_summed_up_keeps_nobody_waiting(
     assert sum(boundary.failures.values()) == 1
     [told] = [each for each in caplog.records if each.levelno >= logging.WARNING and each.name == "turntrace"]
     assert "writing down (FinishTurn) failed with RuntimeError" in told.getMessage()
+
+
+# --- the turn's own words ---------------------------------------------------------------------------------------------
+FREE = {"user_id": "ann", "tier": "free", "topic": "billing"}
+PREMIUM = {"user_id": "ann", "tier": "premium", "org_id": "acme", "langfuse_tags": ["beta"]}
+
+
+def begin_and_ask(workers: Workers, tracker: SessionTracker, **second: Any) -> None:
+    """Have a turn of a session that was begun as `FREE`, and then one that says other things of itself, and asks."""
+    workers.graph(tracker, think).invoke(asks(), config_of("c1", **FREE))
+    workers.graph(tracker, ask).invoke(asks(), config_of("c1", **second))
+    tracker.flush()
+
+
+def of_turn(workers: Workers, number: int) -> list[CapturedSpan]:
+    return [span for span in workers.spans() if span.attributes[a.TURN_NUMBER] == number]
+
+
+def words_of(span: CapturedSpan) -> tuple[Any, ...]:
+    names = (a.USER_TIER, a.USER_ORG_ID, a.CONVERSATION_TOPIC, a.LANGFUSE_TRACE_TAGS)
+    return tuple(span.attributes.get(name) for name in names)
+
+
+def test_a_turn_keeps_its_tier_organisation_topic_and_tags_when_it_goes_on(workers: Workers) -> None:
+    begin_and_ask(workers, workers.tracker(), **PREMIUM)
+    workers.graph(workers.tracker(), ask).invoke(Command(resume="yes"), config_of("c1", user_id="ann"))
+    assert_all_tagged(workers.spans())
+    spans = of_turn(workers, 2)
+    assert {words_of(span)[:3] for span in spans} == {("premium", "acme", None)}
+    [root] = [span for span in spans if span.name == a.SPAN_TURN]
+    assert (root.attributes[a.TURN_STATUS], root.attributes[a.LANGFUSE_TRACE_TAGS]) == ("completed", ("beta",))
+    [first] = [span for span in of_turn(workers, 1) if span.name == a.SPAN_TURN]
+    assert words_of(first) == ("free", None, "billing", None)
+
+
+def test_a_turn_that_is_abandoned_while_it_waits_keeps_its_own_words(workers: Workers) -> None:
+    begin_and_ask(workers, workers.tracker(), **PREMIUM, topic="refunds")
+    workers.clock.advance(minutes=31)
+    assert workers.tracker().sweep() == Swept(sessions=1, turns=1)
+    [root] = [span for span in of_turn(workers, 2) if span.name == a.SPAN_TURN]
+    assert root.attributes[a.TURN_STATUS] == "abandoned"
+    assert words_of(root) == ("premium", "acme", "refunds", ("beta",))
+
+
+def test_a_turn_whose_process_died_keeps_its_own_words(workers: Workers) -> None:
+    begin_and_ask(workers, workers.tracker(), **PREMIUM, topic="refunds")
+    assert workers.tracker().resume_newest("c1") is not None
+    third = TurnRequest(user_id="ann", conversation_id="c3", tier="trial", topic="prices", tags=("alpha", "beta"))
+    workers.tracker().begin_turn(third, "Hello")
+    workers.clock.advance(minutes=31)
+    assert workers.tracker().sweep() == Swept(sessions=1, turns=2)
+    roots = {span.attributes[a.CONVERSATION_ID]: span for span in of_turn(workers, 1) if span.name == a.SPAN_TURN}
+    assert words_of(roots["c3"]) == ("trial", None, "prices", ("alpha", "beta"))
+    [root] = [span for span in of_turn(workers, 2) if span.name == a.SPAN_TURN]
+    assert words_of(root) == ("premium", "acme", "refunds", ("beta",))
+
+
+def test_a_turn_that_says_nothing_of_its_own_writes_nothing_more(workers: Workers) -> None:
+    tracker = workers.tracker()
+    with tracker.session(user_id="ann", tier="free", org_id="acme") as session, session.conversation("c1").turn("Hi"):
+        pass
+    turn, _ = workers.row()
+    assert turn.own is None
+
+
+# --- below the span of a request --------------------------------------------------------------------------------------
+def serve(workers: Workers, tracker: SessionTracker, given: Any, name: str) -> None:
+    """Run a graph inside the span of a request, as an instrumented web framework does."""
+    requests = workers.capture.provider.get_tracer("fastapi")
+    with requests.start_as_current_span(name, kind=trace.SpanKind.SERVER):
+        workers.graph(tracker, ask).invoke(given, config_of("c1", user_id="ann"))
+
+
+@pytest.mark.parametrize("outbox", [False, True])
+def test_a_turn_stays_below_the_request_in_which_it_began(workers: Workers, outbox: bool) -> None:
+    serve(workers, workers.tracker(outbox=outbox), asks(), "POST /chat")
+    serve(workers, workers.tracker(outbox=outbox), Command(resume="yes"), "POST /answer")
+    spans = latest(captured_spans(workers.capture.spans()))
+    assert_all_tagged(spans)
+    [request] = [span for span in spans if span.name == "POST /chat"]
+    [root] = [span for span in spans if span.name == a.SPAN_TURN]
+    assert (root.trace_id, root.parent_id) == (request.trace_id, request.span_id)
+    assert [span.name for span in spans if span.trace_id == root.trace_id and span.parent_id is None] == ["POST /chat"]
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_turn_that_is_abandoned_stays_below_its_request(workers: Workers, dies: bool) -> None:
+    serve(workers, workers.tracker(), asks(), "POST /chat")
+    workers.rows()
+    if dies:
+        assert workers.tracker().resume_newest("c1") is not None
+    workers.clock.advance(minutes=31)
+    workers.tracker().sweep()
+    spans = latest(captured_spans(workers.capture.spans()))
+    assert_all_tagged(spans)
+    [request] = [span for span in spans if span.name == "POST /chat"]
+    [root] = [span for span in spans if span.name == a.SPAN_TURN]
+    assert (root.attributes[a.TURN_STATUS], root.parent_id) == ("abandoned", request.span_id)
+
+
+def test_a_turn_of_a_request_that_is_not_sampled_stays_unsampled(capture: Capture, tmp_path: Path) -> None:
+    workers = Workers(f"sqlite:///{tmp_path}/shared.db", capture)
+    provider = TracerProvider(sampler=ParentBased(ALWAYS_OFF))
+    requests = provider.get_tracer("fastapi")
+    answer: Any = Command(resume="yes")
+    for given in (asks(), answer):
+        tracker = capture.tracker(workers.url, clock=workers.clock, outbox=True, tracer_provider=provider)
+        workers.trackers.append(tracker)
+        with requests.start_as_current_span("POST /chat", kind=trace.SpanKind.SERVER):
+            workers.graph(tracker, ask).invoke(given, config_of("c1", user_id="ann"))
+        tracker.flush()
+    assert [turn.status for turn, _ in workers.rows()] == ["completed"]
+    assert workers.spans() == []

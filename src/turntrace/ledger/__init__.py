@@ -1,5 +1,6 @@
 """The ledger: the tables and the store."""
 
+from turntrace.ledger.rows import own_from, own_text
 from turntrace.ledger.statements import ABANDONED, INTERRUPT, INTERRUPTED, LATE_SUMS, OPEN
 from turntrace.ledger.store import Ledger, SessionOpened
 from turntrace.ledger.taking_up import TurnTakenUp, TurnWritten
@@ -18,4 +19,6 @@ __all__ = [
     "TurnEnd",
     "TurnTakenUp",
     "TurnWritten",
+    "own_from",
+    "own_text",
 ]

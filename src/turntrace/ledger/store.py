@@ -229,6 +229,7 @@ class Ledger(LedgerQuestions):
         active_since_ns: int,
         trace_id: str,
         root_span_id: str,
+        own: str | None = None,
     ) -> TurnBegun | None:
         """Give a turn its number and write it down as open.
 
@@ -243,6 +244,7 @@ class Ledger(LedgerQuestions):
                 not continued.
             trace_id: Id of its trace, 32 hexadecimal digits.
             root_span_id: Id of its root span, 16 hexadecimal digits.
+            own: What it begins with that its session does not tell, as `turntrace.ledger.own_text` writes it.
 
         Returns:
             Its number and what it meets; None when the session has ended or has been silent for too long, and nothing
@@ -258,6 +260,7 @@ class Ledger(LedgerQuestions):
             "active_since": active_since_ns,
             "trace": trace_id,
             "root_span": root_span_id,
+            "own": own,
         }
         row = self._database.run_fast(self._statements.begin_turn, values)
         return None if row is None else TurnBegun(int(row[0]), row[1])

@@ -8,7 +8,7 @@ from sqlalchemy import Connection, RowMapping, insert, select, update
 
 from turntrace.ledger.rows import first_session, open_row, running_turn, session_facts, steps_from, turn_summary
 from turntrace.ledger.statements import INTERRUPTED, OPEN
-from turntrace.ledger.tables import conversations, open_turns, sessions, turns
+from turntrace.ledger.tables import open_turns, sessions, turns
 from turntrace.records import SessionFacts, Step, TurnSummary
 
 
@@ -36,13 +36,11 @@ class TurnTakenUp:
     Attributes:
         turn: What is known of it.
         session: The session that it is in.
-        topic: What its conversation is about.
         before: What was written down when it began to wait; None when its process was killed before it could.
     """
 
     turn: TurnSummary
     session: SessionFacts
-    topic: str | None
     before: TurnWritten | None
 
 
@@ -94,7 +92,6 @@ def _resumed(connection: Connection, turn: TurnSummary, now_ns: int) -> TurnTake
     session = first_session(connection, sessions.c.id == turn.session_id)
     if session is None:
         return None
-    topic = select(conversations.c.topic).where(conversations.c.id == turn.conversation_id)
     runs = select(open_turns.c.id).where(
         open_turns.c.conversation_id == turn.conversation_id, open_turns.c.number == turn.number
     )
@@ -107,7 +104,7 @@ def _resumed(connection: Connection, turn: TurnSummary, now_ns: int) -> TurnTake
     silent = sessions.c.id == turn.session_id, sessions.c.last_activity_ns < now_ns
     connection.execute(update(sessions).where(*silent).values(last_activity_ns=now_ns))
     known = turn if before is None else before.turn
-    return TurnTakenUp(known, session_facts(session), connection.execute(topic).scalar_one_or_none(), before)
+    return TurnTakenUp(known, session_facts(session), before)
 
 
 def written_turn(connection: Connection, turn_id: str) -> TurnWritten | None:

@@ -236,6 +236,7 @@ def _sum_up(turn: "Turn", status: str, ended_ns: int, question: Message | None, 
         tokens_pruned=account.tokens_pruned,
         forked_from=turn.forked_from,
         checkpoint_id=turn.checkpoint_id if waits else None,
+        own=turn.own,
     )
 
 
