@@ -4,7 +4,7 @@ import sqlite3
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ from sqlalchemy import create_engine, inspect
 
 import postgres
 from turntrace import SessionTracker
+from turntrace import attributes as a
 from turntrace.errors import ConfigurationError, LedgerError, TurntraceError
 from turntrace.ledger import Ledger
 from turntrace.ledger.tables import SCHEMA_VERSION, metadata
+from turntrace.testing import Capture
 
 
 @pytest.fixture
@@ -329,11 +331,11 @@ ADDED = {
         *("last_turn_ns", "journey_name", "journey_stage", "journey_converted", "journey_conversion_turn"),
         "journey_conversion_time_ms",
     ),
-    "turntrace_open_turns": ("late",),
+    "turntrace_open_turns": ("late", "own"),
     "turntrace_turns": (
         *("context_tokens", "context_messages", "context_limit"),
         *("prunings", "messages_pruned", "tokens_pruned", "forked_from", "checkpoint_id"),
-        *("counted_tokens", "counted_of_tokens"),
+        *("counted_tokens", "counted_of_tokens", "own"),
     ),
 }
 FIRST = ("meta", "sessions", "conversations", "open_turns", "turns", "outbox")
@@ -367,3 +369,34 @@ def test_a_ledger_of_the_first_schema_on_postgresql_is_brought_up_without_loss()
             assert set(names) <= {column["name"] for column in inspect(engine).get_columns(table)}
         ledger.close()
         engine.dispose()
+
+
+@pytest.mark.parametrize("database_of", ["sqlite", "postgresql"])
+def test_a_turn_that_waits_in_a_ledger_of_version_5_keeps_its_topic(
+    database_of: str, capture: Capture, path: Path
+) -> None:
+    with ExitStack() as stack:
+        url = f"sqlite:///{path}"
+        if database_of == "postgresql":
+            url = postgres.new_schema(stack.enter_context(postgres.server()))
+        tracker = capture.tracker(url)
+        session = tracker.start_session(user_id="ann")
+        carrier = session.conversation("c1", topic="billing").start_turn("Sum this up.").carrier()
+        session.conversation("c2").start_turn("And this.").carrier()
+        session.conversation("c1", topic="billing").start_turn("Hello")  # and its process dies
+        tracker.shutdown()
+        engine = create_engine(url)
+        with engine.begin() as connection:  # as version 5 left it
+            for table in ("turntrace_turns", "turntrace_open_turns"):
+                connection.exec_driver_sql(f"ALTER TABLE {table} DROP COLUMN own")
+            connection.exec_driver_sql("UPDATE turntrace_meta SET value = '5' WHERE key = 'schema_version'")
+        again = capture.tracker(url)
+        with again.resume_turn(carrier) as turn:
+            assert turn.tags[a.CONVERSATION_TOPIC] == "billing"
+        again.flush()
+        with engine.connect() as connection:
+            query = "SELECT id, own FROM turntrace_turns UNION ALL SELECT id, own FROM turntrace_open_turns"
+            kept = [row.own for row in connection.exec_driver_sql(query)]
+        assert sorted(kept, key=str) == [None, '{"topic": "billing"}', '{"topic": "billing"}']
+        engine.dispose()
+        again.shutdown()

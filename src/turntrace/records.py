@@ -122,6 +122,25 @@ class TurnRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class TurnOwn:
+    """What a turn began with that its session does not tell.
+
+    Attributes:
+        tier: The user's tier, where it is another than the session's.
+        org_id: The user's organisation, where it is another than the session's.
+        topic: What the conversation was said to be about.
+        tags: Tags for the trace.
+        above: The span of the request that its root stands below: its id and flags, as in W3C's ``traceparent``.
+    """
+
+    tier: str | None = None
+    org_id: str | None = None
+    topic: str | None = None
+    tags: tuple[str, ...] = ()
+    above: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TurnTags(Record):
     """What every span of a turn carries."""
 
@@ -200,6 +219,7 @@ class TurnSummary(Record):
         tokens_pruned: Tokens of them, as far as they were counted.
         forked_from: The turn that it replays from a checkpoint, or goes on from.
         checkpoint_id: LangGraph's checkpoint at which it waits for a person.
+        own: What it began with that its session does not tell, as the ledger keeps it (see `TurnOwn`).
     """
 
     id: str
@@ -241,6 +261,7 @@ class TurnSummary(Record):
     counted_of_tokens: int = 0
     forked_from: str | None = word(a.TURN_FORKED_FROM)
     checkpoint_id: str | None = None
+    own: str | None = None
 
     @property
     def context_window_pct(self) -> float | None:

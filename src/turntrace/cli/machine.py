@@ -109,7 +109,7 @@ def session_document(
         **session_row(session, alone=True),
         "turns": [
             {
-                **plain(turn, "context_window_pct"),
+                **plain(turn, "context_window_pct", without=("own",)),
                 "steps": [plain(step) for step in steps],
                 "pruned": [plain(each) for turn_id, each in decisions if turn_id == turn.id and each.pruned],
             }

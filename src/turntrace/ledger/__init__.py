@@ -1,8 +1,9 @@
 """The ledger: the tables and the store."""
 
-from turntrace.ledger.resuming import TurnResumed, TurnWritten
+from turntrace.ledger.rows import own_from, own_text
 from turntrace.ledger.statements import ABANDONED, INTERRUPT, INTERRUPTED, LATE_SUMS, OPEN
 from turntrace.ledger.store import Ledger, SessionOpened
+from turntrace.ledger.taking_up import TurnTakenUp, TurnWritten
 from turntrace.ledger.writing import LedgerWriter, StageWanted, TurnEnd
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "SessionOpened",
     "StageWanted",
     "TurnEnd",
-    "TurnResumed",
+    "TurnTakenUp",
     "TurnWritten",
+    "own_from",
+    "own_text",
 ]

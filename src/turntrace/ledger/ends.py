@@ -7,7 +7,7 @@ from sqlalchemy import Connection, RowMapping, exists, select, text, update
 
 from turntrace.ledger.schema import insert_for
 from turntrace.ledger.statements import INTERRUPT, INTERRUPTED
-from turntrace.ledger.tables import conversations, feedback, open_turns, sessions, turns
+from turntrace.ledger.tables import feedback, open_turns, sessions, turns
 
 _ACTIONS: Final[Mapping[str, str]] = {"failed": "failed", "abandoned": "failed", "interrupted": "interrupted"}
 _ANSWERS: Final[Mapping[str | None, str]] = {"question": "asked_question", "tool_result": "called_tool"}
@@ -70,9 +70,8 @@ def stale_turns(connection: Connection, silent_since_ns: int, limit: int, *, aft
         after: Only those of greater ids, which is the order.
     """
     query = (
-        select(open_turns, conversations.c.topic, *_of_session())
+        select(open_turns, *_of_session())
         .join(sessions, sessions.c.id == open_turns.c.session_id)
-        .outerjoin(conversations, conversations.c.id == open_turns.c.conversation_id)
         .where(open_turns.c.started_ns < silent_since_ns, sessions.c.last_activity_ns < silent_since_ns)
         .where(open_turns.c.id > after)
         .order_by(open_turns.c.id)
@@ -101,9 +100,8 @@ def waiting_turns(
     """
     same = open_turns.c.conversation_id == turns.c.conversation_id, open_turns.c.number == turns.c.number
     query = (
-        select(turns, conversations.c.topic, *_of_session())
+        select(turns, *_of_session())
         .join(sessions, sessions.c.id == turns.c.session_id)
-        .outerjoin(conversations, conversations.c.id == turns.c.conversation_id)
         .where(turns.c.status == text(f"'{INTERRUPTED}'"), ~exists().where(*same))
         .limit(limit)
         .with_for_update(skip_locked=True, of=turns)

@@ -10,7 +10,6 @@ from sqlalchemy import Connection, select
 from turntrace.decisions import PruningDecision
 from turntrace.ledger.engine import Database
 from turntrace.ledger.journeys import journey_of, steps_in
-from turntrace.ledger.resuming import newest_turn, turn_at
 from turntrace.ledger.rows import (
     decision_from,
     first_session,
@@ -23,6 +22,7 @@ from turntrace.ledger.rows import (
 )
 from turntrace.ledger.statements import INTERRUPTED, OPEN
 from turntrace.ledger.tables import decisions, feedback, open_turns, outbox, sessions, turns
+from turntrace.ledger.taking_up import newest_turn, turn_at
 from turntrace.ledger.writing import owner_of
 from turntrace.records import Step, TurnSummary
 from turntrace.summaries import Feedback, JourneySummary, SessionSummary, StageEntered, UserSummary

@@ -1,5 +1,6 @@
 """Creating the ledger's tables and bringing those of an older version up."""
 
+import json
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -10,6 +11,7 @@ from sqlalchemy.schema import CreateColumn
 from turntrace.errors import LedgerError
 from turntrace.ledger.tables import (
     SCHEMA_VERSION,
+    conversations,
     decisions,
     feedback,
     gates,
@@ -70,7 +72,21 @@ def _to_5(connection: Connection) -> None:
     waiting_turns.create(connection)
 
 
-MIGRATIONS: Final[dict[int, Callable[[Connection], None]]] = {1: _to_2, 2: _to_3, 3: _to_4, 4: _to_5}
+def _to_6(connection: Connection) -> None:
+    """Add what a turn began with that its session does not tell; those that can go on have their topic from before."""
+    for table in (turns, open_turns):
+        _add_columns(connection, table, "own")
+        about = select(table.c.id, conversations.c.topic)
+        about = about.join(conversations, conversations.c.id == table.c.conversation_id)
+        about = about.where(conversations.c.topic.is_not(None))
+        if table is turns:
+            about = about.where(turns.c.status == "interrupted")
+        for row in connection.execute(about).all():
+            own = json.dumps({"topic": row.topic})
+            connection.execute(update(table).where(table.c.id == row.id).values(own=own))
+
+
+MIGRATIONS: Final[dict[int, Callable[[Connection], None]]] = {1: _to_2, 2: _to_3, 3: _to_4, 4: _to_5, 5: _to_6}
 """By version: what brings a ledger of that version to the next, in one transaction."""
 
 

@@ -138,6 +138,7 @@ def _open_turn(number: Any, session_id: Any) -> dict[str, Any]:
         "started_ns": _parameter("now", open_turns.c.started_ns),
         "trace_id": _parameter("trace", open_turns.c.trace_id),
         "root_span_id": _parameter("root_span", open_turns.c.root_span_id),
+        "own": _parameter("own", open_turns.c.own),
     }
 
 

@@ -16,12 +16,11 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from turntrace.identity import new_hash_key
-from turntrace.ledger import resuming, schema
+from turntrace.ledger import schema, taking_up
 from turntrace.ledger.engine import Database
 from turntrace.ledger.erasing import Erased, erase_waiting, forget
 from turntrace.ledger.outbox import StoredOutbox
 from turntrace.ledger.questions import LedgerQuestions
-from turntrace.ledger.resuming import TurnResumed
 from turntrace.ledger.rows import (
     continue_session,
     first_session,
@@ -30,6 +29,7 @@ from turntrace.ledger.rows import (
 )
 from turntrace.ledger.statements import Statements
 from turntrace.ledger.tables import gates, open_turns, sessions, turns
+from turntrace.ledger.taking_up import TurnTakenUp
 from turntrace.ledger.writing import LedgerWriter
 from turntrace.records import SessionFacts, TurnSummary
 
@@ -229,6 +229,7 @@ class Ledger(LedgerQuestions):
         active_since_ns: int,
         trace_id: str,
         root_span_id: str,
+        own: str | None = None,
     ) -> TurnBegun | None:
         """Give a turn its number and write it down as open.
 
@@ -243,6 +244,7 @@ class Ledger(LedgerQuestions):
                 not continued.
             trace_id: Id of its trace, 32 hexadecimal digits.
             root_span_id: Id of its root span, 16 hexadecimal digits.
+            own: What it begins with that its session does not tell, as `turntrace.ledger.own_text` writes it.
 
         Returns:
             Its number and what it meets; None when the session has ended or has been silent for too long, and nothing
@@ -258,19 +260,22 @@ class Ledger(LedgerQuestions):
             "active_since": active_since_ns,
             "trace": trace_id,
             "root_span": root_span_id,
+            "own": own,
         }
         row = self._database.run_fast(self._statements.begin_turn, values)
         return None if row is None else TurnBegun(int(row[0]), row[1])
 
-    def resume_newest(self, conversation_id: str, may_resume: Callable[[TurnSummary], bool]) -> TurnResumed | None:
-        """Have the newest turn of a conversation go on, if it waits; see `turntrace.ledger.resuming.resume_newest`."""
-        with self._database.writing() as connection:
-            return resuming.resume_newest(connection, conversation_id, may_resume)
+    def resume_newest(
+        self, conversation_id: str, may_resume: Callable[[TurnSummary], bool], *, now_ns: int
+    ) -> TurnTakenUp | None:
+        """Have the newest turn of a conversation go on, if it waits; see `turntrace.ledger.taking_up.resume_newest`."""
+        with self._database.writing(many_rows=True) as connection:
+            return taking_up.resume_newest(connection, conversation_id, may_resume, now_ns)
 
-    def resume_turn(self, turn_id: str) -> TurnResumed | None:
+    def resume_turn(self, turn_id: str, *, now_ns: int) -> TurnTakenUp | None:
         """Have a turn that waits go on; None when there is none of that id, or it does not wait."""
-        with self._database.writing() as connection:
-            return resuming.resume_by_id(connection, turn_id)
+        with self._database.writing(many_rows=True) as connection:
+            return taking_up.resume_by_id(connection, turn_id, now_ns)
 
     # --- what ends ----------------------------------------------------------------------------------------------------
     @contextmanager

@@ -23,7 +23,7 @@ from sqlalchemy import (
     text,
 )
 
-SCHEMA_VERSION: Final = 5
+SCHEMA_VERSION: Final = 6
 """Version of the tables below; a change of them raises it and adds a migration to `turntrace.ledger.schema`."""
 
 metadata = MetaData()
@@ -117,6 +117,7 @@ open_turns = Table(
     Column("trace_id", String(32), nullable=False),
     Column("root_span_id", String(16), nullable=False),
     Column("late", Text),  # what others add to it while it runs, as JSON
+    Column("own", Text),  # what it began with that its session does not tell, as JSON; mostly nothing
     sqlite_with_rowid=False,
 )
 
@@ -164,6 +165,7 @@ turns = Table(
     Column("counted_of_tokens", BigInteger, nullable=False, default=0, server_default="0"),
     Column("forked_from", String(200)),
     Column("checkpoint_id", String(200)),
+    Column("own", Text),  # as of the turns that run
     UniqueConstraint("conversation_id", "number", name="turntrace_turns_number"),
     Index("turntrace_turns_session", "session_id", "started_ns"),
 )

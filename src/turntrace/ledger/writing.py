@@ -17,7 +17,7 @@ from turntrace.ledger.ends import (
     waiting_turns,
 )
 from turntrace.ledger.journeys import enter_stage, unconverted_in
-from turntrace.ledger.resuming import TurnWritten, newest_turn, written_turn
+from turntrace.ledger.parts import put_together
 from turntrace.ledger.rows import (
     decision_values,
     first_session,
@@ -25,8 +25,9 @@ from turntrace.ledger.rows import (
     plain_summary,
     steps_text,
 )
-from turntrace.ledger.statements import ABANDONED, INTERRUPTED, LATE_SUMS, SESSION_SUMS, TURN_COLUMNS, Statements
+from turntrace.ledger.statements import ABANDONED, INTERRUPTED, SESSION_SUMS, TURN_COLUMNS, Statements
 from turntrace.ledger.tables import conversations, open_turns, outbox, sessions, turns
+from turntrace.ledger.taking_up import TurnWritten, newest_turn, written_turn
 from turntrace.records import Step, TurnSummary, TurnTags
 from turntrace.summaries import SessionSummary, StageEntered
 
@@ -119,24 +120,31 @@ class LedgerWriter:
             before: The turn as it was written down when it had waited, for one that went on.
 
         Returns:
-            Whether this was its end; a turn that had ended before is not changed, but for one that a sweep closed as
-            abandoned though it went on.
+            Whether this was its end; a turn that had ended before is not changed (see `add_part`), but for one that a
+            sweep closed as abandoned though it went on.
         """
-        values = {f"new_{name}": getattr(turn, name) for name in TURN_COLUMNS}
-        values |= {"new_steps": steps_text(steps), "new_spans": spans, "topic": topic}
-        values["new_failed"] = int(turn.status == "failed")
-        statements, cursor = self._statements, self._cursor
-        closed = statements.close_turn.run(cursor, values).fetchall()
+        same = {"new_conversation_id": turn.conversation_id, "new_number": turn.number, "new_id": turn.id}
+        closed = self._statements.close_turn.run(self._cursor, same).fetchall()
         was_open = len(closed) == 1
-        for name, value in json.loads(closed[0][0] or "{}").items() if was_open else ():
-            values[f"new_{name}"] += value
         if before is not None or not was_open:
             written = self._take_back(turn.id, was_open=was_open)
             if written is None and not was_open:
                 return TurnEnd.ENDED_BEFORE
             if written is not None:  # what ended late is added, as is all of a part that the turn does not know
-                for name in LATE_SUMS:
-                    values[f"new_{name}"] += _sum(written, name) - _sum(before, name)
+                turn, steps = put_together(turn, steps, written, before)
+                spans += written.spans - (0 if before is None else before.spans)
+        late = json.loads(closed[0][0] or "{}") if was_open else {}
+        return self._insert(turn, steps, spans, topic, late)
+
+    def _insert(
+        self, turn: TurnSummary, steps: Sequence[Step], spans: int, topic: str | None, late: Mapping[str, float]
+    ) -> TurnEnd:
+        values = {f"new_{name}": getattr(turn, name) for name in TURN_COLUMNS}
+        values |= {"new_steps": steps_text(steps), "new_spans": spans, "topic": topic}
+        values["new_failed"] = int(turn.status == "failed")
+        for name, value in late.items():
+            values[f"new_{name}"] += value
+        statements, cursor = self._statements, self._cursor
         statements.insert_turn.run(cursor, values)
         session = statements.add_to_session.run(cursor, values).fetchone()
         statements.upsert_conversation.run(cursor, values)
@@ -155,10 +163,40 @@ class LedgerWriter:
         turn = written.turn
         self._connection.execute(delete(turns).where(turns.c.id == turn_id))
         less = {column: sessions.c[column] - getattr(turn, name) for column, name in SESSION_SUMS.items()}
+        less["failed_turns"] = sessions.c.failed_turns - int(turn.status == "failed")
         for table, row_id, sums in ((sessions, turn.session_id, less), (conversations, turn.conversation_id, {})):
             once_less = update(table).where(table.c.id == row_id)
             self._connection.execute(once_less.values(total_turns=table.c.total_turns - 1, **sums))
         return written
+
+    def add_part(
+        self, part: TurnSummary, steps: Sequence[Step], *, spans: int, before: TurnWritten | None = None
+    ) -> TurnWritten | None:
+        """Add what another process did in a turn that has ended: one of two that went on with it was first.
+
+        Args:
+            part: The turn as that process knows it.
+            steps: Its steps.
+            spans: How many spans its trace has, the root left out.
+            before: The turn as it was written down when it had waited.
+
+        Returns:
+            The turn as it is written down now; None when it is not.
+        """
+        written = written_turn(self._connection, part.id)
+        if written is None:
+            return None
+        whole, all_steps = put_together(written.turn, written.steps, TurnWritten(part, tuple(steps), spans), before)
+        spans += written.spans - (0 if before is None else before.spans)
+        values = {name: getattr(whole, name) for name in TURN_COLUMNS}
+        values |= {"steps": steps_text(all_steps), "spans": spans + written.roots}
+        self._connection.execute(update(turns).where(turns.c.id == part.id).values(values))
+        more = {
+            column: sessions.c[column] + (getattr(whole, name) - getattr(written.turn, name))
+            for column, name in SESSION_SUMS.items()
+        }
+        self._connection.execute(update(sessions).where(sessions.c.id == whole.session_id).values(more))
+        return TurnWritten(whole, tuple(all_steps), spans, written.roots)
 
     def has_later_turn(self, turn: TurnSummary) -> bool:
         """Tell whether a turn that came later in the same conversation has begun."""
@@ -288,12 +326,6 @@ class LedgerWriter:
         """Return a session as it is now, without the figures of its user; None when there is none."""
         row = first_session(self._connection, sessions.c.id == session_id)
         return None if row is None else plain_summary(row)
-
-
-def _sum(written: TurnWritten | None, name: str) -> float:
-    if written is None:
-        return 0
-    return written.spans if name == "spans" else getattr(written.turn, name)
 
 
 def owner_of(user_id: str | None, session_id: str) -> str:

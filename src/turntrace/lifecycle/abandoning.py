@@ -9,8 +9,8 @@ from turntrace import attributes as a
 from turntrace.ledger import ABANDONED, LedgerWriter
 from turntrace.lifecycle.ending import Failure, end_span, words_of
 from turntrace.lifecycle.jobs import SpanJob, known_json
-from turntrace.lifecycle.steps import root_attributes
-from turntrace.records import SessionFacts, TurnRequest, TurnSummary, TurnTags
+from turntrace.lifecycle.rooting import RootStart
+from turntrace.records import SessionFacts, TurnSummary
 
 if TYPE_CHECKING:
     from turntrace.lifecycle.tracker import SessionTracker
@@ -27,14 +27,14 @@ def abandon_running(tracker: "SessionTracker", ledger: LedgerWriter, row: Any) -
     Returns:
         Whether it was closed by this.
     """
-    names = ("id", "session_id", "conversation_id", "user_id", "number", "started_ns", "role")
+    names = ("id", "session_id", "conversation_id", "user_id", "number", "started_ns", "role", "own")
     known = {name: row[name] for name in (*names, "trace_id", "root_span_id")}
     turn = TurnSummary(**known, ended_ns=row["started_ns"])  # nobody saw its end
     before = ledger.written_turn(row["id"])  # what it did before it waited
     root = _AbandonedRoot(tracker, row, replace(before.turn if before else turn, status=ABANDONED, error=ABANDONED))
     root.put(ledger)
     steps, spans = (before.steps, before.spans) if before else ((), 0)
-    ended = ledger.finish_turn(root.turn, steps, spans=spans + root.spans, topic=row["topic"], before=before)
+    ended = ledger.finish_turn(root.turn, steps, spans=spans + root.spans, topic=root.topic, before=before)
     return bool(ended)
 
 
@@ -84,7 +84,9 @@ class _AbandonedRoot(SpanJob):
         names = ("channel", "type", "tier", "org_id", "locale", "client_version")
         facts = {name: row[f"session_{name}"] for name in names}
         session = SessionFacts(id=turn.session_id, user_id=turn.user_id, **facts)
-        self._keep(self._root(session, row["topic"]))
+        begun = RootStart.again(turn, session)
+        self.topic = begun.tags.topic
+        self._keep(self._root(begun))
 
     @property
     def spans(self) -> int:
@@ -95,28 +97,15 @@ class _AbandonedRoot(SpanJob):
         """Put the span into the outbox."""
         self._put_spans(ledger)
 
-    def _root(self, session: SessionFacts, topic: str | None) -> list[ReadableSpan]:
+    def _root(self, begun: RootStart) -> list[ReadableSpan]:
         turn, target = self.turn, self._tracker.target
-        tags = TurnTags(
-            session_id=session.id,
-            turn_id=turn.id,
-            conversation_id=turn.conversation_id,
-            number=turn.number,
-            user_id=session.user_id,
-            channel=session.channel,
-            tier=session.tier,
-            org_id=session.org_id,
-            topic=topic,
-        )
         failure = Failure(ABANDONED, None, failed=False)
         asked = {"turn": turn.number, "type": turn.input_type, "length": turn.input_length}
         shown = {
             a.LANGFUSE_OBSERVATION_INPUT: known_json(asked),
             a.LANGFUSE_OBSERVATION_OUTPUT: known_json({"status": turn.status, "type": turn.output_type}),
         }
-        attributes = root_attributes(tags, session, TurnRequest()) | turn.attributes() | shown | words_of(failure)
-        ids = (int(str(turn.trace_id), 16), int(str(turn.root_span_id), 16))
         with target.capturing() as ended:
-            span = target.start_root(a.SPAN_TURN, attributes=attributes, start_ns=turn.started_ns, ids=ids)
+            span = begun.start(target, turn.attributes() | shown | words_of(failure))
             end_span(span, turn.ended_ns, failure)
         return ended

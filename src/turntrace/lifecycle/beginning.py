@@ -5,15 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 from opentelemetry import trace
 
-from turntrace import attributes as a
 from turntrace.attributes import AttributeValue
 from turntrace.export import ids_of
 from turntrace.identity import derived_id, is_trace_id, new_span_id
+from turntrace.ledger import own_text
 from turntrace.lifecycle.abandoning import AbandonWaiting
+from turntrace.lifecycle.rooting import RootStart, above_of
 from turntrace.lifecycle.session import Conversation
-from turntrace.lifecycle.steps import OpenStep, root_attributes
+from turntrace.lifecycle.steps import OpenStep
 from turntrace.lifecycle.turn import Turn
-from turntrace.records import TurnRequest, TurnTags
+from turntrace.records import SessionFacts, TurnOwn, TurnRequest
 
 if TYPE_CHECKING:
     from turntrace.lifecycle.tracker import SessionTracker
@@ -49,6 +50,8 @@ def begun_turn(
         trace_id = ids_of(below)[0]
     span_id = new_span_id()
     started_ns = tracker.clock()
+    own = _own_of(session, conversation, request, below)
+    kept = own_text(own)
     begun = tracker.ledger.begin_turn(
         turn_id,
         session_id=session.id,
@@ -59,41 +62,47 @@ def begun_turn(
         active_since_ns=active_since_ns,
         trace_id=trace_id,
         root_span_id=span_id,
+        own=kept,
     )
     if begun is None:
         return None
     if begun.unanswered_id is not None:
         tracker.submit(AbandonWaiting(tracker, begun.unanswered_id))
-    tags = TurnTags(
-        session_id=session.id,
+    begins = RootStart.of(
+        session,
+        own,
         turn_id=turn_id,
         conversation_id=conversation.id,
         number=begun.number,
-        user_id=session.user_id,
-        channel=session.channel,
-        tier=request.tier or session.tier,
-        org_id=request.org_id or session.org_id,
-        topic=conversation.topic,
+        ids=(trace_id, span_id),
+        started_ns=started_ns,
     )
     linked = around.get_span_context()
 
     def start_root(_: OpenStep, late: Mapping[str, AttributeValue]) -> trace.Span:
-        return tracker.target.start_root(
-            a.SPAN_TURN,
-            attributes={**root_attributes(tags, session, request), **late},
-            start_ns=started_ns,
-            ids=(int(trace_id, 16), int(span_id, 16)),
-            below=below,
-            linked=linked if linked.is_valid else None,
-        )
+        return begins.start(tracker.target, late, below=below, linked=linked if linked.is_valid else None)
 
     return Turn(
         conversation,
-        tags,
+        begins.tags,
         start_root=start_root,
-        planned_ids=(trace_id, span_id),
+        planned_ids=begins.ids,
         started_ns=started_ns,
         message=message,
         role=role,
         forked_from=request.forked_from,
+        own=kept,
+    )
+
+
+def _own_of(
+    session: SessionFacts, conversation: Conversation, request: TurnRequest, below: trace.Span | None
+) -> TurnOwn:
+    """Return what a turn begins with that its session does not tell."""
+    return TurnOwn(
+        tier=request.tier if request.tier != session.tier else None,
+        org_id=request.org_id if request.org_id != session.org_id else None,
+        topic=conversation.topic,
+        tags=request.tags,
+        above=None if below is None else above_of(below),
     )

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
+from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan
 
 from turntrace import attributes as a
@@ -80,32 +81,44 @@ class FinishTurn(SettleTurn):
         self._summary: TurnSummary | None = None
         self._steps: list[Step] = []
         self._count = 0
+        self._roots = 0
+        self._failure: Failure | None = None
+        self._root_to_end: trace.Span | None = None
+        self._whole_root: _WholeRoot | None = None
         self._end_again: EndSession | None = None
 
     def prepare(self) -> None:
         """Sum the turn up, and end its spans, the root last."""
+        try:
+            self._end_spans()
+        except Exception:  # it is logged, and nobody is to wait for this turn
+            self._tracker.finished(self._turn)
+            raise
+
+    def _end_spans(self) -> None:
         turn, account = self._turn, self._turn.account
         added, others = self._take_ended(account)
         account.is_closed = True
         question, answer = read_message(turn.message), read_message(turn.answer)
         summary = _sum_up(turn, self._status, self._ended_ns, question, answer)
-        self._answer = None
-        failure = None
         if self._status in ("failed", "abandoned"):
-            failure = Failure(summary.error or self._status, None, self._status == "failed")
+            self._failure = Failure(summary.error or self._status, None, self._status == "failed")
         waits = self._status == INTERRUPTED
         # One that waits is shown as it stands, where its root will be overwritten when it ends; elsewhere it ends once.
         target = self._tracker.target
         ends_root = not waits or target.to_outbox or not target.chooses_ids
         if ends_root:
-            turn.root.start(summary.attributes() | _content(turn, summary, question, answer) | words_of(failure))
+            turn.root.start(summary.attributes() | _content(turn, summary, question, answer) | words_of(self._failure))
         spans = end_steps(turn, added, account)
         account.spans += len(others)
         root = turn.root.started
-        with self._tracker.target.capturing() as ended:
+        with target.capturing() as ended:
             if root is not None and ends_root:
-                account.spans += root.is_recording() and not waits
-                end_span(root, self._ended_ns, failure)
+                self._roots = int(root.is_recording() and not waits)
+                if target.to_outbox or turn.before is None:
+                    end_span(root, self._ended_ns, self._failure)
+                else:  # another process may have been first: where nothing is overwritten, one of both ends it
+                    self._root_to_end = root
         self._keep(spans + others + ended)
         self._count = account.spans
         self._steps = list(account.steps)
@@ -116,20 +129,53 @@ class FinishTurn(SettleTurn):
     def write(self, ledger: LedgerWriter) -> None:
         """Put the spans into the outbox and end the row of the turn, in one transaction."""
         if self._summary is None or self._tracker.is_forgotten(self._summary.session_id):
-            self._tracker.finished(self._turn.id)
+            self._tracker.finished(self._turn)
             return
         self._put_spans(ledger)
         self._put_decisions(ledger)
-        topic = self._turn.conversation.topic
-        before = self._turn.before
-        end = ledger.finish_turn(self._summary, self._steps, spans=self._count, topic=topic, before=before)
+        topic, before = self._turn.conversation.topic, self._turn.before
+        end = ledger.finish_turn(
+            self._summary, self._steps, spans=self._count + self._roots, topic=topic, before=before
+        )
+        if end is TurnEnd.ENDED_BEFORE:
+            self._add_part(ledger, self._summary)
+        elif self._root_to_end is not None:
+            end_span(self._root_to_end, self._ended_ns, self._failure)
+            self._root_to_end = None
         if self._summary.output_type == INTERRUPT and ledger.has_later_turn(self._summary):
             AbandonWaiting(self._tracker, self._turn.id).write(ledger)  # the user did not wait for this to be written
-        if end is TurnEnd.ENDED_AFTER_SESSION:
-            # Its session was ended while it ran: the totals that were sent then are sent again with this turn.
+        if end is not TurnEnd.ENDED:
+            # Its session may have ended while it ran: the totals that were sent then are sent again with this turn.
             self._end_again = self._end_again or EndSession(self._tracker, self._summary.session_id)
             self._end_again.write(ledger)
-        self._tracker.finished(self._turn.id)
+        self._tracker.finished(self._turn)
+
+    def _add_part(self, ledger: LedgerWriter, part: TurnSummary) -> None:
+        """Add this part of a turn to what another process wrote, which was first, and send its root once more."""
+        whole = ledger.add_part(part, self._steps, spans=self._count, before=self._turn.before)
+        if whole is not None and self._tracker.target.to_outbox:
+            self._whole_root = self._whole_root or _WholeRoot(self._turn, whole.turn)
+            self._whole_root.write(ledger)
+
+
+class _WholeRoot(SpanJob):
+    """The root of a turn of which another process did a part, with what both did: it overwrites the ones before."""
+
+    def __init__(self, turn: "Turn", whole: TurnSummary) -> None:
+        super().__init__(turn.tracker)
+        failure = None
+        if whole.status in ("failed", "abandoned"):
+            failure = Failure(whole.error or whole.status, None, whole.status == "failed")
+        question, answer = read_message(turn.message), read_message(turn.answer)
+        shown = _content(turn, whole, question, answer, only_texts=turn.tracker.content.records_turn)
+        with turn.tracker.target.capturing() as ended:
+            span = turn.root.starter(turn.root, whole.attributes() | shown | words_of(failure))
+            end_span(span, whole.ended_ns, failure)
+        self._keep(ended)
+
+    def write(self, ledger: LedgerWriter) -> None:
+        """Put it into the outbox."""
+        self._put_spans(ledger)
 
 
 @never_breaks("classifying what the user said by classify=...")
@@ -190,6 +236,7 @@ def _sum_up(turn: "Turn", status: str, ended_ns: int, question: Message | None, 
         tokens_pruned=account.tokens_pruned,
         forked_from=turn.forked_from,
         checkpoint_id=turn.checkpoint_id if waits else None,
+        own=turn.own,
     )
 
 
@@ -202,19 +249,32 @@ def _first_token_ms(turn: "Turn", wait_ms: int) -> int | None:
 
 
 def _content(
-    turn: "Turn", summary: TurnSummary, question: Message | None, answer: Message | None
+    turn: "Turn", summary: TurnSummary, question: Message | None, answer: Message | None, *, only_texts: bool = False
 ) -> dict[str, AttributeValue]:
-    """Return what Langfuse shows as the input and output of the turn: safe facts, or the texts where they may leave."""
+    """Return what Langfuse shows as the input and output of the turn: safe facts, or the texts where they may leave.
+
+    Args:
+        turn: The turn.
+        summary: What is known of it.
+        question: What the user said.
+        answer: What the app answered.
+        only_texts: Whether to leave out what is no text, where another process may have sent one.
+    """
     policy = turn.tracker.content
     asked: Any = {"turn": summary.number, "type": summary.input_type, "length": summary.input_length}
     told: Any = {"status": summary.status, "type": summary.output_type, "length": summary.output_length}
     if (share := summary.context_window_pct) is not None:
         told["context"] = f"{share:.0%} of {summary.context_limit:,}"
-    if policy.records_turn:
-        asked = [{"role": summary.role, "content": policy.clean(question.text)}] if question is not None else asked
-        if answer is not None and summary.output_length is not None:
-            told = {"role": answer.role, "content": policy.clean(answer.text)}
-    return {
-        a.LANGFUSE_OBSERVATION_INPUT: known_json(asked),
-        a.LANGFUSE_OBSERVATION_OUTPUT: known_json(told),
-    }
+    is_told = answer is not None and summary.output_length is not None
+    shown: dict[str, AttributeValue] = {}
+    if policy.records_turn and question is not None:
+        shown[a.LANGFUSE_OBSERVATION_INPUT] = known_json(
+            [{"role": summary.role, "content": policy.clean(question.text)}]
+        )
+    elif not only_texts:
+        shown[a.LANGFUSE_OBSERVATION_INPUT] = known_json(asked)
+    if policy.records_turn and answer is not None and is_told:
+        shown[a.LANGFUSE_OBSERVATION_OUTPUT] = known_json({"role": answer.role, "content": policy.clean(answer.text)})
+    elif not only_texts:
+        shown[a.LANGFUSE_OBSERVATION_OUTPUT] = known_json(told)
+    return shown

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING
 
 from opentelemetry import trace
 
-from turntrace import attributes as a
 from turntrace.attributes import AttributeValue
 from turntrace.identity import time_of_checkpoint
-from turntrace.ledger import ABANDONED, INTERRUPT, INTERRUPTED, OPEN, Ledger, TurnResumed
+from turntrace.ledger import ABANDONED, INTERRUPT, INTERRUPTED, OPEN, Ledger, TurnTakenUp
+from turntrace.lifecycle.rooting import RootStart
 from turntrace.lifecycle.session import Conversation, Session
-from turntrace.lifecycle.steps import OpenStep, root_attributes
+from turntrace.lifecycle.steps import OpenStep
 from turntrace.lifecycle.turn import Turn
-from turntrace.records import TurnRequest, TurnSummary, TurnTags
+from turntrace.records import TurnRequest, TurnSummary
 
 if TYPE_CHECKING:
     from turntrace.lifecycle.tracker import SessionTracker
@@ -44,7 +44,7 @@ def forked_from(ledger: Ledger, request: TurnRequest, checkpoint_id: str | None)
     return None if found is None else found.id
 
 
-def resumed_turn(tracker: "SessionTracker", found: TurnResumed) -> Turn:
+def resumed_turn(tracker: "SessionTracker", found: TurnTakenUp) -> Turn:
     """Go on with a turn.
 
     Args:
@@ -52,41 +52,25 @@ def resumed_turn(tracker: "SessionTracker", found: TurnResumed) -> Turn:
         found: The turn as the ledger has it.
     """
     known, session = found.turn, found.session
-    conversation = Conversation(Session(tracker, session), known.conversation_id, found.topic)
-    tags = TurnTags(
-        session_id=session.id,
-        turn_id=known.id,
-        conversation_id=known.conversation_id,
-        number=known.number,
-        user_id=known.user_id,
-        channel=session.channel,
-        tier=session.tier,
-        org_id=session.org_id,
-        topic=found.topic,
-    )
-    ids = (str(known.trace_id), str(known.root_span_id))
+    begun = RootStart.again(known, session)
     linked = trace.get_current_span().get_span_context()
+    is_other = linked.is_valid and trace.format_trace_id(linked.trace_id) != begun.ids[0]
 
     def start_root(_: OpenStep, late: Mapping[str, AttributeValue]) -> trace.Span:
-        return tracker.target.start_root(
-            a.SPAN_TURN,
-            attributes={**root_attributes(tags, session, TurnRequest()), **late},
-            start_ns=known.started_ns,
-            ids=(int(ids[0], 16), int(ids[1], 16)),
-            linked=linked if linked.is_valid and trace.format_trace_id(linked.trace_id) != ids[0] else None,
-        )
+        return begun.start(tracker.target, late, linked=linked if is_other else None)
 
     return Turn(
-        conversation,
-        tags,
+        Conversation(Session(tracker, session), known.conversation_id, begun.tags.topic),
+        begun.tags,
         start_root=start_root,
-        planned_ids=ids,
+        planned_ids=begun.ids,
         started_ns=known.started_ns,
         message=None,
         role=known.role or "user",
         forked_from=known.forked_from,
         before=found.before,
         wait_ns=known.wait_ms * 1_000_000 + _waited_ns(tracker, known),
+        own=known.own,
     )
 
 

@@ -68,6 +68,7 @@ class RunningTurn:
         forked_from: str | None = None,
         before: TurnWritten | None = None,
         wait_ns: int = 0,
+        own: str | None = None,
     ) -> None:
         self.id = tags.turn_id
         self.number = tags.number
@@ -79,6 +80,7 @@ class RunningTurn:
         self.root = OpenStep(start_root, self._lock, a.SPAN_TURN, "agent", started_ns)
         self.planned_ids = planned_ids
         self.forked_from = forked_from
+        self.own = own
         self.before = before
         self.agent_runs = 0 if before is None else before.turn.agent_runs
         self.intent: str | None = None if before is None else before.turn.intent

@@ -13,7 +13,7 @@ from turntrace.attributes import AttributeValue
 from turntrace.current import ContextMeter
 from turntrace.decisions import ContextGiven, PruningDecision
 from turntrace.ledger import TurnWritten
-from turntrace.records import LLMCall, SessionFacts, Step, TurnRequest, TurnTags
+from turntrace.records import LLMCall, SessionFacts, Step, TurnTags
 
 StepKind = Literal["agent", "chain", "generation", "tool", "retriever", "event"]
 
@@ -165,7 +165,7 @@ class OpenStep:
         self.extra[name] = value
 
 
-def root_attributes(tags: TurnTags, session: SessionFacts, request: TurnRequest) -> dict[str, AttributeValue]:
+def root_attributes(tags: TurnTags, session: SessionFacts, trace_tags: tuple[str, ...]) -> dict[str, AttributeValue]:
     """Return what the root of a turn carries from its start."""
     begun = tags.attributes()
     begun[a.LANGFUSE_OBSERVATION_TYPE] = "agent"
@@ -176,8 +176,8 @@ def root_attributes(tags: TurnTags, session: SessionFacts, request: TurnRequest)
         begun[a.SESSION_LOCALE] = session.locale
     if session.client_version is not None:
         begun[a.SESSION_CLIENT_VERSION] = session.client_version
-    if request.tags:
-        begun[a.LANGFUSE_TRACE_TAGS] = request.tags
+    if trace_tags:
+        begun[a.LANGFUSE_TRACE_TAGS] = trace_tags
     return begun
 
 

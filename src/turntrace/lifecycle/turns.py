@@ -49,10 +49,6 @@ class Turns:
             raise StateError(f"The session {conversation.session.id!r} is ended again and again while a turn begins.")
         return turn
 
-    async def astart_turn(self, conversation: Conversation, message: Any = None, *, role: str = "user") -> Turn:
-        """Begin a turn of a conversation, as `Conversation.astart_turn` does."""
-        return await conversation.astart_turn(message, role=role)
-
     def begin_turn(self, request: TurnRequest, message: Any = None) -> Turn:
         """Begin the turn of a run that stands alone: in the session that it names, or in the open one of its user.
 
@@ -126,7 +122,7 @@ class Turns:
                 f"{carrier!r:.80}. Pass it on as it is: tracker.resume_turn(job['turn'])."
             )
         self._wait_until_written(lambda turn: turn.id == turn_id)
-        found = self.ledger.resume_turn(turn_id)
+        found = self.ledger.resume_turn(turn_id, now_ns=self.clock())
         if found is None:
             raise StateError(
                 f"The turn {turn_id!r} does not wait: it has ended, another worker goes on with it, or it is in "
@@ -162,6 +158,7 @@ class Turns:
         found = self.ledger.resume_newest(
             conversation_id,
             lambda turn: not self.holds(turn.id) and is_to_resume(turn, checkpoint_id, answers=answers),
+            now_ns=self.clock(),
         )
         return None if found is None else self._went_on(resumed_turn(self._tracker, found))
 
@@ -208,12 +205,14 @@ class Turns:
     def finish(self, turn: Turn, status: str, ended_ns: int) -> None:
         """Have a turn that has ended written down. Called by `Turn.end`."""
         self._finishing[turn.id] = turn
-        self._turns.pop(turn.id, None)
+        if self._turns.get(turn.id) is turn:  # not when the same was taken up here again
+            del self._turns[turn.id]
         self._writer.submit(FinishTurn(turn, status, ended_ns))
 
-    def finished(self, turn_id: str) -> None:
-        """Note that the end of a turn is written. Called by the writer."""
-        self._finishing.pop(turn_id, None)
+    def finished(self, turn: Turn) -> None:
+        """Note that the end of a turn is written, or cannot be. Called by the writer."""
+        if self._finishing.get(turn.id) is turn:
+            del self._finishing[turn.id]
 
     def holds(self, turn_id: str) -> bool:
         """Tell whether a turn runs in this process, or its end is still to be written."""

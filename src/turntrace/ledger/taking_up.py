@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, insert, select
+from sqlalchemy import Connection, RowMapping, insert, select, update
 
 from turntrace.ledger.rows import first_session, open_row, running_turn, session_facts, steps_from, turn_summary
 from turntrace.ledger.statements import INTERRUPTED, OPEN
-from turntrace.ledger.tables import conversations, open_turns, sessions, turns
+from turntrace.ledger.tables import open_turns, sessions, turns
 from turntrace.records import SessionFacts, Step, TurnSummary
 
 
@@ -20,27 +20,27 @@ class TurnWritten:
         turn: What is known of it.
         steps: Its steps.
         spans: How many spans its trace has, the root left out.
+        roots: How many roots it has: none while it waits, or where spans are not recorded.
     """
 
     turn: TurnSummary
     steps: tuple[Step, ...]
     spans: int
+    roots: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class TurnResumed:
+class TurnTakenUp:
     """A turn that goes on.
 
     Attributes:
         turn: What is known of it.
         session: The session that it is in.
-        topic: What its conversation is about.
         before: What was written down when it began to wait; None when its process was killed before it could.
     """
 
     turn: TurnSummary
     session: SessionFacts
-    topic: str | None
     before: TurnWritten | None
 
 
@@ -60,8 +60,8 @@ def turn_at(connection: Connection, conversation_id: str, at_ns: int) -> TurnSum
 
 
 def resume_newest(
-    connection: Connection, conversation_id: str, may_resume: Callable[[TurnSummary], bool]
-) -> TurnResumed | None:
+    connection: Connection, conversation_id: str, may_resume: Callable[[TurnSummary], bool], now_ns: int
+) -> TurnTakenUp | None:
     """Have the newest turn of a conversation go on, if it waits.
 
     Args:
@@ -69,6 +69,7 @@ def resume_newest(
         conversation_id: The conversation.
         may_resume: Tells of the newest turn whether it is to go on: one that waits, or has the status ``open``
             because its process was killed before it could write down that it waits.
+        now_ns: The time, in nanoseconds since 1970.
 
     Returns:
         The turn, which is written down as open again; None when it is not to go on.
@@ -76,22 +77,21 @@ def resume_newest(
     newest = newest_turn(connection, conversation_id)
     if newest is None or not may_resume(newest):
         return None
-    return _resumed(connection, newest)
+    return _resumed(connection, newest, now_ns)
 
 
-def resume_by_id(connection: Connection, turn_id: str) -> TurnResumed | None:
+def resume_by_id(connection: Connection, turn_id: str, now_ns: int) -> TurnTakenUp | None:
     """Have a turn that waits go on; None when there is none of that id, or it does not wait."""
     query = select(turns).where(turns.c.id == turn_id, turns.c.status == INTERRUPTED).with_for_update()
     row = connection.execute(query).mappings().first()
-    return None if row is None else _resumed(connection, turn_summary(row))
+    return None if row is None else _resumed(connection, turn_summary(row), now_ns)
 
 
-def _resumed(connection: Connection, turn: TurnSummary) -> TurnResumed | None:
+def _resumed(connection: Connection, turn: TurnSummary, now_ns: int) -> TurnTakenUp | None:
     before = written_turn(connection, turn.id)
     session = first_session(connection, sessions.c.id == turn.session_id)
     if session is None:
         return None
-    topic = select(conversations.c.topic).where(conversations.c.id == turn.conversation_id)
     runs = select(open_turns.c.id).where(
         open_turns.c.conversation_id == turn.conversation_id, open_turns.c.number == turn.number
     )
@@ -100,8 +100,11 @@ def _resumed(connection: Connection, turn: TurnSummary) -> TurnResumed | None:
         if is_open:  # somebody else was first
             return None
         connection.execute(insert(open_turns).values(open_row(turn)))
+    # The answer is activity, though the turn began long ago: the sweep is to leave both alone.
+    silent = sessions.c.id == turn.session_id, sessions.c.last_activity_ns < now_ns
+    connection.execute(update(sessions).where(*silent).values(last_activity_ns=now_ns))
     known = turn if before is None else before.turn
-    return TurnResumed(known, session_facts(session), connection.execute(topic).scalar_one_or_none(), before)
+    return TurnTakenUp(known, session_facts(session), before)
 
 
 def written_turn(connection: Connection, turn_id: str) -> TurnWritten | None:
@@ -109,8 +112,8 @@ def written_turn(connection: Connection, turn_id: str) -> TurnWritten | None:
     row = connection.execute(select(turns).where(turns.c.id == turn_id).with_for_update()).mappings().first()
     if row is None:
         return None
-    has_root = row["status"] != INTERRUPTED and row["spans"] > 0
-    return TurnWritten(turn_summary(row), tuple(steps_from(row["steps"])), row["spans"] - has_root)
+    roots = int(row["status"] != INTERRUPTED and row["spans"] > 0)
+    return TurnWritten(turn_summary(row), tuple(steps_from(row["steps"])), row["spans"] - roots, roots)
 
 
 def _newest(connection: Connection, table: Any, conversation_id: str) -> RowMapping | None:
