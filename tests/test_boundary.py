@@ -269,7 +269,7 @@ def ledger(tmp_path: Path) -> Ledger:
     return Ledger(tmp_path / "ledger.db")
 
 
-def test_a_ledger_that_fails_before_a_turn_changes_nothing(
+def test_a_ledger_that_fails_before_a_turn_changes_and_loses_nothing(
     capture: Capture, ledger: Ledger, caplog: pytest.LogCaptureFixture
 ) -> None:
     graph = compiled(capture.tracker(ledger.url))
@@ -287,10 +287,11 @@ def test_a_ledger_that_fails_before_a_turn_changes_nothing(
     spans = captured_spans(capture.spans())
     assert_all_tagged(spans)
     roots = [span for span in spans if span.name == a.SPAN_TURN]
-    assert [root.attributes[a.TURN_NUMBER] for root in roots] == [1, 2]
+    assert [root.attributes[a.TURN_NUMBER] for root in roots] == [1, 2, 3, 4, 5]
     assert open_runs(graph) == 0
-    (told,) = logged(caplog)
+    told, back = logged(caplog)
     assert "TURNTRACE_LEDGER_URL" in told
+    assert "can be written again" in back
 
 
 def test_a_ledger_that_fails_while_a_turn_runs_loses_nothing(

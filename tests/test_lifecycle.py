@@ -17,13 +17,11 @@ import pytest
 from langchain_core.messages import HumanMessage
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan
-from sqlalchemy import event
 
 from turntrace import Conversation, Session, SessionCallbackHandler, SessionTracker, Turn, current_turn
 from turntrace import attributes as a
 from turntrace.content import ContentPolicy
-from turntrace.errors import ConfigurationError, IdentityError, LedgerError, StateError
-from turntrace.ledger.opening import open_engine
+from turntrace.errors import ConfigurationError, IdentityError, StateError
 from turntrace.records import LLMCall, Step, TurnRequest, TurnSummary, Usage, iso_time
 from turntrace.testing import (
     Capture,
@@ -851,23 +849,6 @@ def test_a_turn_that_was_not_begun_when_its_task_was_cancelled_is_not_left_open(
         asyncio.run(run())
         tracker.flush()
         assert "open" not in [turn.status for turn, _ in tracker.ledger.turns(conversation.session.id)]
-
-
-def test_a_ledger_that_cannot_be_written_is_told_to_who_begins_a_turn(tmp_path: Path, capture: Capture) -> None:
-    engine = open_engine(f"sqlite:///{tmp_path}/ledger.db")
-    event.listen(engine, "connect", lambda connection, _: connection.execute("PRAGMA busy_timeout=20"))
-    tracker = capture.tracker(engine)
-    conversation = tracker.start_session().conversation("c1")
-    tracker.flush()
-    with closing(sqlite3.connect(tmp_path / "ledger.db", isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(LedgerError, match="TURNTRACE_LEDGER_URL"):
-            conversation.start_turn("Hello")
-        other.execute("ROLLBACK")
-    with conversation.turn("Hello") as turn:
-        assert turn.number == 1
-    tracker.shutdown()
-    engine.dispose()
 
 
 # --- D8: what the ledger calls finished has its spans -----------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from turntrace.ledger.rows import own_from, own_text
 from turntrace.ledger.statements import ABANDONED, INTERRUPT, INTERRUPTED, LATE_SUMS, OPEN
-from turntrace.ledger.store import Ledger, SessionOpened
+from turntrace.ledger.store import Ledger, SessionOpened, TurnBegun
 from turntrace.ledger.taking_up import TurnTakenUp, TurnWritten
 from turntrace.ledger.writing import LedgerWriter, StageWanted, TurnEnd
 
@@ -16,6 +16,7 @@ __all__ = [
     "LedgerWriter",
     "SessionOpened",
     "StageWanted",
+    "TurnBegun",
     "TurnEnd",
     "TurnTakenUp",
     "TurnWritten",

@@ -125,6 +125,22 @@ class Database:
     def _turn_of_writers(self) -> AbstractContextManager[object]:
         return self._lock if self._is_sqlite else nullcontext()
 
+    @contextmanager
+    def _patient_turn_of_writers(self) -> Iterator[None]:
+        """Take a turn, for a caller that an app waits for: not behind a writer that waits for another process."""
+        if not self._is_sqlite:
+            yield
+            return
+        if not self._lock.acquire(timeout=BUSY_TIMEOUT_MS / 1000):
+            raise LedgerError(
+                f"The ledger at {self.engine.url.render_as_string(hide_password=True)} is locked by another process "
+                f"for more than {BUSY_TIMEOUT_MS / 1000:g} s. It can be written again when that has ended."
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
     def _write_connection(self) -> Connection:
         if self._writer is None:
             self._writer = self.engine.connect()
@@ -166,7 +182,7 @@ class Database:
         Raises:
             LedgerError: If the database cannot be written.
         """
-        with self._turn_of_writers(), _named_errors(self.engine):
+        with self._patient_turn_of_writers(), _named_errors(self.engine):
             if not self._is_sqlite:
                 return self._run_on_pool(statement, values)
             connection = self._write_connection().connection

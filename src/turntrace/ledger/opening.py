@@ -12,7 +12,7 @@ from sqlalchemy.pool import StaticPool
 
 from turntrace.errors import ConfigurationError, LedgerError
 
-BUSY_TIMEOUT_MS: Final = 5_000
+BUSY_TIMEOUT_MS: Final = 2_000
 """How long a statement waits for another process that writes to the same SQLite file."""
 
 _SQLITE: Final = ("sqlite", "sqlite+pysqlite")

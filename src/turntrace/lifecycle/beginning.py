@@ -1,15 +1,18 @@
 """Beginning a turn: its number, the ids of its trace, and what its root is started with."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry import trace
 
 from turntrace.attributes import AttributeValue
+from turntrace.errors import LedgerError
 from turntrace.export import ids_of
 from turntrace.identity import derived_id, is_trace_id, new_span_id
-from turntrace.ledger import own_text
+from turntrace.ledger import TurnBegun, own_text
 from turntrace.lifecycle.abandoning import AbandonWaiting
+from turntrace.lifecycle.late import BeginTurnLate
 from turntrace.lifecycle.rooting import RootStart, above_of
 from turntrace.lifecycle.session import Conversation
 from turntrace.lifecycle.steps import OpenStep
@@ -39,7 +42,8 @@ def begun_turn(
         active_since_ns: The session must have been active since then, in nanoseconds since 1970.
 
     Returns:
-        The turn; None when its session has ended, or has been silent for too long.
+        The turn; None when its session has ended, or has been silent for too long. While the ledger is away the turn
+        begins all the same, with a guess at its number, and gets its own when it is written down.
     """
     session = conversation.session.facts
     turn_id = tracker.new_id()
@@ -52,37 +56,54 @@ def begun_turn(
     started_ns = tracker.clock()
     own = _own_of(session, conversation, request, below)
     kept = own_text(own)
-    begun = tracker.ledger.begin_turn(
-        turn_id,
-        session_id=session.id,
-        conversation_id=conversation.id,
-        user_id=session.user_id,
-        role=role,
-        started_ns=started_ns,
-        active_since_ns=active_since_ns,
-        trace_id=trace_id,
-        root_span_id=span_id,
-        own=kept,
-    )
-    if begun is None:
+
+    def begin(since_ns: int = 0) -> TurnBegun | None:
+        return tracker.ledger.begin_turn(
+            turn_id,
+            session_id=session.id,
+            conversation_id=conversation.id,
+            user_id=session.user_id,
+            role=role,
+            started_ns=started_ns,
+            active_since_ns=since_ns,
+            trace_id=trace_id,
+            root_span_id=span_id,
+            own=kept,
+        )
+
+    def meets(begun: TurnBegun) -> None:
+        tracker.note_number(conversation.id, begun.number)
+        if begun.unanswered_id is not None:
+            tracker.submit(AbandonWaiting(tracker, begun.unanswered_id))
+
+    is_late = tracker.is_ledger_away
+    begun: TurnBegun | None = None
+    if not is_late:
+        try:
+            begun = begin(active_since_ns)
+        except LedgerError as error:
+            tracker.note_ledger_away(error)
+            is_late = True
+    if begun is not None:
+        meets(begun)
+    elif not is_late:
         return None
-    if begun.unanswered_id is not None:
-        tracker.submit(AbandonWaiting(tracker, begun.unanswered_id))
     begins = RootStart.of(
         session,
         own,
         turn_id=turn_id,
         conversation_id=conversation.id,
-        number=begun.number,
+        number=tracker.next_number(conversation.id) if begun is None else begun.number,
         ids=(trace_id, span_id),
         started_ns=started_ns,
     )
     linked = around.get_span_context()
 
     def start_root(_: OpenStep, late: Mapping[str, AttributeValue]) -> trace.Span:
-        return begins.start(tracker.target, late, below=below, linked=linked if linked.is_valid else None)
+        known = replace(begins, tags=turn.words)  # a turn that was written down late has another number now
+        return known.start(tracker.target, late, below=below, linked=linked if linked.is_valid else None)
 
-    return Turn(
+    turn = Turn(
         conversation,
         begins.tags,
         start_root=start_root,
@@ -93,6 +114,9 @@ def begun_turn(
         forked_from=request.forked_from,
         own=kept,
     )
+    if is_late:
+        tracker.submit(BeginTurnLate(turn, begin, meets))
+    return turn
 
 
 def _own_of(

@@ -6,6 +6,7 @@ What the app says to a turn is in `turntrace.lifecycle.turn`; this is what adapt
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
@@ -119,6 +120,11 @@ class RunningTurn:
     def words(self) -> TurnTags:
         """What every span of the turn carries."""
         return self._words
+
+    def renumber(self, number: int) -> None:
+        """Give it the number that the ledger has for it, where it began with a guess while the ledger was away."""
+        self.number = number
+        self._words, self._tags = replace(self._words, number=number), None
 
     @property
     def trace_id(self) -> int:

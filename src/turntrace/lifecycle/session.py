@@ -159,9 +159,11 @@ class Conversation:
                 begins the exchange. Of it only length and kind are recorded unless the content policy allows more.
             role: ``user``, or ``assistant`` when the agent began the exchange.
 
+        While the ledger cannot be written the turn begins all the same; it is written down, and given its number, when
+        the ledger is back.
+
         Raises:
             StateError: If the role is neither.
-            LedgerError: If the ledger cannot be written.
         """
         if role not in ("user", "assistant"):
             raise StateError(f"The role of a turn cannot be {role!r}. Allowed are user and assistant.")

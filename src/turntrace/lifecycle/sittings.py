@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from turntrace.boundary import caught
-from turntrace.errors import IdentityError
+from turntrace.errors import IdentityError, LedgerError
 from turntrace.identity import derived_id
 from turntrace.ledger import SessionOpened
+from turntrace.lifecycle.late import BeginSessionLate
 from turntrace.lifecycle.session import Session
 from turntrace.lifecycle.session_jobs import INACTIVE_TIMEOUT, AnnounceSession, EndSession
 from turntrace.lifecycle.writer import Writer
@@ -42,7 +43,30 @@ class Sittings:
         self._lock = threading.Lock()
 
     def open(self, wanted: SessionFacts, *, given_id: bool, conversation_id: str | None = None) -> Session:
-        """Begin or continue a session, as `turntrace.ledger.Ledger.open_session` says."""
+        """Begin or continue a session, as `turntrace.ledger.Ledger.open_session` says.
+
+        While the ledger is away it begins all the same, and is written down when the ledger is back.
+        """
+        if not self._writer.is_ledger_away:
+            try:
+                return self._open(wanted, given_id=given_id, conversation_id=conversation_id)
+            except LedgerError as error:
+                self._writer.note_away(error)
+        session = Session(self._tracker, replace(wanted, sessions_total=1))
+        self._writer.submit(BeginSessionLate(self._tracker, session))
+        with self._lock:
+            self._note_used(session.id)
+        return session
+
+    def open_again(self, session: Session) -> None:
+        """Have the ledger hold a session open that this process has: one that ended, or began while it was away.
+
+        Raises:
+            LedgerError: If the ledger cannot be written.
+        """
+        self._open(session.facts, given_id=True)
+
+    def _open(self, wanted: SessionFacts, *, given_id: bool, conversation_id: str | None = None) -> Session:
         self.wait_for_end(wanted.id if given_id else None)
         opened = self._tracker.ledger.open_session(
             wanted, idle_ns=self._tracker.idle_ns, given_id=given_id, conversation_id=conversation_id
@@ -136,6 +160,8 @@ class Sittings:
 
     def wait_for_end(self, session_id: str | None) -> None:
         """Wait until a session whose end was said is ended, or with None until all such are."""
+        if self._writer.is_ledger_away:
+            return
         if self._ending if session_id is None else session_id in self._ending:
             with self._lock:
                 said = set(self._ending)

@@ -165,6 +165,8 @@ class SessionTracker(Turns, Afterwards):
     ) -> Session:
         """Begin a session, which ends with `Session.end`.
 
+        While the ledger cannot be written it begins all the same, and is written down when the ledger is back.
+
         Args:
             user_id: The user's id; only its hash is kept. None for an unknown user.
             session_id: Its id. The session of that id is continued, also when it had ended. Default: a new one.
@@ -178,7 +180,6 @@ class SessionTracker(Turns, Afterwards):
         Raises:
             IdentityError: If an id or a text cannot be used.
             ConfigurationError: If the type is unknown.
-            LedgerError: If the ledger cannot be written.
         """
         wanted = SessionFacts(
             id=self.new_id() if session_id is None else check_id(session_id, "session_id"),

@@ -1,14 +1,15 @@
 """The turns of a tracker: they begin, go on when they had waited, and are written down when they end."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from turntrace.errors import StateError
+from turntrace.errors import LedgerError, StateError
 from turntrace.ledger import Ledger
 from turntrace.lifecycle.beginning import begun_turn
 from turntrace.lifecycle.closing import FinishTurn, SettleTurn
 from turntrace.lifecycle.resuming import forked_from, is_to_resume, resumed_turn
-from turntrace.lifecycle.session import Conversation
+from turntrace.lifecycle.session import Conversation, Session
 from turntrace.lifecycle.sittings import Sittings, key_of_run
 from turntrace.lifecycle.travelling import tags_in, visited
 from turntrace.lifecycle.turn import TURN_ID_KEY, Turn
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from turntrace.lifecycle.tracker import SessionTracker
 
 _WRITTEN_S: Final = 5.0
+_NUMBERS: Final = 10_000
 
 
 class Turns:
@@ -37,13 +39,14 @@ class Turns:
     def __init__(self) -> None:
         self._turns: dict[str, Turn] = {}
         self._finishing: dict[str, Turn] = {}
+        self._numbers: OrderedDict[str, int] = OrderedDict()
 
     # --- what begins --------------------------------------------------------------------------------------------------
     def start_turn(self, conversation: Conversation, message: Any = None, *, role: str = "user") -> Turn:
         """Begin a turn of a conversation, as `Conversation.start_turn` does."""
         turn = self._begin(conversation, TurnRequest(), message, role, active_since_ns=0)
         if turn is None:  # the session had ended: this opens it again
-            self._sittings.open(conversation.session.facts, given_id=True)
+            self._sittings.open_again(conversation.session)
             turn = self._begin(conversation, TurnRequest(), message, role, active_since_ns=0)
         if turn is None:
             raise StateError(f"The session {conversation.session.id!r} is ended again and again while a turn begins.")
@@ -94,6 +97,36 @@ class Turns:
         if turn is not None:
             self._turns[turn.id] = turn
         return turn
+
+    # --- while the ledger is away -------------------------------------------------------------------------------------
+    @property
+    def is_ledger_away(self) -> bool:
+        """Whether the ledger could not be written when it was tried last; the writer goes on trying."""
+        return self._writer.is_ledger_away
+
+    def note_ledger_away(self, error: LedgerError) -> None:
+        """Note that the ledger cannot be written now."""
+        self._writer.note_away(error)
+
+    def open_again(self, session: Session) -> None:
+        """Have the ledger hold a session open that this process has.
+
+        Raises:
+            LedgerError: If the ledger cannot be written.
+        """
+        self._sittings.open_again(session)
+
+    def note_number(self, conversation_id: str, number: int) -> None:
+        """Note the number of the newest turn of a conversation."""
+        self._numbers[conversation_id] = number
+        if len(self._numbers) > _NUMBERS:
+            self._numbers.popitem(last=False)
+
+    def next_number(self, conversation_id: str) -> int:
+        """Guess the number of the next turn of a conversation, as far as this process knows."""
+        number = self._numbers.get(conversation_id, 0) + 1
+        self.note_number(conversation_id, number)
+        return number
 
     def live_turn(self, turn_id: str) -> Turn | None:
         """Return a turn of this process that has not ended, or None."""
@@ -151,7 +184,13 @@ class Turns:
         for turn in list(self._turns.values()):  # one that the app has not ended yet
             if turn.interrupted and turn.conversation.id == request.conversation_id:
                 return turn
-        return self._resume(request.conversation_id, checkpoint_id, answers=answers)
+        if self.is_ledger_away:
+            return None
+        try:
+            return self._resume(request.conversation_id, checkpoint_id, answers=answers)
+        except LedgerError as error:  # the run is a turn of its own, and is not lost
+            self.note_ledger_away(error)
+            return None
 
     def _resume(self, conversation_id: str, checkpoint_id: str | None, *, answers: bool) -> Turn | None:
         self._wait_until_written(lambda turn: turn.conversation.id == conversation_id)
@@ -169,10 +208,14 @@ class Turns:
             request: What the run says about itself.
             checkpoint_id: LangGraph's checkpoint that it begins at, when it names one.
         """
-        if request.conversation_id is None:
+        if request.conversation_id is None or self.is_ledger_away:
             return None
         self._wait_until_written(lambda turn: turn.conversation.id == request.conversation_id)
-        return forked_from(self.ledger, request, checkpoint_id)
+        try:
+            return forked_from(self.ledger, request, checkpoint_id)
+        except LedgerError as error:
+            self.note_ledger_away(error)
+            return None
 
     def visit(self, carriers: Iterable[Mapping[str, Any] | None]) -> Turn | None:
         """Find the turn of another process that a run belongs to, where it may travel (``propagate=True``).
@@ -194,7 +237,7 @@ class Turns:
         return turn
 
     def _wait_until_written(self, is_meant: Callable[[Turn], bool]) -> None:
-        if any(is_meant(turn) for turn in list(self._finishing.values())):
+        if not self.is_ledger_away and any(is_meant(turn) for turn in list(self._finishing.values())):
             self._writer.drain(_WRITTEN_S)
 
     @property

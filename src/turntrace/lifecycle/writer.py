@@ -8,6 +8,8 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
+from itertools import chain, repeat
 from typing import Final, Protocol
 
 from turntrace.boundary import caught
@@ -27,7 +29,7 @@ class Job(Protocol):
     """Something to be written down."""
 
     def prepare(self) -> None:
-        """Do what needs no transaction; called once."""
+        """Do what needs no transaction of the writer's; called again only when it raised a `LedgerError`."""
 
     def write(self, ledger: LedgerWriter) -> None:
         """Write, within a transaction; called again when that failed."""
@@ -36,12 +38,15 @@ class Job(Protocol):
 class Writer:
     """Does jobs one after the other, several in one transaction.
 
-    A job whose transaction fails because of the database is tried again until it succeeds; nothing is lost while the
-    process lives. A job that fails for another reason is logged and left out, and the others go on.
+    A job that fails because of the database is tried again until it succeeds; nothing is lost while the process lives,
+    and meanwhile `is_ledger_away` says so. A job that fails for another reason is logged and left out; others go on.
 
     Args:
         ledger: Where to write.
         written: Called after each transaction.
+
+    Attributes:
+        is_ledger_away: Whether the ledger could not be written when it was tried last.
     """
 
     def __init__(self, ledger: Ledger, written: Callable[[], object] = lambda: None) -> None:
@@ -51,7 +56,7 @@ class Writer:
         self._hurry = threading.Event()
         self._thread: threading.Thread | None = None
         self._start_lock = threading.Lock()
-        self._failing = False
+        self.is_ledger_away = False
         weak_self = weakref.ref(self)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=lambda: _call(weak_self(), Writer._after_fork))
@@ -131,46 +136,55 @@ class Writer:
             self._start()
 
     def _prepared(self, batch: list[Job]) -> list[Job]:
-        ready = []
-        for job in batch:
-            try:
-                job.prepare()
-            except Exception as error:
-                _caught(job, error)
-            else:
-                ready.append(job)
-        return ready
+        return [job for job in batch if self._try(job.prepare, job)]
 
     def _write(self, batch: list[Job]) -> None:
-        if not self._try(batch):
-            for job in batch:  # one by one, so that one bad job does not keep back the others
-                while not self._try([job]):
-                    pass
-
-    def _try(self, batch: list[Job]) -> bool:
-        """Write a batch, waiting for the database as long as it takes; tell whether the rest may go on."""
-        for attempt in range(1_000_000):
+        if len(batch) > 1:
             try:
-                with self._ledger.writing() as ledger:
-                    for job in batch:
-                        job.write(ledger)
-            except LedgerError as error:
-                if not self._failing:
-                    self._failing = True
-                    logger.warning("turntrace: %s What is tracked stays in memory until it can be written.", error)
-                time.sleep(_RETRY_S[min(attempt, len(_RETRY_S) - 1)])
-            except Exception as error:
-                if len(batch) > 1:
-                    return False
-                _caught(batch[0], error)
-                return True
-            else:
-                if self._failing:
-                    self._failing = False
-                    logger.warning("turntrace: the ledger can be written again.")
-                self._after_writing()
-                return True
+                return self._wait_for_ledger(lambda: self._transact(batch))
+            except Exception:
+                logger.debug("turntrace: %s jobs are written one by one: one of them fails", len(batch))
+        for job in batch:  # so that a bad one does not keep back the others
+            self._try(partial(self._transact, [job]), job)
+        return None
+
+    def _transact(self, batch: list[Job]) -> None:
+        with self._ledger.writing() as ledger:
+            for job in batch:
+                job.write(ledger)
+        self._note_back()
+        self._after_writing()
+
+    def _try(self, step: Callable[[], object], job: Job) -> bool:
+        """Do a step of a job, waiting for the ledger as long as it takes; tell whether it succeeded."""
+        try:
+            self._wait_for_ledger(step)
+        except Exception as error:
+            _caught(job, error)
+            return False
         return True
+
+    def _wait_for_ledger(self, step: Callable[[], object]) -> None:
+        pauses = chain(_RETRY_S, repeat(_RETRY_S[-1]))
+        while True:
+            try:
+                step()
+            except LedgerError as error:
+                self.note_away(error)
+                time.sleep(next(pauses))
+            else:
+                return
+
+    def note_away(self, error: LedgerError) -> None:
+        """Note that the ledger cannot be written; it is said once, until it can be again."""
+        if not self.is_ledger_away:
+            self.is_ledger_away = True
+            logger.warning("turntrace: %s Meanwhile what is tracked stays in memory, and the app goes on.", error)
+
+    def _note_back(self) -> None:
+        if self.is_ledger_away:
+            self.is_ledger_away = False
+            logger.warning("turntrace: the ledger can be written again.")
 
     def _after_writing(self) -> None:
         try:
@@ -188,6 +202,7 @@ class Writer:
         self._hurry = threading.Event()
         self._start_lock = threading.Lock()
         self._thread = None
+        self.is_ledger_away = False
 
 
 def _call(writer: Writer | None, method: Callable[[Writer], None]) -> None:
