@@ -235,6 +235,46 @@ def test_the_totals_of_a_session_that_ended_meanwhile_are_sent_again_with_both_p
     assert end.attributes[a.SESSION_TOTAL_TOKENS] == 120
 
 
+def test_a_first_part_that_is_written_while_the_second_runs_is_told_by_the_root_too(workers: Workers) -> None:
+    first, second = workers.tracker(), workers.tracker()
+    written = held_back(first)
+    workers.graph(first, think, ask).invoke(asks(), config_of("c1", user_id="ann"))
+    turn = second.resume_for_run(TurnRequest(conversation_id="c1"), None, answers=True)
+    assert turn is not None
+    written.goes_on.set()
+    first.flush_writer()
+    workers.graph(second, think, ask).invoke(Command(resume="yes"), turn.config)
+    turn.end()
+    workers.is_whole(status="completed", agent_runs=2, llm_calls=1, input_tokens=100)
+
+
+def test_a_first_part_that_is_written_when_the_third_runs_loses_nothing(workers: Workers) -> None:
+    trackers = [workers.tracker() for _ in range(3)]
+    entered, goes_on = threading.Event(), threading.Event()
+
+    def ask_again(_state: State) -> dict[str, Any]:
+        return {"messages": [("ai", str(interrupt("Are you sure?")))]}
+
+    def work(_state: State) -> dict[str, Any]:
+        entered.set()
+        assert goes_on.wait(30)
+        return {"messages": [("ai", "Done.")]}
+
+    graphs = [workers.graph(tracker, think, ask, ask_again, work) for tracker in trackers]
+    written = held_back(trackers[0])
+    graphs[0].invoke(asks(), config_of("c1", user_id="ann"))
+    graphs[1].invoke(Command(resume="yes"), config_of("c1", user_id="ann"))
+    trackers[1].flush_writer()
+    third = threading.Thread(target=lambda: graphs[2].invoke(Command(resume="sure"), config_of("c1", user_id="ann")))
+    third.start()
+    assert entered.wait(30)
+    written.goes_on.set()
+    trackers[0].flush_writer()
+    goes_on.set()
+    third.join()
+    workers.is_whole(status="completed", agent_runs=3, llm_calls=1, input_tokens=100)
+
+
 @pytest.mark.parametrize("level", ["metadata", "turn"])
 def test_the_texts_of_both_parts_are_shown_where_they_may_be(level: str, capture: Capture, tmp_path: Path) -> None:
     workers = Workers(f"sqlite:///{tmp_path}/shared.db", capture)

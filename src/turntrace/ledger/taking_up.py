@@ -110,7 +110,8 @@ def _resumed(connection: Connection, turn: TurnSummary, now_ns: int) -> TurnTake
     if turn.status not in (OPEN, COMPLETED):
         if is_open:  # somebody else was first
             return None
-        connection.execute(insert(open_turns).values(open_row(turn)))
+        # That something is noted in it tells its end that more may be written of the turn than that end knows.
+        connection.execute(insert(open_turns).values(open_row(turn) | {"late": "{}"}))
     if turn.status != COMPLETED:  # it is activity, though the turn began long ago: the sweep is to leave both alone
         silent = sessions.c.id == turn.session_id, sessions.c.last_activity_ns < now_ns
         connection.execute(update(sessions).where(*silent).values(last_activity_ns=now_ns))
