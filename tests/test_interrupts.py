@@ -23,6 +23,7 @@ from turntrace import ContentPolicy, SessionCallbackHandler, SessionTracker, tra
 from turntrace import attributes as a
 from turntrace.errors import StateError
 from turntrace.ledger import Ledger
+from turntrace.lifecycle.turn import TURN_ID_KEY
 from turntrace.records import TurnSummary
 from turntrace.testing import Capture, CapturedSpan, Clock, assert_all_tagged, outbox_spans
 
@@ -404,8 +405,8 @@ def test_a_turn_is_handed_over(desk: Desk) -> None:
     assert (summary.id, summary.status, summary.llm_calls) == (turn.id, "completed", 1)
     # Nobody was waited for: a job that lies in a queue is time that the user waits.
     assert (summary.wait_ms, summary.latency_ms) == (0, 2 * MINUTE)
-    with pytest.raises(StateError, match="does not wait: it has ended"):
-        desk.tracker.resume_turn(carrier)
+    with pytest.raises(StateError, match="has no turn 'unknown': it is in another ledger, or was erased"):
+        desk.tracker.resume_turn({**carrier, TURN_ID_KEY: "unknown"})
     with pytest.raises(StateError, match="The carrier of a turn is what"):
         desk.tracker.resume_turn({"id": turn.id})
 

@@ -18,8 +18,9 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased
 
 import postgres
 from apps import Builder, FakeModel, State, asks, config_of
-from turntrace import SessionCallbackHandler, SessionTracker, boundary
+from turntrace import SessionCallbackHandler, SessionTracker, Turn, boundary
 from turntrace import attributes as a
+from turntrace.errors import StateError
 from turntrace.ledger import LedgerWriter
 from turntrace.lifecycle.sweep import Swept
 from turntrace.records import Step, TurnRequest, TurnSummary
@@ -94,7 +95,7 @@ class Workers:
         [session] = self.trackers[0].ledger.sessions()
         sums = ("llm_calls", "tool_calls", "input_tokens", "output_tokens", "total_cost_usd", "active_ms", "wait_ms")
         of_turn = [getattr(turn, {"total_cost_usd": "cost_usd", "active_ms": "latency_ms"}.get(n, n)) for n in sums]
-        assert [getattr(session, name) for name in sums] == of_turn
+        assert [getattr(session, name) for name in sums] == pytest.approx(of_turn)
         assert (session.total_turns, session.failed_turns) == (1, turn.status == "failed")
         spans = self.spans()
         assert_all_tagged(spans)
@@ -232,6 +233,46 @@ def test_the_totals_of_a_session_that_ended_meanwhile_are_sent_again_with_both_p
     workers.is_whole(status="completed", llm_calls=1)
     [end] = [span for span in latest(outbox_spans(second.ledger)) if span.name == a.SPAN_SESSION_END]
     assert end.attributes[a.SESSION_TOTAL_TOKENS] == 120
+
+
+def test_a_first_part_that_is_written_while_the_second_runs_is_told_by_the_root_too(workers: Workers) -> None:
+    first, second = workers.tracker(), workers.tracker()
+    written = held_back(first)
+    workers.graph(first, think, ask).invoke(asks(), config_of("c1", user_id="ann"))
+    turn = second.resume_for_run(TurnRequest(conversation_id="c1"), None, answers=True)
+    assert turn is not None
+    written.goes_on.set()
+    first.flush_writer()
+    workers.graph(second, think, ask).invoke(Command(resume="yes"), turn.config)
+    turn.end()
+    workers.is_whole(status="completed", agent_runs=2, llm_calls=1, input_tokens=100)
+
+
+def test_a_first_part_that_is_written_when_the_third_runs_loses_nothing(workers: Workers) -> None:
+    trackers = [workers.tracker() for _ in range(3)]
+    entered, goes_on = threading.Event(), threading.Event()
+
+    def ask_again(_state: State) -> dict[str, Any]:
+        return {"messages": [("ai", str(interrupt("Are you sure?")))]}
+
+    def work(_state: State) -> dict[str, Any]:
+        entered.set()
+        assert goes_on.wait(30)
+        return {"messages": [("ai", "Done.")]}
+
+    graphs = [workers.graph(tracker, think, ask, ask_again, work) for tracker in trackers]
+    written = held_back(trackers[0])
+    graphs[0].invoke(asks(), config_of("c1", user_id="ann"))
+    graphs[1].invoke(Command(resume="yes"), config_of("c1", user_id="ann"))
+    trackers[1].flush_writer()
+    third = threading.Thread(target=lambda: graphs[2].invoke(Command(resume="sure"), config_of("c1", user_id="ann")))
+    third.start()
+    assert entered.wait(30)
+    written.goes_on.set()
+    trackers[0].flush_writer()
+    goes_on.set()
+    third.join()
+    workers.is_whole(status="completed", agent_runs=3, llm_calls=1, input_tokens=100)
 
 
 @pytest.mark.parametrize("level", ["metadata", "turn"])
@@ -385,3 +426,117 @@ def test_a_turn_of_a_request_that_is_not_sampled_stays_unsampled(capture: Captur
         tracker.flush()
     assert [turn.status for turn, _ in workers.rows()] == ["completed"]
     assert workers.spans() == []
+
+
+# --- jobs of a queue that delivers at least once ----------------------------------------------------------------------
+def hand_over(workers: Workers) -> dict[str, str]:
+    conversation = workers.tracker().start_session(user_id="ann").conversation("c1", topic="sums")
+    return conversation.start_turn("Sum this up.").carrier()
+
+
+def do(workers: Workers, tracker: SessionTracker, turn: Turn) -> None:
+    """Do a job in 3 seconds."""
+    with turn:
+        workers.clock.advance(seconds=3)
+        workers.graph(tracker, think).invoke(asks(), turn.config)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(ValueError(), "failed"), (SystemExit(), "abandoned")], ids=["fails", "is-stopped"]
+)
+def test_a_job_that_is_tried_again_makes_its_turn_whole(workers: Workers, error: BaseException, status: str) -> None:
+    carrier, worker = hand_over(workers), workers.tracker()
+    with worker.resume_turn(carrier) as turn:
+        workers.graph(worker, think).invoke(asks(), turn.config)
+        turn.end(error=error)
+    workers.is_whole(status=status, error=type(error).__name__, llm_calls=1)
+    workers.clock.advance(minutes=2)
+    do(workers, worker, worker.resume_turn(carrier))
+    workers.is_whole(status="completed", error=None, agent_runs=2, llm_calls=2, latency_ms=123_000, wait_ms=0)
+
+
+def test_a_job_that_is_delivered_again_after_its_worker_was_killed_completes_the_turn(workers: Workers) -> None:
+    carrier = hand_over(workers)
+    killed = workers.tracker().resume_turn(carrier)
+    worker = workers.tracker()
+    do(workers, worker, worker.resume_turn(carrier))
+    workers.is_whole(status="completed", agent_runs=1, llm_calls=1)
+    assert not killed.is_finished
+
+
+def test_a_job_that_two_workers_do_at_once_is_one_turn_with_what_both_used(workers: Workers) -> None:
+    carrier = hand_over(workers)
+    both = [workers.tracker() for _ in range(2)]
+    taken = [worker.resume_turn(carrier) for worker in both]
+    for worker, turn in zip(both, taken, strict=True):
+        do(workers, worker, turn)
+        worker.flush()
+    workers.is_whole(status="completed", agent_runs=2, llm_calls=2, input_tokens=200, latency_ms=3_000)
+
+
+def test_a_job_that_lay_in_the_queue_until_the_sweep_came_makes_its_turn_whole(workers: Workers) -> None:
+    carrier = hand_over(workers)
+    workers.clock.advance(minutes=31)
+    worker = workers.tracker()
+    assert worker.sweep() == Swept(sessions=1, turns=1)
+    do(workers, worker, worker.resume_turn(carrier))
+    workers.is_whole(status="completed", error=None, agent_runs=1, latency_ms=31 * MINUTE + 3_000)
+    [end] = [span for span in latest(outbox_spans(worker.ledger)) if span.name == a.SPAN_SESSION_END]
+    assert (end.attributes[a.SESSION_TOTAL_TOKENS], end.attributes[a.DROPOFF_DETECTED]) == (120, False)
+
+
+def test_a_worker_that_takes_up_a_job_after_the_sweep_is_left_alone_by_the_next_sweep(workers: Workers) -> None:
+    carrier = hand_over(workers)
+    workers.clock.advance(minutes=31)
+    worker, other = workers.tracker(), workers.tracker()
+    other.sweep()
+    with worker.resume_turn(carrier):
+        workers.clock.advance(minutes=2)
+        assert other.sweep() == Swept()
+    workers.is_whole(status="completed")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_job_that_is_delivered_again_when_it_is_done_is_one_more_run_of_its_turn(
+    workers: Workers, fails: bool
+) -> None:
+    carrier, worker = hand_over(workers), workers.tracker()
+    do(workers, worker, worker.resume_turn(carrier))
+    before = workers.is_whole(status="completed", agent_runs=1, llm_calls=1)
+    active = worker.ledger.sessions()[0].last_activity_ns
+    workers.clock.advance(minutes=5)
+    again = workers.tracker()
+    turn = again.resume_turn(carrier)
+    if fails:
+        with turn:
+            workers.graph(again, think).invoke(asks(), turn.config)
+            turn.end(error=ValueError())
+    else:
+        do(workers, again, turn)
+    after = workers.is_whole(status="completed", agent_runs=2, llm_calls=2, input_tokens=200)
+    assert (after.ended_ns, after.latency_ms) == (before.ended_ns, before.latency_ms)
+    assert worker.ledger.sessions()[0].last_activity_ns == active  # nobody was there
+
+
+def test_where_a_provider_of_the_apps_sends_a_job_done_twice_has_one_root(workers: Workers) -> None:
+    worker = workers.tracker(outbox=False)
+    carrier = worker.start_session(user_id="ann").conversation("c1").start_turn("Sum this up.").carrier()
+    for _ in range(2):
+        do(workers, worker, worker.resume_turn(carrier))
+    spans = [span for span in captured_spans(workers.capture.spans()) if a.TURN_ID in span.attributes]
+    assert_all_tagged(spans)
+    assert [span.name for span in spans].count(a.SPAN_TURN) == 1
+    assert [span.name for span in spans].count("think") == 2
+
+
+@pytest.mark.parametrize("carrier", [None, "", {}, {"turn": "x"}, {"turntrace_turn_id": 3}, ["x"]], ids=repr)
+def test_what_is_no_carrier_is_refused_and_says_what_is_one(carrier: Any, capture: Capture) -> None:
+    with pytest.raises(StateError, match=r"what turn\.carrier\(\) returned"):
+        capture.tracker().resume_turn(carrier)
+
+
+def test_a_turn_that_the_ledger_does_not_have_is_refused(workers: Workers) -> None:
+    carrier = hand_over(workers)
+    workers.trackers[0].forget_user("ann")
+    with pytest.raises(StateError, match="it is in another ledger, or was erased"):
+        workers.tracker().resume_turn(carrier)

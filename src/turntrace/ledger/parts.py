@@ -29,7 +29,7 @@ def put_together(
     """
     known = TurnSummary(id="") if before is None else before.turn
     more: dict[str, Any] = {
-        name: getattr(turn, name) + getattr(other.turn, name) - getattr(known, name) for name in _ADDED
+        name: getattr(turn, name) + (getattr(other.turn, name) - getattr(known, name)) for name in _ADDED
     }
     more |= {name: getattr(other.turn, name) for name in _FILLED if getattr(turn, name) is None}
     if (other.turn.context_tokens or 0) > (turn.context_tokens or 0):

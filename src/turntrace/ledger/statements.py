@@ -30,6 +30,9 @@ from turntrace.ledger.tables import conversations, decisions, gates, open_turns,
 OPEN: Final = "open"
 """Status of a turn that has begun and has not ended."""
 
+COMPLETED: Final = "completed"
+"""Status of a turn that ended well."""
+
 INTERRUPTED: Final = "interrupted"
 """Status of a turn that waits for a person, or that was handed over to another process."""
 

@@ -273,7 +273,7 @@ class Ledger(LedgerQuestions):
             return taking_up.resume_newest(connection, conversation_id, may_resume, now_ns)
 
     def resume_turn(self, turn_id: str, *, now_ns: int) -> TurnTakenUp | None:
-        """Have a turn that waits go on; None when there is none of that id, or it does not wait."""
+        """Have a turn go on that was handed over; see `turntrace.ledger.taking_up.resume_by_id`."""
         with self._database.writing(many_rows=True) as connection:
             return taking_up.resume_by_id(connection, turn_id, now_ns)
 

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import Connection, RowMapping, insert, select, update
 
 from turntrace.ledger.rows import first_session, open_row, running_turn, session_facts, steps_from, turn_summary
-from turntrace.ledger.statements import INTERRUPTED, OPEN
+from turntrace.ledger.statements import COMPLETED, INTERRUPTED, OPEN
 from turntrace.ledger.tables import open_turns, sessions, turns
 from turntrace.records import SessionFacts, Step, TurnSummary
 
@@ -81,10 +81,21 @@ def resume_newest(
 
 
 def resume_by_id(connection: Connection, turn_id: str, now_ns: int) -> TurnTakenUp | None:
-    """Have a turn that waits go on; None when there is none of that id, or it does not wait."""
-    query = select(turns).where(turns.c.id == turn_id, turns.c.status == INTERRUPTED).with_for_update()
-    row = connection.execute(query).mappings().first()
-    return None if row is None else _resumed(connection, turn_summary(row), now_ns)
+    """Have a turn go on that was handed over, whatever became of it since; None when there is none of that id.
+
+    One that waits, failed, or was abandoned is open again. One that is completed stays so, and one that runs, or whose
+    process was killed, is open already: what ends last is added to it (see `LedgerWriter.add_part`).
+
+    Args:
+        connection: A connection in a transaction that writes.
+        turn_id: The turn.
+        now_ns: The time, in nanoseconds since 1970.
+    """
+    ended = connection.execute(select(turns).where(turns.c.id == turn_id).with_for_update()).mappings().first()
+    running = connection.execute(select(open_turns).where(open_turns.c.id == turn_id)).mappings().first()
+    if running is not None:
+        return _resumed(connection, running_turn(running), now_ns)
+    return None if ended is None else _resumed(connection, turn_summary(ended), now_ns)
 
 
 def _resumed(connection: Connection, turn: TurnSummary, now_ns: int) -> TurnTakenUp | None:
@@ -96,13 +107,14 @@ def _resumed(connection: Connection, turn: TurnSummary, now_ns: int) -> TurnTake
         open_turns.c.conversation_id == turn.conversation_id, open_turns.c.number == turn.number
     )
     is_open = connection.execute(runs).first() is not None
-    if turn.status != OPEN:
+    if turn.status not in (OPEN, COMPLETED):
         if is_open:  # somebody else was first
             return None
-        connection.execute(insert(open_turns).values(open_row(turn)))
-    # The answer is activity, though the turn began long ago: the sweep is to leave both alone.
-    silent = sessions.c.id == turn.session_id, sessions.c.last_activity_ns < now_ns
-    connection.execute(update(sessions).where(*silent).values(last_activity_ns=now_ns))
+        # That something is noted in it tells its end that more may be written of the turn than that end knows.
+        connection.execute(insert(open_turns).values(open_row(turn) | {"late": "{}"}))
+    if turn.status != COMPLETED:  # it is activity, though the turn began long ago: the sweep is to leave both alone
+        silent = sessions.c.id == turn.session_id, sessions.c.last_activity_ns < now_ns
+        connection.execute(update(sessions).where(*silent).values(last_activity_ns=now_ns))
     known = turn if before is None else before.turn
     return TurnTakenUp(known, session_facts(session), before)
 

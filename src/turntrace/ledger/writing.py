@@ -67,6 +67,7 @@ class LedgerWriter:
 
     Attributes:
         put_bytes: How many bytes were put into the outbox.
+        whole: The turn that was ended last, where another process did a part of it that its end did not know.
     """
 
     def __init__(self, connection: Connection, statements: Statements) -> None:
@@ -74,6 +75,7 @@ class LedgerWriter:
         self._statements = statements
         self._cursor = connection.connection.cursor()
         self.put_bytes = 0
+        self.whole: TurnSummary | None = None
 
     def put(self, kind: str, body: bytes, *, items: int, created_ns: int) -> None:
         """Put something into the outbox."""
@@ -126,12 +128,15 @@ class LedgerWriter:
         same = {"new_conversation_id": turn.conversation_id, "new_number": turn.number, "new_id": turn.id}
         closed = self._statements.close_turn.run(self._cursor, same).fetchall()
         was_open = len(closed) == 1
-        if before is not None or not was_open:
+        self.whole = None
+        if before is not None or not was_open or closed[0][0] is not None:
             written = self._take_back(turn.id, was_open=was_open)
             if written is None and not was_open:
                 return TurnEnd.ENDED_BEFORE
             if written is not None:  # what ended late is added, as is all of a part that the turn does not know
+                known = turn
                 turn, steps = put_together(turn, steps, written, before)
+                self.whole = turn if turn != known else None
                 spans += written.spans - (0 if before is None else before.spans)
         late = json.loads(closed[0][0] or "{}") if was_open else {}
         return self._insert(turn, steps, spans, topic, late)

@@ -137,11 +137,16 @@ class FinishTurn(SettleTurn):
         end = ledger.finish_turn(
             self._summary, self._steps, spans=self._count + self._roots, topic=topic, before=before
         )
-        if end is TurnEnd.ENDED_BEFORE:
-            self._add_part(ledger, self._summary)
+        whole = ledger.whole
+        if end is TurnEnd.ENDED_BEFORE:  # by another process, which was first
+            added = ledger.add_part(self._summary, self._steps, spans=self._count, before=before)
+            whole = None if added is None else added.turn
         elif self._root_to_end is not None:
             end_span(self._root_to_end, self._ended_ns, self._failure)
             self._root_to_end = None
+        if whole is not None and self._tracker.target.to_outbox:
+            self._whole_root = self._whole_root or _WholeRoot(self._turn, whole)
+            self._whole_root.write(ledger)
         if self._summary.output_type == INTERRUPT and ledger.has_later_turn(self._summary):
             AbandonWaiting(self._tracker, self._turn.id).write(ledger)  # the user did not wait for this to be written
         if end is not TurnEnd.ENDED:
@@ -149,13 +154,6 @@ class FinishTurn(SettleTurn):
             self._end_again = self._end_again or EndSession(self._tracker, self._summary.session_id)
             self._end_again.write(ledger)
         self._tracker.finished(self._turn)
-
-    def _add_part(self, ledger: LedgerWriter, part: TurnSummary) -> None:
-        """Add this part of a turn to what another process wrote, which was first, and send its root once more."""
-        whole = ledger.add_part(part, self._steps, spans=self._count, before=self._turn.before)
-        if whole is not None and self._tracker.target.to_outbox:
-            self._whole_root = self._whole_root or _WholeRoot(self._turn, whole.turn)
-            self._whole_root.write(ledger)
 
 
 class _WholeRoot(SpanJob):

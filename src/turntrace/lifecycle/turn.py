@@ -119,7 +119,7 @@ class Turn(RunningTurn):
         """Hand the turn over to another process, and return what that takes up: `SessionTracker.resume_turn`.
 
         The turn goes on there, as the same turn and the same trace; here it is over. It waits until what happened in
-        it so far is written down.
+        it so far is written down. A job that is delivered again may take it up again.
 
         Returns:
             A small dictionary of texts, to go with the job: it holds no content, and nothing of the user.

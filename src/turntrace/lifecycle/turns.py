@@ -141,11 +141,15 @@ class Turns:
             with tracker.resume_turn(job["turn"]) as turn:
                 graph.invoke(inputs, turn.config)
 
+        A job may be delivered again, since queues deliver at least once. A turn that failed, or that was closed as
+        abandoned while the job lay in the queue, is made whole by it and ends as the job does now. Where the turn is
+        completed, or another worker is at it, the run is one more agent run of it: what it uses is added.
+
         Args:
             carrier: What `Turn.carrier` returned.
 
         Raises:
-            StateError: If it is no carrier, or the turn does not wait: it has ended, or somebody goes on with it.
+            StateError: If it is no carrier, or the ledger does not have the turn.
             LedgerError: If the ledger cannot be written.
         """
         turn_id = carrier.get(TURN_ID_KEY) if isinstance(carrier, Mapping) else None
@@ -158,8 +162,8 @@ class Turns:
         found = self.ledger.resume_turn(turn_id, now_ns=self.clock())
         if found is None:
             raise StateError(
-                f"The turn {turn_id!r} does not wait: it has ended, another worker goes on with it, or it is in "
-                f"another ledger than {self.ledger.url}."
+                f"The ledger {self.ledger.url} has no turn {turn_id!r}: it is in another ledger, or was erased. Give "
+                "the tracker that goes on the ledger of the one that called turn.carrier()."
             )
         return self._went_on(resumed_turn(self._tracker, found))
 
