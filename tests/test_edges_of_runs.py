@@ -194,6 +194,18 @@ def test_editing_the_state_of_a_turn_that_waits_is_no_turn(is_async: bool, desk:
     assert desk.handler.open_runs == 0
 
 
+def test_a_message_to_the_newest_checkpoint_is_no_fork_and_one_to_an_older_is(desk: Desk) -> None:
+    graph = desk.compile(line(("agent", says("ok"))))
+    checkpoints: list[Any] = []
+    for _ in range(3):  # as a front end does, which names the checkpoint that it shows
+        config = config_of("c1") if not checkpoints else {"configurable": checkpoints[-1]["configurable"]}
+        graph.invoke(asks(), config)
+        checkpoints.append(graph.get_state(config_of("c1")).config)
+    graph.invoke(asks(), {"configurable": checkpoints[0]["configurable"]})
+    turns = desk.turns()
+    assert [turn.forked_from for turn in turns] == [None, None, None, turns[0].id]
+
+
 # --- what a node leaves running ---------------------------------------------------------------------------------------
 def test_a_task_that_outlives_its_node_belongs_to_the_turn(desk: Desk) -> None:
     own = desk.capture.provider.get_tracer("app")

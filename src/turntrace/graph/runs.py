@@ -242,7 +242,9 @@ class RunRegistry:
             if turn is not None:
                 return turn
         if checkpoint_id is not None or inputs is None:
-            request = replace(request, forked_from=self._tracker.forked_from(request, checkpoint_id))
+            has_input = inputs is not None and not answers
+            forked_from = self._tracker.forked_from(request, checkpoint_id, has_input=has_input)
+            request = replace(request, forked_from=forked_from)
         return self._tracker.begin_turn(request, self.reads.message_in(inputs))
 
     # --- what ends ----------------------------------------------------------------------------------------------------

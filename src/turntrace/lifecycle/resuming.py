@@ -36,12 +36,21 @@ def is_to_resume(turn: TurnSummary, checkpoint_id: str | None, *, answers: bool)
     return at_ns is not None and at_ns >= (turn.ended_ns or turn.started_ns)
 
 
-def forked_from(ledger: Ledger, request: TurnRequest, checkpoint_id: str | None) -> str | None:
-    """Return the id of the turn that a run replays from a checkpoint, or without one goes on from, or None."""
+def forked_from(ledger: Ledger, request: TurnRequest, checkpoint_id: str | None, *, has_input: bool) -> str | None:
+    """Return the id of the turn that a run replays from a checkpoint, or without one goes on from, or None.
+
+    Front ends name the checkpoint that they show with each message: one within the newest turn is no fork.
+    """
     conversation_id = str(request.conversation_id)
     at_ns = None if checkpoint_id is None else time_of_checkpoint(checkpoint_id)
     found = ledger.forked_turn(conversation_id, at_ns)
-    return None if found is None else found.id
+    if found is None:
+        return None
+    if has_input:
+        newest = ledger.forked_turn(conversation_id, None)
+        if newest is not None and newest.id == found.id:
+            return None
+    return found.id
 
 
 def resumed_turn(tracker: "SessionTracker", found: TurnTakenUp) -> Turn:

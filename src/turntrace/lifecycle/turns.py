@@ -205,18 +205,19 @@ class Turns:
         )
         return None if found is None else self._went_on(resumed_turn(self._tracker, found))
 
-    def forked_from(self, request: TurnRequest, checkpoint_id: str | None) -> str | None:
+    def forked_from(self, request: TurnRequest, checkpoint_id: str | None, *, has_input: bool) -> str | None:
         """Return the id of the turn that a run replays from a checkpoint, or without one goes on from.
 
         Args:
             request: What the run says about itself.
             checkpoint_id: LangGraph's checkpoint that it begins at, when it names one.
+            has_input: Whether it is given something new.
         """
         if request.conversation_id is None or self.is_ledger_away:
             return None
         self._wait_until_written(lambda turn: turn.conversation.id == request.conversation_id)
         try:
-            return forked_from(self.ledger, request, checkpoint_id)
+            return forked_from(self.ledger, request, checkpoint_id, has_input=has_input)
         except LedgerError as error:
             self.note_ledger_away(error)
             return None
