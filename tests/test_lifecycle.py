@@ -1240,7 +1240,7 @@ def test_what_was_said_stands_on_the_turn_only_when_it_may(level: Any, is_shown:
     assert "alice" not in repr(span)
 
 
-@pytest.mark.parametrize(("level", "is_shown"), [("metadata", False), ("turn", True), ("full", True)])
+@pytest.mark.parametrize(("level", "is_shown"), [("metadata", False), ("turn", False), ("full", True)])
 def test_the_text_of_an_error_stands_on_its_step_only_when_it_may(level: Any, is_shown: bool, capture: Capture) -> None:
     tracker = capture.tracker(content=ContentPolicy(level, redact=lambda text: text.replace("alice", "[name]")))
     with tracker.session() as session, session.conversation("c1").turn("Hello") as turn:

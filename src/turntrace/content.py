@@ -32,8 +32,9 @@ class ContentPolicy:
 
     Args:
         level: ``metadata`` (the default) records lengths, types and counts only. ``turn`` also records the user's
-            message and the final answer of each turn, on the turn's root span. ``full`` also records what each step
-            added: answers of models, arguments and results of tools. The history is never recorded again.
+            message and the final answer of each turn, on the turn's root span, and comments of feedback. ``full`` also
+            records what each step added: answers of models, arguments and results of tools, texts of errors. The
+            history is never recorded again.
         redact: Sees every text before it is recorded, error messages, keys and numbers included, and returns what may
             be recorded. When it raises, the text is withheld.
 
