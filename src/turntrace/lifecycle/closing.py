@@ -137,6 +137,8 @@ def _input_type(turn: "Turn", question: Message) -> str:
     return safe_text(turn.tracker.classify(question.text))
 
 
+_INSTRUCTIONS: Final = ("system", "developer")
+_RESULTS: Final = ("tool", "function")
 _NEW: Final = TurnSummary(id="")
 """What is known before of a turn that did not wait."""
 
@@ -211,8 +213,11 @@ def _content(
     if (share := summary.context_window_pct) is not None:
         told["context"] = f"{share:.0%} of {summary.context_limit:,}"
     if policy.records_turn:
-        asked = [{"role": summary.role, "content": policy.clean(question.text)}] if question is not None else asked
-        if answer is not None and summary.output_length is not None:
+        if question is not None and question.role not in (*_INSTRUCTIONS, *_RESULTS):
+            asked = [{"role": summary.role, "content": policy.clean(question.text)}]
+        # The result of a tool is an answer where the turn is over with it, and not where it only waits there.
+        withheld = _INSTRUCTIONS if summary.status == "completed" else (*_INSTRUCTIONS, *_RESULTS)
+        if answer is not None and summary.output_length is not None and answer.role not in withheld:
             told = {"role": answer.role, "content": policy.clean(answer.text)}
     return {
         a.LANGFUSE_OBSERVATION_INPUT: known_json(asked),
