@@ -331,4 +331,25 @@ def test_the_log_has_the_traceback_at_debug_only(capture: Capture, caplog: pytes
     graph.invoke(asks(), config_of())
 
     told = [record for record in caplog.records if record.name == "turntrace"]
-    assert [record.levelno for record in told if record.exc_info] == [logging.DEBUG]
+    [traced] = [record for record in told if "raise RuntimeError(SECRET)" in record.getMessage()]
+    assert traced.levelno == logging.DEBUG
+    assert traced.getMessage().endswith("\nRuntimeError")
+
+
+def test_no_log_has_the_text_of_an_error_which_may_be_a_users(
+    capture: Capture, caplog: pytest.LogCaptureFixture
+) -> None:
+    def classify(text: str) -> str:
+        try:
+            raise LookupError(text)
+        except LookupError as error:
+            raise ValueError(f"no kind for {text}") from error
+
+    caplog.set_level(logging.DEBUG, "turntrace")
+    compiled(capture.tracker(classify=classify)).invoke(asks(SECRET), config_of())
+    capture.spans()
+
+    assert "classifying" in caplog.text
+    assert "in classify" in caplog.text
+    assert caplog.text.rindex("LookupError") < caplog.text.rindex("ValueError")
+    assert SECRET not in caplog.text

@@ -353,6 +353,16 @@ def test_the_redactor_sees_every_text() -> None:
     assert ContentPolicy("turn").clean("I am alice") == "I am alice"
 
 
+def test_the_redactor_sees_the_keys_and_the_numbers_of_what_a_tool_was_given() -> None:
+    policy = ContentPolicy("full", redact=lambda text: text.replace("alice", "[name]").replace("4111", "[card]"))
+    given = {"alice": [{"of alice": 4111}, 41110.5, 17, True, None, 0.25], (1, 2): "alice"}
+    assert policy.clean_all(given) == {
+        "[name]": [{"of [name]": "[card]"}, "[card]0.5", 17, True, None, 0.25],
+        (1, 2): "[name]",
+    }
+    assert ContentPolicy("full").clean_all(given) == given
+
+
 def test_what_a_redactor_that_fails_was_given_is_withheld(caplog: pytest.LogCaptureFixture) -> None:
     def broken(text: str) -> str:
         raise ValueError(f"cannot redact {text}")

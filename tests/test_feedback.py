@@ -400,7 +400,7 @@ def returns_text(_session: SessionSummary) -> Any:
 
 
 def returns_a_list(_session: SessionSummary) -> Any:
-    return {"good": [1]}
+    return {"good": ["secret of alice"]}
 
 
 def returns_no_number(_session: SessionSummary) -> Any:
@@ -419,7 +419,7 @@ BAD: dict[str, tuple[Evaluator, str]] = {
     "fails": (fails, "LookupError"),
     "fails later": (fails_later, "LookupError"),
     "text": (returns_text, "returned a str. Allowed is a mapping"),
-    "a list": (returns_a_list, "score 'good' is [1]"),
+    "a list": (returns_a_list, "score 'good' is a list. Allowed are"),
     "not a number": (returns_no_number, "score 'good' is nan"),
     "no name": (returns_no_name, "The name of a score has 0 characters"),
     "too long": (waits_for_ever, "TimeoutError"),

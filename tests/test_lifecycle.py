@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from langchain_core.messages import HumanMessage
+from langchain_core.messages import HumanMessage, ToolMessage
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan
 
@@ -1221,7 +1221,40 @@ def test_what_was_said_stands_on_the_turn_only_when_it_may(level: Any, is_shown:
     assert "alice" not in repr(span)
 
 
-@pytest.mark.parametrize(("level", "is_shown"), [("metadata", False), ("turn", True), ("full", True)])
+@pytest.mark.parametrize("level", ["turn", "full"])
+@pytest.mark.parametrize(
+    ("said", "status", "is_shown"),
+    [
+        (("user", "It is said"), "completed", True),
+        (("system", "It is said"), "completed", False),
+        ({"role": "developer", "content": "It is said"}, "completed", False),
+        (ToolMessage("It is said", tool_call_id="1"), "completed", True),  # as of a tool that returns directly
+        (ToolMessage("It is said", tool_call_id="1"), "interrupted", False),
+        (("assistant", "It is said"), "interrupted", True),
+    ],
+)
+def test_instructions_are_never_taken_for_an_answer(
+    said: Any, status: str, is_shown: bool, level: Any, capture: Capture
+) -> None:
+    tracker = capture.tracker(content=level, outbox=True)
+    turn = tracker.start_session().conversation("c1").start_turn("Hello")
+    turn.set_answer(said)
+    turn.end(status)
+    assert only_turn(tracker, turn.conversation.session.id).output_length == len("It is said")
+    [root] = named(outbox_spans(tracker.ledger), "conversation.turn")
+    assert ("It is said" in root.attributes["langfuse.observation.output"]) is is_shown
+
+
+@pytest.mark.parametrize("level", ["turn", "full"])
+@pytest.mark.parametrize("said", [("system", "It is said"), ToolMessage("It is said", tool_call_id="1")])
+def test_instructions_are_never_taken_for_what_the_user_said(said: Any, level: Any, capture: Capture) -> None:
+    tracker = capture.tracker(content=level)
+    with tracker.session() as session, session.conversation("c1").turn(said):
+        pass
+    assert "It is said" not in repr(named(capture, "conversation.turn")[0].attributes)
+
+
+@pytest.mark.parametrize(("level", "is_shown"), [("metadata", False), ("turn", False), ("full", True)])
 def test_the_text_of_an_error_stands_on_its_step_only_when_it_may(level: Any, is_shown: bool, capture: Capture) -> None:
     tracker = capture.tracker(content=ContentPolicy(level, redact=lambda text: text.replace("alice", "[name]")))
     with tracker.session() as session, session.conversation("c1").turn("Hello") as turn:

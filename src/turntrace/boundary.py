@@ -8,6 +8,7 @@ import contextvars
 import logging
 import sys
 import threading
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -89,7 +90,19 @@ def caught(doing: str, error: Exception) -> None:
             doing,
             type(error).__name__,
         )
-        logger.debug("turntrace: %s failed", doing, exc_info=error)
+        logger.debug("turntrace: %s failed:\n%s", doing, traceback_of(error))
+
+
+def traceback_of(error: BaseException) -> str:
+    """Return the traceback of an error and of those it came from, with their classes and never their texts."""
+    parts: list[str] = []
+    seen: list[BaseException] = []
+    above: BaseException | None = error
+    while above is not None and above not in seen:
+        seen.append(above)
+        parts.insert(0, "".join([*traceback.format_tb(above.__traceback__), type(above).__name__]))
+        above = above.__cause__ or (None if above.__suppress_context__ else above.__context__)
+    return "\n".join(parts)
 
 
 def off_watched_loop(function: Callable[[], R]) -> R:

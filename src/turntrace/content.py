@@ -32,10 +32,11 @@ class ContentPolicy:
 
     Args:
         level: ``metadata`` (the default) records lengths, types and counts only. ``turn`` also records the user's
-            message and the final answer of each turn, on the turn's root span. ``full`` also records what each step
-            added: answers of models, arguments and results of tools. The history is never recorded again.
-        redact: Sees every text before it is recorded, error messages included, and returns what may be recorded. When
-            it raises, the text is withheld.
+            message and the final answer of each turn, on the turn's root span, and comments of feedback. ``full`` also
+            records what each step added: answers of models, arguments and results of tools, texts of errors. The
+            history is never recorded again.
+        redact: Sees every text before it is recorded, error messages, keys and numbers included, and returns what may
+            be recorded. When it raises, the text is withheld.
 
     Raises:
         ConfigurationError: If the level is unknown or the redactor cannot be called.
@@ -76,13 +77,19 @@ class ContentPolicy:
             return WITHHELD
 
     def clean_all(self, value: Any) -> Any:
-        """Return a value of lists and mappings with every text in it cleaned."""
-        if isinstance(value, str):
-            return self.clean(value)
+        """Return a value of lists and mappings with every text in it cleaned, keys and numbers included."""
         if isinstance(value, Mapping):
-            return {key: self.clean_all(each) for key, each in value.items()}
+            return {self._cleaned(key): self.clean_all(each) for key, each in value.items()}
         if isinstance(value, list | tuple):
             return [self.clean_all(each) for each in value]
+        return self._cleaned(value)
+
+    def _cleaned(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self.clean(value)
+        if self.redact is not None and isinstance(value, int | float) and not isinstance(value, bool):
+            cleaned = self.clean(text := repr(value))  # it may be that of a card or a telephone
+            return value if cleaned == text else cleaned
         return value
 
 

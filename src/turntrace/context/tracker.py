@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from langchain_core.messages import BaseMessage, RemoveMessage
 
-from turntrace.boundary import caught, never_breaks
+from turntrace.boundary import caught, never_breaks, traceback_of
 from turntrace.context import calibration
 from turntrace.context.counter import REPLY_TOKENS, Counter, MessageCounter, read_messages, role_of
 from turntrace.context.limits import window_of
@@ -280,7 +280,7 @@ def _stand_in(overfull: Overfull, strategy: Strategy, error: Exception) -> Prune
     """Return what `DropOldestTurns` leaves, where the tracker's own strategy failed."""
     told = error
     if not isinstance(error, TurntraceError):
-        logger.debug("turntrace: %s raised", type(strategy).__name__, exc_info=error)
+        logger.debug("turntrace: %s raised:\n%s", type(strategy).__name__, traceback_of(error))
         told = ContextError(
             f"{type(strategy).__name__} is set aside for this call: it raised {type(error).__name__}. "
             "Look at what it calls, as its model; its traceback is logged at DEBUG."

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-from turntrace.boundary import is_strict
+from turntrace.boundary import is_strict, traceback_of
 from turntrace.demo.player import Outcome, Player
 from turntrace.demo.recording import Transcript
 from turntrace.demo.transcripts import Line
@@ -145,7 +145,7 @@ class Replay:
         except Exception as error:
             if is_strict():
                 raise
-            logger.debug("turntrace: a conversation could not be played", exc_info=error)
+            logger.debug("turntrace: a conversation could not be played:\n%s", traceback_of(error))
             self._failed(line, f"it could not be played: {type(error).__name__}")
             return
         if outcome in ("played", "continued", "skipped"):

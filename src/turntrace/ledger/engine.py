@@ -1,5 +1,6 @@
 """The ledger's connections and transactions, and statements compiled once."""
 
+import logging
 import os
 import threading
 import weakref
@@ -14,6 +15,8 @@ from sqlalchemy.sql import ClauseElement
 
 from turntrace.errors import LedgerError
 from turntrace.ledger.opening import BUSY_TIMEOUT_MS, is_memory, open_engine
+
+logger = logging.getLogger("turntrace")
 
 
 class Prepared:
@@ -103,24 +106,53 @@ class Database:
 
     @contextmanager
     def erasing(self) -> Iterator[Connection]:
-        """Give a connection as `writing` does; on SQLite, what is deleted leaves no bytes behind in the file.
+        """Give a connection as `writing` does; on SQLite, what is deleted is overwritten. `scrub` is to follow.
 
         Raises:
             LedgerError: If the database cannot be written.
         """
         with self._turn_of_writers():
-            self._pragma("secure_delete=ON")
-            try:
-                with self.writing(many_rows=True) as connection:
-                    yield connection
-            finally:
-                self._pragma("wal_checkpoint(TRUNCATE)")
-                self._pragma("secure_delete=OFF")
+            self._run_alone("PRAGMA secure_delete=ON")  # an engine of the app's may have it off
+            with self.writing(many_rows=True) as connection:
+                yield connection
 
-    def _pragma(self, words: str) -> None:
-        if self._is_sqlite:
-            with _named_errors(self.engine):
-                self._write_connection().connection.cursor().execute(f"PRAGMA {words}")
+    def scrub(self) -> None:
+        """Leave no bytes of what was erased in SQLite's files: copies that its pages kept, and those of its log.
+
+        The file is written anew where that takes a second or two, for which other writers wait. What cannot be done is
+        logged.
+        """
+        if not self._is_sqlite or self._in_memory:
+            return
+        with self._turn_of_writers():
+            try:
+                pages, size = (self._run_alone(f"PRAGMA {name}")[0] for name in ("page_count", "page_size"))
+                is_large = pages * size > _MOST_SCRUBBED
+                if not is_large:
+                    self._run_alone("VACUUM")
+                is_read = self._run_alone("PRAGMA wal_checkpoint(TRUNCATE)")[0]
+            except LedgerError as error:
+                logger.warning("turntrace: %s What was erased may have left bytes in unused parts of the file.", error)
+                return
+        where = self.engine.url.render_as_string(hide_password=True)
+        if is_large:
+            logger.warning(
+                "turntrace: the ledger at %s is too large to be written anew while it is in use, so unused parts of "
+                "it may still hold bytes of what was erased. At a quiet hour, run VACUUM on it with sqlite3.",
+                where,
+            )
+        if is_read:
+            logger.warning(
+                "turntrace: somebody reads the ledger at %s, so its write-ahead log still holds what was erased. "
+                "Erase the same again when that is over: tracker.forget_user(...).",
+                where,
+            )
+
+    def _run_alone(self, words: str) -> Any:
+        if not self._is_sqlite:
+            return None
+        with _named_errors(self.engine):
+            return self._write_connection().connection.cursor().execute(words).fetchone()
 
     def _turn_of_writers(self) -> AbstractContextManager[object]:
         return self._lock if self._is_sqlite else nullcontext()
@@ -272,6 +304,8 @@ _ALONE: Final = (
 )
 _BROKEN_OFF: Final = ("40P01", "40001")  # deadlock_detected, serialization_failure
 _TRIES: Final = 3
+_MOST_SCRUBBED: Final = 200_000_000
+"""The largest file that is written anew, in bytes: about 100 MB a second, so others wait for less than they would."""
 _MISTAKES: Final = (IntegrityError, ProgrammingError, DataError)
 
 

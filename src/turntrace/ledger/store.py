@@ -305,3 +305,7 @@ class Ledger(LedgerQuestions):
         """
         with self._database.erasing() as connection:
             return erase_waiting(connection, user_id, erased)
+
+    def scrub(self) -> None:
+        """Leave no bytes of what was erased in SQLite's files; what cannot be done is logged."""
+        self._database.scrub()

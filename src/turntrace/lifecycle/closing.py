@@ -181,6 +181,8 @@ def _input_type(turn: "Turn", question: Message) -> str:
     return safe_text(turn.tracker.classify(question.text))
 
 
+_INSTRUCTIONS: Final = ("system", "developer")
+_RESULTS: Final = ("tool", "function")
 _NEW: Final = TurnSummary(id="")
 """What is known before of a turn that did not wait."""
 
@@ -263,12 +265,14 @@ def _content(
     told: Any = {"status": summary.status, "type": summary.output_type, "length": summary.output_length}
     if (share := summary.context_window_pct) is not None:
         told["context"] = f"{share:.0%} of {summary.context_limit:,}"
-    is_told = answer is not None and summary.output_length is not None
+    is_asked = question is not None and question.role not in (*_INSTRUCTIONS, *_RESULTS)
+    # The result of a tool is an answer where the turn is over with it, and not where it only waits there.
+    withheld = _INSTRUCTIONS if summary.status == "completed" else (*_INSTRUCTIONS, *_RESULTS)
+    is_told = answer is not None and summary.output_length is not None and answer.role not in withheld
     shown: dict[str, AttributeValue] = {}
-    if policy.records_turn and question is not None:
-        shown[a.LANGFUSE_OBSERVATION_INPUT] = known_json(
-            [{"role": summary.role, "content": policy.clean(question.text)}]
-        )
+    if policy.records_turn and question is not None and is_asked:
+        said = {"role": summary.role, "content": policy.clean(question.text)}
+        shown[a.LANGFUSE_OBSERVATION_INPUT] = known_json([said])
     elif not only_texts:
         shown[a.LANGFUSE_OBSERVATION_INPUT] = known_json(asked)
     if policy.records_turn and answer is not None and is_told:

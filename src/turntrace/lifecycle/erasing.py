@@ -42,4 +42,5 @@ def forget_user(tracker: "SessionTracker", user_id: str) -> Forgotten:
     erased = tracker.ledger.forget_user(user_id)
     tracker.forget_sessions(erased.sessions)
     waiting = tracker.ledger.erase_waiting(user_id, erased)
+    tracker.ledger.scrub()
     return Forgotten(user_id=user_id, sessions=erased.sessions, turns=erased.turns, waiting=waiting)

@@ -156,9 +156,8 @@ def _checked(scores: Any) -> dict[str, Any]:
     for name, value in scores.items():
         fits = isinstance(value, bool | str) or (isinstance(value, int | float) and math.isfinite(value))
         if not fits:
-            raise ConfigurationError(
-                f"Its score {name!r} is {value!r:.40}. Allowed are bools, finite numbers, and words."
-            )
+            what = repr(value) if isinstance(value, float) else f"a {type(value).__name__}"  # a text may be a user's
+            raise ConfigurationError(f"Its score {name!r} is {what}. Allowed are bools, finite numbers, and words.")
         found[check_text(name, "The name of a score")] = safe_text(value) if isinstance(value, str) else value
     return found
 

@@ -237,7 +237,7 @@ class RunningTurn:
         if error is not None:
             step.error = type(error).__name__
             step.abandoned = is_abandoning(error)
-            if self._tracker.content.records_turn:
+            if self._tracker.content.records_steps:
                 step.error_text = text_of(error)
         self._note_end(step, self._clock() if end_ns is None else end_ns)
         if self._finished or len(self._ended) >= _SETTLE_AT:
