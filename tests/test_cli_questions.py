@@ -230,6 +230,24 @@ def test_sessions_are_filtered_and_sorted(
     assert ids(run("sessions", *options.split())) == found.split()
 
 
+@pytest.mark.parametrize(
+    ("since", "found"),
+    [
+        ("90m", "last people long fourth third"),
+        ("1h", "last people long"),
+        ("7d", "last people long fourth third second first"),
+        ("today", "last people long fourth third second first"),
+        ("yesterday", "last people long fourth third second first"),
+    ],
+)
+def test_since_takes_how_long_ago(
+    since: str, found: str, run: Run, office: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 10 minutes before noon: the first session began at 10:00, the third at 10:11, the fourth at 10:17
+    monkeypatch.setattr("time.time_ns", lambda: BEGIN_NS + 100 * 60 * 10**9)
+    assert ids(run("sessions", "--since", since)) == found.split()
+
+
 def test_every_order_of_analytics_can_be_asked_for() -> None:
     assert tuple(order.value.replace("-", " ") for order in looking.SessionOrder) == ORDERS
 
@@ -244,8 +262,8 @@ def test_a_user_is_found_by_the_hash_or_its_beginning(run: Run, office: str) -> 
         (("--user", "%"), "No user has a hash that begins with '%'"),
         (("--user", whole, "--user-id", "ann"), "name the same user in two ways"),
         (("--user-id", ""), "user_id is empty"),
-        (("--since", "yesterday"), "--since is 'yesterday'. Allowed are a day and a time in ISO 8601"),
-        (("--until", "2026-13-01"), "--until is '2026-13-01'"),
+        (("--since", "soon"), "--since is 'soon'. Allowed are a day and a time in ISO 8601, how long ago, today and"),
+        (("--until", "2026-13-01"), "--until is '2026-13-01': month must be in 1..12"),
         (("--json", "--csv"), "give one of them"),
     ):
         result = run("sessions", *options)

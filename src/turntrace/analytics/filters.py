@@ -1,20 +1,15 @@
 """Which sessions and turns a question is about."""
 
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from dataclasses import KW_ONLY, InitVar, dataclass, replace
 from typing import Any, Final
 
 from sqlalchemy import ColumnElement, and_, exists, select, true
 
+from turntrace.analytics.times import FIRST_NS, LAST_NS, When, iso_moment, when
 from turntrace.errors import ConfigurationError
 from turntrace.ledger.tables import conversations, sessions, turns
 
-NS: Final = 1_000_000_000
-DAY_NS: Final = 86_400 * NS
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_FIRST_NS: Final = -(2**63)
-_LAST_NS: Final = 2**63 - 1
-"""What a database holds, which is until the year 2262."""
+_TIMES: Final = {"since_ns": "since", "until_ns": "until"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +19,9 @@ class Filters:
     None leaves nothing out, and an empty text asks for those of which it is not known (a tier, an organisation, ...).
     A question about turns (latency, the window, what models used) counts the turns that meet `topic` and `model`
     themselves; one about sessions counts whole sessions that have at least one such turn.
+
+    Times may be said as `since` and `until`, too: a date, a datetime, a timedelta (so long ago), or a text, as
+    ``2026-11-25``, ``2026-11-25T12:00``, ``7d``, ``2h``, ``today`` or ``yesterday``, in UTC where it says nothing else.
 
     Attributes:
         since_ns: Sessions that began then or later, in nanoseconds since 1970.
@@ -35,6 +33,9 @@ class Filters:
         model: Turns whose last call was of this model, and sessions with such turns.
         end_reason: Why they ended; ``open`` for those that have not.
         user_id: Hash of their user's id.
+
+    Raises:
+        ConfigurationError: If one of them cannot be used.
     """
 
     since_ns: int | None = None
@@ -46,12 +47,23 @@ class Filters:
     model: str | None = None
     end_reason: str | None = None
     user_id: str | None = None
+    _: KW_ONLY
+    since: InitVar[When | None] = None
+    until: InitVar[When | None] = None
+
+    def __post_init__(self, since: When | None, until: When | None) -> None:
+        for name, said in (("since", since), ("until", until)):
+            if said is not None:
+                if getattr(self, f"{name}_ns") is not None:
+                    raise ConfigurationError(f"{name} and {name}_ns say the same in two ways: pass one of them.")
+                object.__setattr__(self, f"{name}_ns", when(said, name))
+        for name in self.__slots__:
+            _check(name, getattr(self, name))
 
     def __str__(self) -> str:
-        times = {"since_ns": "since", "until_ns": "until"}
         named = [(name, getattr(self, name)) for name in self.__slots__]
         words = [
-            f"{times.get(name, name)} {_iso(value) if name in times else value or 'not known'}"
+            f"{_TIMES.get(name, name)} {iso_moment(value) if name in _TIMES else value or 'not known'}"
             for name, value in named
             if value is not None
         ]
@@ -64,46 +76,28 @@ class Filters:
 
     def of(self, **changed: Any) -> "Filters":
         """Return the same with other values."""
-        return replace(self, **changed)
+        taken_back = {f"{name}_ns": None for name in ("since", "until") if name in changed}
+        return replace(self, **{**taken_back, **changed})
+
+
+def _check(name: str, value: object) -> None:
+    if value is None:
+        return
+    if name in _TIMES:
+        said = _TIMES[name]
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigurationError(
+                f"{name} is {value!r:.40}. Allowed are nanoseconds since 1970, as an int. For days and times there is "
+                f"{said}: {said}='2026-11-25', {said}='7d'."
+            )
+        if not FIRST_NS <= value <= LAST_NS:
+            raise ConfigurationError(f"{name} is {value}. Allowed are nanoseconds from the years 1677 to 2262.")
+    elif not isinstance(value, str):
+        raise ConfigurationError(f"{name} is {value!r:.40}. Allowed are a text, as {name}='...', and None for any.")
 
 
 ALL: Final = Filters()
 OPEN: Final = "open"
-
-
-def day_of(text: str, name: str = "--since") -> int:
-    """Read a day or a time in ISO 8601 (UTC where it says nothing else), in nanoseconds since 1970.
-
-    A day stands for its beginning. What lies beyond the years that a database holds (1677 to 2262) is brought to their
-    end.
-
-    Args:
-        text: The day or the time.
-        name: What it was given as, for the message.
-
-    Raises:
-        ConfigurationError: If it is neither.
-    """
-    try:
-        at = datetime.fromisoformat(text.strip())
-    except ValueError:
-        raise ConfigurationError(
-            f"{name} is {text!r:.40}. Allowed are a day and a time in ISO 8601: {name} 2026-11-25, "
-            f"or {name} 2026-11-25T12:00."
-        ) from None
-    at = at if at.tzinfo is not None else at.replace(tzinfo=UTC)
-    return min(_LAST_NS, max(_FIRST_NS, (at - _EPOCH) // timedelta(microseconds=1) * 1000))
-
-
-def iso_day(at_ns: int) -> str:
-    """Return the day of a time, in UTC."""
-    return (_EPOCH + timedelta(days=at_ns // DAY_NS)).date().isoformat()
-
-
-def _iso(at_ns: int) -> str:
-    """Return a time in UTC to the second, and of the beginning of a day only the day."""
-    at = _EPOCH + timedelta(seconds=at_ns // NS)
-    return iso_day(at_ns) if at_ns % DAY_NS == 0 else f"{at:%Y-%m-%dT%H:%M:%S}"
 
 
 def of_sessions(filters: Filters) -> ColumnElement[bool]:

@@ -8,7 +8,8 @@ from sqlalchemy import BigInteger, func, literal, select
 
 from turntrace.analytics.asking import count_if, in_bytes, mean_satisfaction, rows_of
 from turntrace.analytics.confidence import interval
-from turntrace.analytics.filters import ALL, DAY_NS, Filters, iso_day, of_sessions
+from turntrace.analytics.filters import ALL, Filters, of_sessions
+from turntrace.analytics.times import DAY_NS, iso_day
 from turntrace.errors import ConfigurationError
 from turntrace.ledger import Ledger
 from turntrace.ledger.tables import sessions

@@ -7,7 +7,8 @@ from typing import Any, Final, Literal
 from sqlalchemy import case, func, select
 
 from turntrace.analytics.asking import Quantiles, count_if, day, in_bytes, quantiles, read, rows_of
-from turntrace.analytics.filters import ALL, DAY_NS, Filters, iso_day, of_sessions
+from turntrace.analytics.filters import ALL, Filters, of_sessions
+from turntrace.analytics.times import DAY_NS, iso_day
 from turntrace.errors import ConfigurationError
 from turntrace.ledger import Ledger
 from turntrace.ledger.rows import plain_summary

@@ -38,7 +38,7 @@ def _option(name: str, metavar: str, text: str) -> Any:
     return Annotated[str | None, typer.Option(name, metavar=metavar, help=text)]
 
 
-_DAY: Final = "a day or time in ISO 8601, UTC where it says nothing else"
+_DAY: Final = "a day or time in ISO 8601 (UTC where it says nothing else), 7d, 2h or 90m ago, today, yesterday"
 _OPTIONS: Final[dict[str, Any]] = {
     "since": _option("--since", "DAY", f"Only sessions that began then or later: {_DAY}."),
     "until": _option("--until", "DAY", "Only sessions that began before it."),
