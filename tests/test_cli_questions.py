@@ -182,7 +182,7 @@ def run() -> Run:
 def ids(result: Result) -> list[str]:
     """Return the first words of a table's rows."""
     assert result.exit_code == 0, result.output
-    return [line.split()[0] for line in result.stdout.splitlines()[2:]]
+    return [line.split()[0] for line in result.stdout.splitlines()[2:] if not line.endswith(" shows all")]
 
 
 def rows(result: Result) -> list[dict[str, Any]]:
@@ -308,6 +308,23 @@ def test_sessions_as_csv_are_rows_that_a_spreadsheet_reads(run: Run, office: str
             written = "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
             assert row[name] == written
     assert list(csv.reader(io.StringIO(run("sessions", "--csv", "--channel", "none").stdout))) == [list(as_json[0])]
+
+
+def test_a_list_that_is_cut_says_so_and_what_programs_read_is_whole(run: Run, url: str) -> None:
+    with SessionTracker(url) as tracker:
+        for number in range(23):
+            tracker.start_session(session_id=f"s-{number}", user_id=f"user-{number}", channel=f"c{number % 2}").end()
+    for what in ("sessions", "users"):
+        table = run(what, "--ledger", url).stdout.splitlines()
+        assert (len(table), table[-1]) == (2 + 20 + 1, f"20 of 23 {what}; --limit 23 shows all")
+        table = run(what, "--ledger", url, "--limit", "3", "--channel", "c1").stdout.splitlines()
+        assert (len(table), table[-1]) == (2 + 3 + 1, f"3 of 11 {what}; --limit 11 shows all")
+        for whole in (("--limit", "23"), ("--limit", "30"), ("--channel", "c0")):
+            assert "shows all" not in run(what, "--ledger", url, *whole).stdout
+        assert len(rows(run(what, "--ledger", url, "--json"))) == 23
+        assert len(read_csv(run(what, "--ledger", url, "--csv"))) == 23
+        assert len(rows(run(what, "--ledger", url, "--json", "--limit", "2"))) == 2
+        assert len(read_csv(run(what, "--ledger", url, "--csv", "--limit", "2"))) == 2
 
 
 def test_no_cell_is_run_by_a_spreadsheet_and_none_changes_the_terminal(run: Run, url: str) -> None:

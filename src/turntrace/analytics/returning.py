@@ -109,14 +109,16 @@ class UserFigures:
 UserOrder = Literal["latest", "most sessions", "most turns", "dearest", "most dropoffs"]
 
 
-def users(ledger: Ledger, by: UserOrder = "latest", filters: Filters = ALL, *, limit: int = 50) -> list[UserFigures]:
+def users(
+    ledger: Ledger, by: UserOrder = "latest", filters: Filters = ALL, *, limit: int | None = 50
+) -> list[UserFigures]:
     """Return the known users of these sessions who come first in an order; equal ones in the order of their hashes.
 
     Args:
         ledger: The ledger.
         by: The order.
         filters: Which sessions.
-        limit: How many users at most.
+        limit: How many users at most; None for all.
 
     Raises:
         ConfigurationError: If there is no such order.

@@ -146,7 +146,7 @@ ORDERS: Final = tuple(_ORDERS)
 
 
 def sessions_by(
-    ledger: Ledger, by: SortedBy = "newest", filters: Filters = ALL, *, limit: int = 10, offset: int = 0
+    ledger: Ledger, by: SortedBy = "newest", filters: Filters = ALL, *, limit: int | None = 10, offset: int = 0
 ) -> list[SessionSummary]:
     """Return the sessions that come first in an order, without the figures of their users.
 
@@ -157,7 +157,7 @@ def sessions_by(
         ledger: The ledger.
         by: The order.
         filters: Which sessions.
-        limit: How many at most.
+        limit: How many at most; None for all.
         offset: How many to leave out before.
 
     Raises:

@@ -95,7 +95,13 @@ def _user_card(user: UserFigures) -> Group:
     return Group(head, Padding(Text(facts), (0, 0, 0, 2)))
 
 
-# --- nothing ----------------------------------------------------------------------------------------------------------
+# --- what is not there, and what is not shown -------------------------------------------------------------------------
+def cut(console: Console, shown: int, there: int, what: str) -> None:
+    """Say that there are more than were shown, where there are."""
+    if there > shown:
+        console.print(Text(f"{shown:,} of {there:,} {what}; --limit {there} shows all", style="dim"))
+
+
 def nothing(console: Console, filters: Filters, *, is_all: bool, what: str = "sessions") -> None:
     """Say that there are no sessions, or none like that."""
     words = f"There are no {what} yet." if is_all else f"There are no {what} like that: {safe(filters)}."

@@ -2,11 +2,11 @@
 
 from contextlib import closing
 from enum import StrEnum
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Final, cast
 
 import typer
 
-from turntrace.analytics import sessions_by
+from turntrace.analytics import sessions_by, totals
 from turntrace.analytics import users as users_by
 from turntrace.cli import lists, machine, tree, window
 from turntrace.cli.choosing import Chosen, about_sessions
@@ -37,7 +37,13 @@ class UserOrder(StrEnum):
     MOST_DROPOFFS = "most-dropoffs"
 
 
-LimitOption = Annotated[int, typer.Option("--limit", metavar="N", min=1, help="How many to show at most.")]
+_SHOWN: Final = 20
+LimitOption = Annotated[
+    int | None,
+    typer.Option(
+        "--limit", metavar="N", min=1, help=f"How many to show at most. Default: {_SHOWN}; in JSON and CSV all."
+    ),
+]
 
 
 @about_sessions
@@ -46,18 +52,21 @@ def sessions(
     sort: Annotated[
         SessionOrder, typer.Option("--sort", help="Which come first; the slowest by the mean latency of their turns.")
     ] = SessionOrder.NEWEST,
-    limit: LimitOption = 20,
+    limit: LimitOption = None,
     as_json: JsonOption = False,
     as_csv: CsvOption = False,
 ) -> int:
     """Show sessions, the latest first or by another order."""
     _check_one_form(as_json, as_csv)
     with working("Asking the ledger"):
+        limit = _limit(limit, all_of_them=as_json or as_csv)
         found = sessions_by(chosen.ledger, cast(Any, _words(sort)), chosen.filters, limit=limit)
     if as_json or as_csv:
         machine.write_rows([machine.session_row(session) for session in found], machine.SESSION_NAMES, as_csv=as_csv)
     elif found:
         lists.sessions_table(stdout(), found)
+        if len(found) == limit:
+            lists.cut(stdout(), limit, totals(chosen.ledger, chosen.filters).sessions, "sessions")
     else:
         lists.nothing(stdout(), chosen.filters, is_all=chosen.is_all)
     return OK
@@ -67,21 +76,28 @@ def sessions(
 def users(
     chosen: Chosen,
     sort: Annotated[UserOrder, typer.Option("--sort", help="Which come first.")] = UserOrder.LATEST,
-    limit: LimitOption = 20,
+    limit: LimitOption = None,
     as_json: JsonOption = False,
     as_csv: CsvOption = False,
 ) -> int:
     """Show users and what they used, by the hashes of their ids."""
     _check_one_form(as_json, as_csv)
     with working("Asking the ledger"):
+        limit = _limit(limit, all_of_them=as_json or as_csv)
         found = users_by(chosen.ledger, cast(Any, _words(sort)), chosen.filters, limit=limit)
     if as_json or as_csv:
         machine.write_rows([machine.plain(user) for user in found], machine.USER_NAMES, as_csv=as_csv)
     elif found:
         lists.users_table(stdout(), found)
+        if len(found) == limit:
+            lists.cut(stdout(), limit, totals(chosen.ledger, chosen.filters).users, "users")
     else:
         lists.nothing(stdout(), chosen.filters, is_all=chosen.is_all, what="users")
     return OK
+
+
+def _limit(given: int | None, *, all_of_them: bool) -> int | None:
+    return _SHOWN if given is None and not all_of_them else given
 
 
 def _check_one_form(as_json: bool, as_csv: bool) -> None:
