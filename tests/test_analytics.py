@@ -224,6 +224,7 @@ def turn_by_chance(chance: random.Random, records: Records, session: Row, conver
         counted_of_tokens=counted,
         counted_tokens=counted and chance.randrange(1000),
     )
+    turn["error"] = ("TimeoutError", "ValueError")[number % 2] if turn["status"] == "failed" else None
     if chance.random() < 0.3:
         strategy, pruned = chance.choice((None, "drop", "Drop", "summarize")), chance.choice((0, 2, 5))
         records.add_decision(turn, strategy, pruned, *chance.choice(((None, None), (500, 200), (100, 300))))
@@ -245,7 +246,7 @@ def kept_sessions(records: Records, filters: Filters, *, of_turns: bool = True) 
         and (filters.end_reason != "open" or row["ended_ns"] is None)
         and (filters.end_reason in (None, "open") or row["end_reason"] == filters.end_reason)
     ]
-    if not of_turns or (filters.model is None and filters.topic is None):
+    if not of_turns or not filters.of_some_turns:
         return found
     having = {turn["session_id"] for turn in records.turns if its(records, filters, turn)}
     return [row for row in found if row["id"] in having]
@@ -253,7 +254,10 @@ def kept_sessions(records: Records, filters: Filters, *, of_turns: bool = True) 
 
 def its(records: Records, filters: Filters, turn: Row) -> bool:
     topics = {row["id"]: row for row in records.of(conversations)}
-    return meets(turn, model=filters.model) and meets(topics[turn["conversation_id"]], topic=filters.topic)
+    own = {name: getattr(filters, name) for name in ("model", "conversation_id", "error")}
+    if filters.failed and turn["status"] not in ("failed", "abandoned"):
+        return False
+    return meets(turn, **own) and meets(topics[turn["conversation_id"]], topic=filters.topic)
 
 
 def kept_turns(records: Records, filters: Filters) -> list[Row]:
@@ -460,6 +464,7 @@ SESSION_ORDERS: dict[str, Callable[[Row], Any]] = {
     "dearest": lambda row: row["total_cost_usd"],
     "slowest": lambda row: row["active_ms"] / row["total_turns"] if row["total_turns"] else -1,
     "most tokens": lambda row: row["input_tokens"] + row["output_tokens"],
+    "most failed": lambda row: row["failed_turns"],
 }
 
 
@@ -498,6 +503,10 @@ FILTERS = {
     "open": Filters(end_reason="open"),
     "user": Filters(user_id="user3"),
     "all of them": Filters(MONDAY, MONDAY + 34 * DAY, "web", "premium", "acme", "billing", "gpt-4o", "completed"),
+    "conversation": Filters(conversation_id="c5-0"),
+    "error": Filters(error="TimeoutError"),
+    "failed": Filters(failed=True),
+    "failed, of a model": Filters(failed=True, model="gpt-4o", channel="web"),
     "nothing meets it": Filters(channel="telex"),
 }
 
@@ -1144,6 +1153,10 @@ def test_filters_say_what_they_leave_in() -> None:
     shown = Filters(since_ns=MONDAY, until_ns=MONDAY + 5400 * SECOND, channel="web", tier="")
     assert str(shown) == "since 2026-11-02, until 2026-11-02T01:30:00, channel web, tier not known"
     assert shown.of(until_ns=None, tier=None) == Filters(since_ns=MONDAY, channel="web")
+    assert str(Filters(conversation_id="c-1", error="TimeoutError", failed=True)) == (
+        "conversation_id c-1, error TimeoutError, a failed turn"
+    )
+    assert Filters(failed=False) == ALL
 
 
 @pytest.mark.parametrize(
@@ -1188,6 +1201,7 @@ def test_filters_take_days_and_times_as_people_have_them(
         ({"channel": 4}, "channel is 4. Allowed are a text, as channel='...', and None for any."),
         ({"user_id": b"x"}, "user_id is b'x'. Allowed are a text"),
         ({"topic": ["a"]}, "topic is ['a']. Allowed are a text"),
+        ({"failed": "yes"}, "failed is 'yes'. Allowed are True, and False or None for any."),
     ],
     ids=str,
 )

@@ -8,6 +8,7 @@ import re
 import shutil
 import sqlite3
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,9 @@ def read_csv(result: Result) -> list[dict[str, str]]:
         ("--sort dearest --limit 1", "people"),
         ("--sort slowest --limit 1", "fourth"),
         ("--sort newest --limit 1", "last"),
+        ("--conversation refunds", "people"),
+        ("--conversation first-talk", "first"),
+        ("--conversation first-talk --model gpt-4o-mini", ""),
     ],
 )
 def test_sessions_are_filtered_and_sorted(
@@ -228,6 +232,33 @@ def test_sessions_are_filtered_and_sorted(
 ) -> None:
     monkeypatch.setenv("TURNTRACE_USER_HASH_KEY", KEY)
     assert ids(run("sessions", *options.split())) == found.split()
+
+
+def test_sessions_with_failures_are_found_by_them(run: Run, url: str) -> None:
+    with SessionTracker(url) as tracker:
+        for name, errors in {"well": (), "bad": (TimeoutError, KeyError, None), "late": (TimeoutError,)}.items():
+            with tracker.session(session_id=name) as session:
+                conversation = session.conversation(f"{name}-thread")
+                for error in errors:
+                    with pytest.raises(error) if error else nullcontext(), conversation.turn("Hi"):
+                        if error:
+                            raise error("no")
+        with tracker.session(session_id="left") as session:
+            session.conversation("left-talk").start_turn("Hi").end("abandoned")
+    for asked, found in (
+        ("--failed", "left late bad"),
+        ("--error KeyError", "bad"),
+        ("--error TimeoutError --sort most-failed", "bad late"),
+        ("--sort most-failed --limit 2", "bad late"),
+        ("--failed --channel web", ""),
+    ):
+        assert ids(run("sessions", "--ledger", url, *asked.split())) == found.split()
+    for columns, options in ((120, []), (72, ["--failed"])):
+        head, _, *table = run("sessions", "--ledger", url, *options, columns=columns).stdout.splitlines()
+        at = head.split().index("failed") - head.split().index("turns")
+        assert at == 1
+        failed = {line.split()[0]: line[: head.index("failed") + 6].split()[-1] for line in table}
+        assert failed.items() >= {"bad": "2", "late": "1", "left": "0"}.items()
 
 
 @pytest.mark.parametrize(
@@ -246,6 +277,13 @@ def test_since_takes_how_long_ago(
     # 10 minutes before noon: the first session began at 10:00, the third at 10:11, the fourth at 10:17
     monkeypatch.setattr("time.time_ns", lambda: BEGIN_NS + 100 * 60 * 10**9)
     assert ids(run("sessions", "--since", since)) == found.split()
+
+
+def test_a_session_whose_first_turn_still_runs_is_found_by_its_conversation(run: Run, url: str) -> None:
+    with SessionTracker(url) as tracker:
+        turn = tracker.start_session(session_id="s").conversation("c").start_turn("Hi")
+        assert ids(run("sessions", "--ledger", url, "--conversation", "c")) == ["s"]
+        turn.end()
 
 
 def test_every_order_of_analytics_can_be_asked_for() -> None:

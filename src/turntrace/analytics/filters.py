@@ -3,13 +3,14 @@
 from dataclasses import KW_ONLY, InitVar, dataclass, replace
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, and_, exists, select, true
+from sqlalchemy import ColumnElement, and_, exists, or_, select, true
 
 from turntrace.analytics.times import FIRST_NS, LAST_NS, When, iso_moment, when
 from turntrace.errors import ConfigurationError
-from turntrace.ledger.tables import conversations, sessions, turns
+from turntrace.ledger.tables import conversations, open_turns, sessions, turns
 
 _TIMES: Final = {"since_ns": "since", "until_ns": "until"}
+_OF_TURNS: Final = ("topic", "model", "conversation_id", "error", "failed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +18,9 @@ class Filters:
     """Which sessions and turns a question is about.
 
     None leaves nothing out, and an empty text asks for those of which it is not known (a tier, an organisation, ...).
-    A question about turns (latency, the window, what models used) counts the turns that meet `topic` and `model`
-    themselves; one about sessions counts whole sessions that have at least one such turn.
+    A question about turns (latency, the window, what models used) counts the turns that meet `topic`, `model`,
+    `conversation_id`, `error` and `failed` themselves; one about sessions counts whole sessions that have at least one
+    turn that meets them all.
 
     Times may be said as `since` and `until`, too: a date, a datetime, a timedelta (so long ago), or a text, as
     ``2026-11-25``, ``2026-11-25T12:00``, ``7d``, ``2h``, ``today`` or ``yesterday``, in UTC where it says nothing else.
@@ -33,6 +35,9 @@ class Filters:
         model: Turns whose last call was of this model, and sessions with such turns.
         end_reason: Why they ended; ``open`` for those that have not.
         user_id: Hash of their user's id.
+        conversation_id: Turns of this conversation, and sessions with such turns.
+        error: Turns that ended with an error of this class (empty: with none), and sessions with such turns.
+        failed: True for turns that failed or were abandoned, and sessions with such turns.
 
     Raises:
         ConfigurationError: If one of them cannot be used.
@@ -47,6 +52,9 @@ class Filters:
     model: str | None = None
     end_reason: str | None = None
     user_id: str | None = None
+    conversation_id: str | None = None
+    error: str | None = None
+    failed: bool | None = None
     _: KW_ONLY
     since: InitVar[When | None] = None
     until: InitVar[When | None] = None
@@ -59,25 +67,27 @@ class Filters:
                 object.__setattr__(self, f"{name}_ns", when(said, name))
         for name in self.__slots__:
             _check(name, getattr(self, name))
+        object.__setattr__(self, "failed", self.failed or None)
 
     def __str__(self) -> str:
         named = [(name, getattr(self, name)) for name in self.__slots__]
-        words = [
-            f"{_TIMES.get(name, name)} {iso_moment(value) if name in _TIMES else value or 'not known'}"
-            for name, value in named
-            if value is not None
-        ]
-        return ", ".join(words) or "everything on record"
+        return ", ".join(_said(name, value) for name, value in named if value is not None) or "everything on record"
 
     @property
     def of_some_turns(self) -> bool:
         """Whether they tell turns of one session apart."""
-        return self.model is not None or self.topic is not None
+        return any(getattr(self, name) is not None for name in _OF_TURNS)
 
     def of(self, **changed: Any) -> "Filters":
         """Return the same with other values."""
         taken_back = {f"{name}_ns": None for name in ("since", "until") if name in changed}
         return replace(self, **{**taken_back, **changed})
+
+
+def _said(name: str, value: Any) -> str:
+    if name == "failed":
+        return "a failed turn"
+    return f"{_TIMES.get(name, name)} {iso_moment(value) if name in _TIMES else value or 'not known'}"
 
 
 def _check(name: str, value: object) -> None:
@@ -92,12 +102,17 @@ def _check(name: str, value: object) -> None:
             )
         if not FIRST_NS <= value <= LAST_NS:
             raise ConfigurationError(f"{name} is {value}. Allowed are nanoseconds from the years 1677 to 2262.")
+    elif name == "failed":
+        if not isinstance(value, bool):
+            raise ConfigurationError(f"failed is {value!r:.40}. Allowed are True, and False or None for any.")
     elif not isinstance(value, str):
         raise ConfigurationError(f"{name} is {value!r:.40}. Allowed are a text, as {name}='...', and None for any.")
 
 
 ALL: Final = Filters()
 OPEN: Final = "open"
+FAILED: Final = ("failed", "abandoned")
+"""How turns end that did not come to their end."""
 
 
 def of_sessions(filters: Filters) -> ColumnElement[bool]:
@@ -111,10 +126,15 @@ def of_sessions(filters: Filters) -> ColumnElement[bool]:
 def _with_turns(filters: Filters) -> ColumnElement[bool]:
     """Return the condition on sessions that they have a turn of those.
 
-    Of a topic there are few turns, and the index of conversations finds them; those of a model are sought by session.
+    Of a topic and of a conversation there are few turns, and an index finds them; others are sought by session.
     """
-    if filters.topic is not None:
-        return sessions.c.id.in_(select(turns.c.session_id).where(*_on_turns(filters)).correlate(None))
+    if filters.topic is not None or filters.conversation_id is not None:
+        with_turns = select(turns.c.session_id).where(*_on_turns(filters)).correlate(None)
+        if [name for name in _OF_TURNS if getattr(filters, name) is not None] != ["conversation_id"]:
+            return sessions.c.id.in_(with_turns)
+        # What a turn that still runs is like is not known yet, but for where it is.
+        running = select(open_turns.c.session_id).where(open_turns.c.conversation_id == filters.conversation_id)
+        return or_(sessions.c.id.in_(with_turns), sessions.c.id.in_(running.correlate(None)))
     return exists().where(turns.c.session_id == sessions.c.id, *_on_turns(filters)).correlate(sessions)
 
 
@@ -174,6 +194,12 @@ def _on_turns(filters: Filters) -> list[Any]:
     conditions: list[Any] = []
     if filters.model is not None:
         conditions.append(_is(turns.c.model, filters.model))
+    if filters.conversation_id is not None:
+        conditions.append(turns.c.conversation_id == filters.conversation_id)
+    if filters.error is not None:
+        conditions.append(_is(turns.c.error, filters.error))
+    if filters.failed:
+        conditions.append(turns.c.status.in_(FAILED))
     if filters.topic is not None:
         about = select(conversations.c.id).where(_is(conversations.c.topic, filters.topic))
         conditions.append(turns.c.conversation_id.in_(about))

@@ -132,7 +132,7 @@ def session_lengths(ledger: Ledger, filters: Filters = ALL) -> SessionLengths:
     )
 
 
-SortedBy = Literal["newest", "longest", "most turns", "dearest", "slowest", "most tokens"]
+SortedBy = Literal["newest", "longest", "most turns", "dearest", "slowest", "most tokens", "most failed"]
 
 _ORDERS: Final[dict[str, Any]] = {
     "newest": sessions.c.started_ns.desc(),
@@ -141,6 +141,7 @@ _ORDERS: Final[dict[str, Any]] = {
     "dearest": sessions.c.total_cost_usd.desc(),
     "slowest": (sessions.c.active_ms * 1.0 / func.nullif(sessions.c.total_turns, 0)).desc().nulls_last(),
     "most tokens": (sessions.c.input_tokens + sessions.c.output_tokens).desc(),
+    "most failed": sessions.c.failed_turns.desc(),
 }
 ORDERS: Final = tuple(_ORDERS)
 

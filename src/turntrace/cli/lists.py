@@ -13,14 +13,21 @@ from turntrace.summaries import SessionSummary
 
 
 # --- sessions ---------------------------------------------------------------------------------------------------------
-def sessions_table(console: Console, sessions: Sequence[SessionSummary]) -> None:
-    """Show sessions; there must be some."""
+def sessions_table(console: Console, sessions: Sequence[SessionSummary], *, failed: bool = False) -> None:
+    """Show sessions; there must be some.
+
+    Args:
+        console: Where to show them.
+        sessions: The sessions.
+        failed: Whether it is about turns that failed, so that how many did is shown in any width.
+    """
     columns = [
         Column("session", [Text(safe(each.id[:SHORT_ID]), style="bold") for each in sessions]),
         Column("user", [user_of(each) for each in sessions]),
         Column("channel", [Text(safe(each.channel)) for each in sessions], least=8),
         Column("started, UTC", [Text(clock(each.started_ns)) for each in sessions], rank=3),
         figures("turns", [f"{each.total_turns:,}" for each in sessions]),
+        _failed(sessions, 0 if failed else 4),
         figures("tokens", [f"{each.total_tokens:,}" for each in sessions], rank=1),
         figures("cost", [money(each.total_cost_usd, 4) for each in sessions]),
         figures("duration", [duration(each.duration_ms) for each in sessions], rank=2),
@@ -33,6 +40,11 @@ def sessions_table(console: Console, sessions: Sequence[SessionSummary]) -> None
             console.print(_session_card(session))
     else:
         draw(console, columns)
+
+
+def _failed(sessions: Sequence[SessionSummary], rank: int) -> Column:
+    cells = [Text(f"{each.failed_turns:,}", style="red" if each.failed_turns else "") for each in sessions]
+    return Column("failed", cells, rank, "right")
 
 
 def _latency(session: SessionSummary) -> str:

@@ -25,6 +25,7 @@ class SessionOrder(StrEnum):
     DEAREST = "dearest"
     SLOWEST = "slowest"
     MOST_TOKENS = "most-tokens"
+    MOST_FAILED = "most-failed"
 
 
 class UserOrder(StrEnum):
@@ -64,7 +65,7 @@ def sessions(
     if as_json or as_csv:
         machine.write_rows([machine.session_row(session) for session in found], machine.SESSION_NAMES, as_csv=as_csv)
     elif found:
-        lists.sessions_table(stdout(), found)
+        lists.sessions_table(stdout(), found, failed=_is_about_failures(chosen, sort))
         if len(found) == limit:
             lists.cut(stdout(), limit, totals(chosen.ledger, chosen.filters).sessions, "sessions")
     else:
@@ -98,6 +99,10 @@ def users(
 
 def _limit(given: int | None, *, all_of_them: bool) -> int | None:
     return _SHOWN if given is None and not all_of_them else given
+
+
+def _is_about_failures(chosen: Chosen, sort: SessionOrder) -> bool:
+    return chosen.filters.failed is not None or chosen.filters.error is not None or sort is SessionOrder.MOST_FAILED
 
 
 def _check_one_form(as_json: bool, as_csv: bool) -> None:

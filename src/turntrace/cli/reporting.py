@@ -9,7 +9,7 @@ from rich.text import Text
 
 from turntrace import analytics
 from turntrace.cli import lists, machine, shares
-from turntrace.cli.choosing import Chosen, about_sessions
+from turntrace.cli.choosing import Chosen, about_reported_sessions, about_sessions
 from turntrace.cli.render import safe, stderr, stdout, working
 from turntrace.cli.running import OK, JsonOption
 from turntrace.errors import ConfigurationError, DeliveryError
@@ -71,7 +71,7 @@ def dropoff(chosen: Chosen, as_json: JsonOption = False) -> int:
     return OK
 
 
-@about_sessions
+@about_reported_sessions
 def report(
     chosen: Chosen,
     output: Annotated[
