@@ -22,6 +22,7 @@ from typer.testing import Result
 
 from apps import FakeModel, State, asks
 from command_line import runner
+from loopback import LangfuseServer
 from turntrace import ContextTracker, SessionCallbackHandler, SessionTracker, track_graph
 from turntrace.analytics import ORDERS
 from turntrace.cli import looking
@@ -36,6 +37,8 @@ KEY = "a key of the tests"
 STAGES = ("signup", "connect", "first_answer")
 BEGIN_NS = 1_767_261_600_000_000_000
 """10 o'clock on the first of January 2026, in UTC."""
+
+WITHOUT_KEYS = "in Langfuse: Sessions, by the session's id; with Langfuse's keys set, its address stands here"
 
 Run = Callable[..., Result]
 
@@ -393,7 +396,9 @@ def shown(run: Run, session_id: str, url: str, now_ns: int = BEGIN_NS + 3 * 3600
     """Return the lines of the tree as they are at a time."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("time.time_ns", lambda: now_ns)
-        return lines(run("show", session_id, "--ledger", url, columns=120))
+        found = lines(run("show", session_id, "--ledger", url, columns=120))
+    assert found.pop() == WITHOUT_KEYS
+    return found
 
 
 def test_a_session_with_a_journey_feedback_and_an_end(run: Run, office: str) -> None:
@@ -402,9 +407,9 @@ def test_a_session_with_a_journey_feedback_and_an_end(run: Run, office: str) -> 
         "2026-01-01 10:00:00 UTC, tier premium",
         "2 turns, 0 tokens, $0.00, 44.0 s",
         "conversation first-talk",
-        "turn 1  10:00:20  completed  price  question, answer",
+        "turn 1  10:00:20  completed  intent price  question → answer",
         "1.5 s",
-        "turn 2  10:00:41  completed  setup  question, question",
+        "turn 2  10:00:41  completed  intent setup  question → question",
         "2.5 s",
         "journey onboarding",
         "10:00:21  signup (1 of 3)",
@@ -428,7 +433,7 @@ def test_waiting_attempts_and_forks_are_told(run: Run, office: str) -> None:
     found = shown(run, "people", office)
     first, second = (next(n for n, line in enumerate(found) if line.startswith(f"turn {turn} ")) for turn in (1, 2))
     assert found[first : first + 3] == [
-        "turn 1  11:23:00  completed  command, answer",
+        "turn 1  11:23:00  completed  command → answer",
         "2.5 s, 120 tokens, $0.000027, window \u2591\u2591\u2591\u2591\u2591\u2591\u2591\u2591\u2591\u2591 <1%",
         "waited 3 min 00 s for a person",
     ]
@@ -459,6 +464,131 @@ def test_how_full_the_window_was_and_what_was_pruned(run: Run, office: str) -> N
     assert "pruned 2 messages, 71 tokens" in found
     assert found[2].endswith("2 prunings")
     assert "pruned 2 messages, 71 tokens" in run("show", "long", "--context", columns=120).stdout
+
+
+@pytest.fixture
+def twice(url: str) -> tuple[str, list[str]]:
+    """Give the URL of a ledger in which a conversation goes on in a second session, and the ids of its turns."""
+    clock, turn_ids = Clock(BEGIN_NS), []
+    with SessionTracker(url, clock=clock) as tracker:
+        for session_id, questions in (("monday", 4), ("tuesday", 2)):
+            with tracker.session(session_id=session_id) as session:
+                session.conversation(f"small talk {session_id}").start_turn("Hi").end()
+                clock.advance(seconds=1)
+                for number in range(questions):
+                    turn = session.conversation("c-42").start_turn("Where is it?")
+                    turn_ids.append(turn.id)
+                    turn.set_answer("On its way.")
+                    clock.advance(seconds=1)
+                    turn.end("failed" if number == 1 else "completed")
+            clock.advance(minutes=60 * 24)
+    return url, turn_ids
+
+
+def test_a_session_is_found_by_its_conversation_turn_or_trace_which_is_marked(
+    run: Run, twice: tuple[str, list[str]]
+) -> None:
+    url, turn_ids = twice
+    found = shown(run, "c-42", url)
+    assert [line.split()[1] for line in found if line.startswith("session ")] == ["monday", "tuesday"]
+    assert [line for line in found if "asked for" in line] == [
+        *("conversation c-42  <- asked for", "conversation c-42, turns 5 to 6 of it  <- asked for"),
+    ]
+    assert [row["id"] for row in json.loads(run("show", "c-42", "--json", "--ledger", url).stdout)] == [
+        *("monday", "tuesday"),
+    ]
+    assert run("show", "c-42", "--context", "--ledger", url).stdout.count("No model was called") == 2
+
+    fifth = turn_ids[4]
+    whole = json.loads(run("show", fifth, "--json", "--ledger", url).stdout)
+    trace_id = next(turn["trace_id"] for turn in whole["turns"] if turn["id"] == fifth)
+    for given in (fifth, trace_id):
+        found = shown(run, given, url)
+        [at] = [number for number, line in enumerate(found) if "asked for" in line]
+        assert found[at] == "turn 5  10:00:06  completed  question \u2192 answer  <- asked for"
+        assert f"trace {trace_id}" in found[at:]
+        assert found[0].startswith("session tuesday ")
+    assert [line for line in shown(run, "monday", url) if line.startswith("trace ") or "asked for" in line] == [
+        f"trace {turn_ids[1]}",  # of the turn that failed
+    ]
+
+
+def test_a_conversation_that_runs_or_that_begins_as_a_session_does_is_found(run: Run, url: str) -> None:
+    with SessionTracker(url) as tracker:
+        tracker.start_session(session_id="c-10").end()
+        turn = tracker.start_session(session_id="s").conversation("c-1").start_turn("Hi")
+        assert shown(run, "c-1", url)[0].startswith("session s ")
+        assert shown(run, turn.id, url)[0].startswith("session s ")
+        assert shown(run, "c-", url)[0].startswith("session c-10 ")
+        turn.end()
+
+
+def test_of_a_conversation_in_many_sessions_the_latest_are_shown(run: Run, url: str) -> None:
+    clock = Clock(BEGIN_NS)
+    with SessionTracker(url, clock=clock) as tracker:
+        for number in range(7):
+            with tracker.session(session_id=f"s{number}") as session:
+                session.conversation("c").start_turn("Hi").end()
+            clock.advance(minutes=5)
+    found = shown(run, "c", url)
+    assert found[0] == "5 of 7 sessions, the latest; turntrace sessions --conversation lists all of c"
+    assert [line.split()[1] for line in found if line.startswith("session ")] == ["s2", "s3", "s4", "s5", "s6"]
+    assert len(json.loads(run("show", "c", "--json", "--ledger", url).stdout)) == 7
+
+
+def test_an_id_that_was_hashed_is_found_as_the_app_has_it(run: Run, url: str) -> None:
+    builder: Any = StateGraph(State)
+    graph: Any = builder.add_node("agent", lambda _state: {}).add_edge(START, "agent")
+    with SessionTracker(url) as tracker:
+        config: Any = {
+            "configurable": {"thread_id": "thread 1 \u00fc"},
+            "metadata": {"session_id": "sess 1 \u00fc"},
+            "callbacks": tracker.callbacks(),
+        }
+        graph.compile().invoke(asks("Hi"), config)
+    for given in ("sess 1 \u00fc", "thread 1 \u00fc"):
+        assert shown(run, given, url)[0].startswith("session sha256-")
+    assert len(ids(run("sessions", "--ledger", url, "--conversation", "thread 1 \u00fc"))) == 1
+    missing = run("show", "sess 2 \u00fc", "--ledger", url)
+    assert missing.exit_code == 2
+    assert "No session has an id that begins with 'sess 2 \u00fc', and no conversation, turn or trace" in missing.stderr
+
+
+def test_a_session_says_where_it_is_in_langfuse(
+    run: Run, twice: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LangfuseServer() as server:
+        for name, value in {**server.keys, "LANGFUSE_TIMEOUT": "1"}.items():
+            monkeypatch.setenv(name, value)
+        found = lines(run("show", "c-42", "--ledger", twice[0]))
+        address = server.keys["LANGFUSE_BASE_URL"]
+        for line, session_id in zip(found[-2:], ("monday", "tuesday"), strict=True):
+            assert re.fullmatch(f"in Langfuse: {address}/project/[^/]+/sessions/{session_id}", line)
+        assert "in Langfuse" not in run("show", "monday", "--json", "--ledger", twice[0]).stdout
+    assert lines(run("show", "monday", "--ledger", twice[0]))[-1] == (
+        f"in Langfuse: Sessions, by the session's id; {address} did not say which project it is in"
+    )
+
+
+def test_a_call_that_named_no_model_is_shown_by_the_model_that_answered(run: Run, url: str) -> None:
+    class Unnamed(FakeModel):
+        def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> Any:
+            return {"ls_model_type": "chat"}
+
+        @property
+        def _identifying_params(self) -> dict[str, Any]:
+            return {}
+
+    def agent(_state: State) -> dict[str, Any]:
+        return {"messages": [Unnamed(llm_output={"model_name": "gpt-4o-mini-2024"}).invoke("Hi")]}
+
+    builder: Any = StateGraph(State)
+    graph: Any = builder.add_node("agent", agent).add_edge(START, "agent")
+    with SessionTracker(url) as tracker:
+        config: Any = {"metadata": {"session_id": "s"}, "callbacks": tracker.callbacks()}
+        graph.compile().invoke(asks("Hi"), config)
+    [call] = [line for line in shown(run, "s", url) if line.startswith("llm ")]
+    assert call.startswith("llm gpt-4o-mini-2024  ")
 
 
 def test_a_turn_that_runs_says_since_when(run: Run, url: str) -> None:

@@ -114,6 +114,12 @@ def cut(console: Console, shown: int, there: int, what: str) -> None:
         console.print(Text(f"{shown:,} of {there:,} {what}; --limit {there} shows all", style="dim"))
 
 
+def cut_conversation(console: Console, shown: int, there: int, conversation_id: str) -> None:
+    """Say that a conversation is in more sessions than are shown."""
+    words = f"{shown:,} of {there:,} sessions, the latest; turntrace sessions --conversation lists all of"
+    console.print(Text(f"{words} {safe(conversation_id)}\n", style="dim"), soft_wrap=True)
+
+
 def nothing(console: Console, filters: Filters, *, is_all: bool, what: str = "sessions") -> None:
     """Say that there are no sessions, or none like that."""
     words = f"There are no {what} yet." if is_all else f"There are no {what} like that: {safe(filters)}."
