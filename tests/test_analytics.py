@@ -5,7 +5,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
+from datetime import date as date_type
 from fractions import Fraction
 from functools import cache, partial
 from math import ceil
@@ -21,7 +22,7 @@ import postgres
 from conftest import AIRLINE
 from turntrace import analytics, boundary
 from turntrace.analytics import ALL, MOST_TURNS, ORDERS, Cohort, Dropoffs, Filters, FunnelStage, Rate, day_of, interval
-from turntrace.analytics.filters import iso_day
+from turntrace.analytics.times import iso_day
 from turntrace.demo.player import Player
 from turntrace.demo.replay import Replay
 from turntrace.demo.transcripts import find_sources, read_lines
@@ -223,6 +224,7 @@ def turn_by_chance(chance: random.Random, records: Records, session: Row, conver
         counted_of_tokens=counted,
         counted_tokens=counted and chance.randrange(1000),
     )
+    turn["error"] = ("TimeoutError", "ValueError")[number % 2] if turn["status"] == "failed" else None
     if chance.random() < 0.3:
         strategy, pruned = chance.choice((None, "drop", "Drop", "summarize")), chance.choice((0, 2, 5))
         records.add_decision(turn, strategy, pruned, *chance.choice(((None, None), (500, 200), (100, 300))))
@@ -244,7 +246,7 @@ def kept_sessions(records: Records, filters: Filters, *, of_turns: bool = True) 
         and (filters.end_reason != "open" or row["ended_ns"] is None)
         and (filters.end_reason in (None, "open") or row["end_reason"] == filters.end_reason)
     ]
-    if not of_turns or (filters.model is None and filters.topic is None):
+    if not of_turns or not filters.of_some_turns:
         return found
     having = {turn["session_id"] for turn in records.turns if its(records, filters, turn)}
     return [row for row in found if row["id"] in having]
@@ -252,7 +254,10 @@ def kept_sessions(records: Records, filters: Filters, *, of_turns: bool = True) 
 
 def its(records: Records, filters: Filters, turn: Row) -> bool:
     topics = {row["id"]: row for row in records.of(conversations)}
-    return meets(turn, model=filters.model) and meets(topics[turn["conversation_id"]], topic=filters.topic)
+    own = {name: getattr(filters, name) for name in ("model", "conversation_id", "error")}
+    if filters.failed and turn["status"] not in ("failed", "abandoned"):
+        return False
+    return meets(turn, **own) and meets(topics[turn["conversation_id"]], topic=filters.topic)
 
 
 def kept_turns(records: Records, filters: Filters) -> list[Row]:
@@ -459,6 +464,7 @@ SESSION_ORDERS: dict[str, Callable[[Row], Any]] = {
     "dearest": lambda row: row["total_cost_usd"],
     "slowest": lambda row: row["active_ms"] / row["total_turns"] if row["total_turns"] else -1,
     "most tokens": lambda row: row["input_tokens"] + row["output_tokens"],
+    "most failed": lambda row: row["failed_turns"],
 }
 
 
@@ -497,6 +503,10 @@ FILTERS = {
     "open": Filters(end_reason="open"),
     "user": Filters(user_id="user3"),
     "all of them": Filters(MONDAY, MONDAY + 34 * DAY, "web", "premium", "acme", "billing", "gpt-4o", "completed"),
+    "conversation": Filters(conversation_id="c5-0"),
+    "error": Filters(error="TimeoutError"),
+    "failed": Filters(failed=True),
+    "failed, of a model": Filters(failed=True, model="gpt-4o", channel="web"),
     "nothing meets it": Filters(channel="telex"),
 }
 
@@ -1091,14 +1101,42 @@ def test_days_and_times_are_read_in_utc(text: str, expected: int) -> None:
     assert day_of(text) == expected
 
 
-@pytest.mark.parametrize("text", ["yesterday", "", "2026-13-01", "25.11.2026"])
+@pytest.mark.parametrize("text", ["tomorrow", "", "25.11.2026", "7", "-7d", "7 parsecs"])
 def test_what_is_no_day_is_refused_with_what_is_allowed(text: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         day_of(text, "--until")
     assert str(caught.value) == (
-        f"--until is {text!r}. Allowed are a day and a time in ISO 8601: --until 2026-11-25, "
-        "or --until 2026-11-25T12:00."
+        f"--until is {text!r}. Allowed are a day and a time in ISO 8601, how long ago, today and yesterday: "
+        "--until 2026-11-25, --until 2026-11-25T12:00, --until 7d, --until 2h or --until 90m."
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "why"), [("2026-13-01", "month"), ("2026-02-30", "day"), ("2026-11-25T25:00", "hour")]
+)
+def test_a_day_that_there_is_not_is_refused_with_the_reason(text: str, why: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"^--since is '{text}': {why} .*\. Allowed are "):
+        day_of(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("7d", MONDAY - 6 * DAY),
+        ("2h", MONDAY + DAY - 7200 * SECOND),
+        ("90m", MONDAY + DAY - 5400 * SECOND),
+        (" 1 W ", MONDAY - 6 * DAY),
+        ("30s", MONDAY + DAY - 30 * SECOND),
+        ("999999999w", -(2**63)),
+        ("today", MONDAY + DAY),
+        ("Yesterday", MONDAY),
+    ],
+)
+def test_how_long_ago_is_counted_from_now(text: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    later_that_day = 0 if text[0].isdigit() or text[0] == " " else 3600 * SECOND
+    monkeypatch.setattr("time.time_ns", lambda: MONDAY + DAY + later_that_day)
+    assert day_of(text) == expected
+    assert Filters(since=text).since_ns == expected
 
 
 def test_a_day_is_the_one_that_a_time_is_in() -> None:
@@ -1115,3 +1153,61 @@ def test_filters_say_what_they_leave_in() -> None:
     shown = Filters(since_ns=MONDAY, until_ns=MONDAY + 5400 * SECOND, channel="web", tier="")
     assert str(shown) == "since 2026-11-02, until 2026-11-02T01:30:00, channel web, tier not known"
     assert shown.of(until_ns=None, tier=None) == Filters(since_ns=MONDAY, channel="web")
+    assert str(Filters(conversation_id="c-1", error="TimeoutError", failed=True)) == (
+        "conversation_id c-1, error TimeoutError, a failed turn"
+    )
+    assert Filters(failed=False) == ALL
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("2026-11-02", MONDAY),
+        ("2026-11-02T01:00+01:00", MONDAY),
+        (date_type(2026, 11, 2), MONDAY),
+        (datetime(2026, 11, 2, 1, tzinfo=timezone(timedelta(hours=1))), MONDAY),
+        (datetime(2026, 11, 2), MONDAY),
+        (timedelta(days=1), MONDAY),
+        ("1d", MONDAY),
+        ("yesterday", MONDAY),
+    ],
+)
+def test_filters_take_days_and_times_as_people_have_them(
+    said: Any, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.time_ns", lambda: MONDAY + DAY)
+    assert Filters(since=said) == Filters(since_ns=expected) == Filters(since_ns=1).of(since=said)
+    assert Filters(until=said, channel="web") == Filters(until_ns=expected, channel="web")
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (
+            {"since_ns": "2026-11-01"},
+            "since_ns is '2026-11-01'. Allowed are nanoseconds since 1970, as an int. For days",
+        ),
+        ({"until_ns": "yesterday"}, "there is until: until='2026-11-25', until='7d'."),
+        ({"since_ns": date_type(2026, 11, 2)}, "since_ns is datetime.date(2026, 11, 2). Allowed are nanoseconds"),
+        ({"since_ns": 1.5e18}, "since_ns is 1.5e+18. Allowed are nanoseconds"),
+        ({"since_ns": True}, "since_ns is True. Allowed are nanoseconds"),
+        ({"until_ns": 2**63}, "Allowed are nanoseconds from the years 1677 to 2262."),
+        (
+            {"since": "x"},
+            "since is 'x'. Allowed are a day and a time in ISO 8601, how long ago, today and yesterday: since=",
+        ),
+        ({"until": 1_700_000_000}, "until is 1700000000, of type int. Allowed are a date, a datetime, a timedelta"),
+        ({"since": "7d", "since_ns": 1}, "since and since_ns say the same in two ways: pass one of them."),
+        ({"channel": 4}, "channel is 4. Allowed are a text, as channel='...', and None for any."),
+        ({"user_id": b"x"}, "user_id is b'x'. Allowed are a text"),
+        ({"topic": ["a"]}, "topic is ['a']. Allowed are a text"),
+        ({"failed": "yes"}, "failed is 'yes'. Allowed are True, and False or None for any."),
+    ],
+    ids=str,
+)
+def test_filters_that_would_find_nothing_are_refused_at_once(given: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        Filters(**given)
+    assert why in str(caught.value)
+    with pytest.raises(ConfigurationError):
+        ALL.of(**given)

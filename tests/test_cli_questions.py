@@ -8,6 +8,7 @@ import re
 import shutil
 import sqlite3
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typer.testing import Result
 
 from apps import FakeModel, State, asks
 from command_line import runner
+from loopback import LangfuseServer
 from turntrace import ContextTracker, SessionCallbackHandler, SessionTracker, track_graph
 from turntrace.analytics import ORDERS
 from turntrace.cli import looking
@@ -35,6 +37,8 @@ KEY = "a key of the tests"
 STAGES = ("signup", "connect", "first_answer")
 BEGIN_NS = 1_767_261_600_000_000_000
 """10 o'clock on the first of January 2026, in UTC."""
+
+WITHOUT_KEYS = "in Langfuse: Sessions, by the session's id; with Langfuse's keys set, its address stands here"
 
 Run = Callable[..., Result]
 
@@ -182,7 +186,7 @@ def run() -> Run:
 def ids(result: Result) -> list[str]:
     """Return the first words of a table's rows."""
     assert result.exit_code == 0, result.output
-    return [line.split()[0] for line in result.stdout.splitlines()[2:]]
+    return [line.split()[0] for line in result.stdout.splitlines()[2:] if not line.endswith(" shows all")]
 
 
 def rows(result: Result) -> list[dict[str, Any]]:
@@ -221,6 +225,9 @@ def read_csv(result: Result) -> list[dict[str, str]]:
         ("--sort dearest --limit 1", "people"),
         ("--sort slowest --limit 1", "fourth"),
         ("--sort newest --limit 1", "last"),
+        ("--conversation refunds", "people"),
+        ("--conversation first-talk", "first"),
+        ("--conversation first-talk --model gpt-4o-mini", ""),
     ],
 )
 def test_sessions_are_filtered_and_sorted(
@@ -228,6 +235,58 @@ def test_sessions_are_filtered_and_sorted(
 ) -> None:
     monkeypatch.setenv("TURNTRACE_USER_HASH_KEY", KEY)
     assert ids(run("sessions", *options.split())) == found.split()
+
+
+def test_sessions_with_failures_are_found_by_them(run: Run, url: str) -> None:
+    with SessionTracker(url) as tracker:
+        for name, errors in {"well": (), "bad": (TimeoutError, KeyError, None), "late": (TimeoutError,)}.items():
+            with tracker.session(session_id=name) as session:
+                conversation = session.conversation(f"{name}-thread")
+                for error in errors:
+                    with pytest.raises(error) if error else nullcontext(), conversation.turn("Hi"):
+                        if error:
+                            raise error("no")
+        with tracker.session(session_id="left") as session:
+            session.conversation("left-talk").start_turn("Hi").end("abandoned")
+    for asked, found in (
+        ("--failed", "left late bad"),
+        ("--error KeyError", "bad"),
+        ("--error TimeoutError --sort most-failed", "bad late"),
+        ("--sort most-failed --limit 2", "bad late"),
+        ("--failed --channel web", ""),
+    ):
+        assert ids(run("sessions", "--ledger", url, *asked.split())) == found.split()
+    for columns, options in ((120, []), (72, ["--failed"])):
+        head, _, *table = run("sessions", "--ledger", url, *options, columns=columns).stdout.splitlines()
+        at = head.split().index("failed") - head.split().index("turns")
+        assert at == 1
+        failed = {line.split()[0]: line[: head.index("failed") + 6].split()[-1] for line in table}
+        assert failed.items() >= {"bad": "2", "late": "1", "left": "0"}.items()
+
+
+@pytest.mark.parametrize(
+    ("since", "found"),
+    [
+        ("90m", "last people long fourth third"),
+        ("1h", "last people long"),
+        ("7d", "last people long fourth third second first"),
+        ("today", "last people long fourth third second first"),
+        ("yesterday", "last people long fourth third second first"),
+    ],
+)
+def test_since_takes_how_long_ago(
+    since: str, found: str, run: Run, office: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 10 minutes before noon: the first session began at 10:00, the third at 10:11, the fourth at 10:17
+    monkeypatch.setattr("time.time_ns", lambda: BEGIN_NS + 100 * 60 * 10**9)
+    assert ids(run("sessions", "--since", since)) == found.split()
+
+
+def test_a_session_whose_first_turn_still_runs_is_found_by_its_conversation(run: Run, url: str) -> None:
+    with SessionTracker(url) as tracker:
+        turn = tracker.start_session(session_id="s").conversation("c").start_turn("Hi")
+        assert ids(run("sessions", "--ledger", url, "--conversation", "c")) == ["s"]
+        turn.end()
 
 
 def test_every_order_of_analytics_can_be_asked_for() -> None:
@@ -244,8 +303,8 @@ def test_a_user_is_found_by_the_hash_or_its_beginning(run: Run, office: str) -> 
         (("--user", "%"), "No user has a hash that begins with '%'"),
         (("--user", whole, "--user-id", "ann"), "name the same user in two ways"),
         (("--user-id", ""), "user_id is empty"),
-        (("--since", "yesterday"), "--since is 'yesterday'. Allowed are a day and a time in ISO 8601"),
-        (("--until", "2026-13-01"), "--until is '2026-13-01'"),
+        (("--since", "soon"), "--since is 'soon'. Allowed are a day and a time in ISO 8601, how long ago, today and"),
+        (("--until", "2026-13-01"), "--until is '2026-13-01': month must be in 1..12"),
         (("--json", "--csv"), "give one of them"),
     ):
         result = run("sessions", *options)
@@ -292,6 +351,23 @@ def test_sessions_as_csv_are_rows_that_a_spreadsheet_reads(run: Run, office: str
     assert list(csv.reader(io.StringIO(run("sessions", "--csv", "--channel", "none").stdout))) == [list(as_json[0])]
 
 
+def test_a_list_that_is_cut_says_so_and_what_programs_read_is_whole(run: Run, url: str) -> None:
+    with SessionTracker(url) as tracker:
+        for number in range(23):
+            tracker.start_session(session_id=f"s-{number}", user_id=f"user-{number}", channel=f"c{number % 2}").end()
+    for what in ("sessions", "users"):
+        table = run(what, "--ledger", url).stdout.splitlines()
+        assert (len(table), table[-1]) == (2 + 20 + 1, f"20 of 23 {what}; --limit 23 shows all")
+        table = run(what, "--ledger", url, "--limit", "3", "--channel", "c1").stdout.splitlines()
+        assert (len(table), table[-1]) == (2 + 3 + 1, f"3 of 11 {what}; --limit 11 shows all")
+        for whole in (("--limit", "23"), ("--limit", "30"), ("--channel", "c0")):
+            assert "shows all" not in run(what, "--ledger", url, *whole).stdout
+        assert len(rows(run(what, "--ledger", url, "--json"))) == 23
+        assert len(read_csv(run(what, "--ledger", url, "--csv"))) == 23
+        assert len(rows(run(what, "--ledger", url, "--json", "--limit", "2"))) == 2
+        assert len(read_csv(run(what, "--ledger", url, "--csv", "--limit", "2"))) == 2
+
+
 def test_no_cell_is_run_by_a_spreadsheet_and_none_changes_the_terminal(run: Run, url: str) -> None:
     channels = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", 'a"b,c\r\nd', "\x1b[2Jx", "plain -1", "=\u202e"]
     with SessionTracker(url) as tracker:
@@ -320,7 +396,9 @@ def shown(run: Run, session_id: str, url: str, now_ns: int = BEGIN_NS + 3 * 3600
     """Return the lines of the tree as they are at a time."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("time.time_ns", lambda: now_ns)
-        return lines(run("show", session_id, "--ledger", url, columns=120))
+        found = lines(run("show", session_id, "--ledger", url, columns=120))
+    assert found.pop() == WITHOUT_KEYS
+    return found
 
 
 def test_a_session_with_a_journey_feedback_and_an_end(run: Run, office: str) -> None:
@@ -329,9 +407,9 @@ def test_a_session_with_a_journey_feedback_and_an_end(run: Run, office: str) -> 
         "2026-01-01 10:00:00 UTC, tier premium",
         "2 turns, 0 tokens, $0.00, 44.0 s",
         "conversation first-talk",
-        "turn 1  10:00:20  completed  price  question, answer",
+        "turn 1  10:00:20  completed  intent price  question → answer",
         "1.5 s",
-        "turn 2  10:00:41  completed  setup  question, question",
+        "turn 2  10:00:41  completed  intent setup  question → question",
         "2.5 s",
         "journey onboarding",
         "10:00:21  signup (1 of 3)",
@@ -355,7 +433,7 @@ def test_waiting_attempts_and_forks_are_told(run: Run, office: str) -> None:
     found = shown(run, "people", office)
     first, second = (next(n for n, line in enumerate(found) if line.startswith(f"turn {turn} ")) for turn in (1, 2))
     assert found[first : first + 3] == [
-        "turn 1  11:23:00  completed  command, answer",
+        "turn 1  11:23:00  completed  command → answer",
         "2.5 s, 120 tokens, $0.000027, window \u2591\u2591\u2591\u2591\u2591\u2591\u2591\u2591\u2591\u2591 <1%",
         "waited 3 min 00 s for a person",
     ]
@@ -386,6 +464,131 @@ def test_how_full_the_window_was_and_what_was_pruned(run: Run, office: str) -> N
     assert "pruned 2 messages, 71 tokens" in found
     assert found[2].endswith("2 prunings")
     assert "pruned 2 messages, 71 tokens" in run("show", "long", "--context", columns=120).stdout
+
+
+@pytest.fixture
+def twice(url: str) -> tuple[str, list[str]]:
+    """Give the URL of a ledger in which a conversation goes on in a second session, and the ids of its turns."""
+    clock, turn_ids = Clock(BEGIN_NS), []
+    with SessionTracker(url, clock=clock) as tracker:
+        for session_id, questions in (("monday", 4), ("tuesday", 2)):
+            with tracker.session(session_id=session_id) as session:
+                session.conversation(f"small talk {session_id}").start_turn("Hi").end()
+                clock.advance(seconds=1)
+                for number in range(questions):
+                    turn = session.conversation("c-42").start_turn("Where is it?")
+                    turn_ids.append(turn.id)
+                    turn.set_answer("On its way.")
+                    clock.advance(seconds=1)
+                    turn.end("failed" if number == 1 else "completed")
+            clock.advance(minutes=60 * 24)
+    return url, turn_ids
+
+
+def test_a_session_is_found_by_its_conversation_turn_or_trace_which_is_marked(
+    run: Run, twice: tuple[str, list[str]]
+) -> None:
+    url, turn_ids = twice
+    found = shown(run, "c-42", url)
+    assert [line.split()[1] for line in found if line.startswith("session ")] == ["monday", "tuesday"]
+    assert [line for line in found if "asked for" in line] == [
+        *("conversation c-42  <- asked for", "conversation c-42, turns 5 to 6 of it  <- asked for"),
+    ]
+    assert [row["id"] for row in json.loads(run("show", "c-42", "--json", "--ledger", url).stdout)] == [
+        *("monday", "tuesday"),
+    ]
+    assert run("show", "c-42", "--context", "--ledger", url).stdout.count("No model was called") == 2
+
+    fifth = turn_ids[4]
+    whole = json.loads(run("show", fifth, "--json", "--ledger", url).stdout)
+    trace_id = next(turn["trace_id"] for turn in whole["turns"] if turn["id"] == fifth)
+    for given in (fifth, trace_id):
+        found = shown(run, given, url)
+        [at] = [number for number, line in enumerate(found) if "asked for" in line]
+        assert found[at] == "turn 5  10:00:06  completed  question \u2192 answer  <- asked for"
+        assert f"trace {trace_id}" in found[at:]
+        assert found[0].startswith("session tuesday ")
+    assert [line for line in shown(run, "monday", url) if line.startswith("trace ") or "asked for" in line] == [
+        f"trace {turn_ids[1]}",  # of the turn that failed
+    ]
+
+
+def test_a_conversation_that_runs_or_that_begins_as_a_session_does_is_found(run: Run, url: str) -> None:
+    with SessionTracker(url) as tracker:
+        tracker.start_session(session_id="c-10").end()
+        turn = tracker.start_session(session_id="s").conversation("c-1").start_turn("Hi")
+        assert shown(run, "c-1", url)[0].startswith("session s ")
+        assert shown(run, turn.id, url)[0].startswith("session s ")
+        assert shown(run, "c-", url)[0].startswith("session c-10 ")
+        turn.end()
+
+
+def test_of_a_conversation_in_many_sessions_the_latest_are_shown(run: Run, url: str) -> None:
+    clock = Clock(BEGIN_NS)
+    with SessionTracker(url, clock=clock) as tracker:
+        for number in range(7):
+            with tracker.session(session_id=f"s{number}") as session:
+                session.conversation("c").start_turn("Hi").end()
+            clock.advance(minutes=5)
+    found = shown(run, "c", url)
+    assert found[0] == "5 of 7 sessions, the latest; turntrace sessions --conversation lists all of c"
+    assert [line.split()[1] for line in found if line.startswith("session ")] == ["s2", "s3", "s4", "s5", "s6"]
+    assert len(json.loads(run("show", "c", "--json", "--ledger", url).stdout)) == 7
+
+
+def test_an_id_that_was_hashed_is_found_as_the_app_has_it(run: Run, url: str) -> None:
+    builder: Any = StateGraph(State)
+    graph: Any = builder.add_node("agent", lambda _state: {}).add_edge(START, "agent")
+    with SessionTracker(url) as tracker:
+        config: Any = {
+            "configurable": {"thread_id": "thread 1 \u00fc"},
+            "metadata": {"session_id": "sess 1 \u00fc"},
+            "callbacks": tracker.callbacks(),
+        }
+        graph.compile().invoke(asks("Hi"), config)
+    for given in ("sess 1 \u00fc", "thread 1 \u00fc"):
+        assert shown(run, given, url)[0].startswith("session sha256-")
+    assert len(ids(run("sessions", "--ledger", url, "--conversation", "thread 1 \u00fc"))) == 1
+    missing = run("show", "sess 2 \u00fc", "--ledger", url)
+    assert missing.exit_code == 2
+    assert "No session has an id that begins with 'sess 2 \u00fc', and no conversation, turn or trace" in missing.stderr
+
+
+def test_a_session_says_where_it_is_in_langfuse(
+    run: Run, twice: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LangfuseServer() as server:
+        for name, value in {**server.keys, "LANGFUSE_TIMEOUT": "1"}.items():
+            monkeypatch.setenv(name, value)
+        found = lines(run("show", "c-42", "--ledger", twice[0]))
+        address = server.keys["LANGFUSE_BASE_URL"]
+        for line, session_id in zip(found[-2:], ("monday", "tuesday"), strict=True):
+            assert re.fullmatch(f"in Langfuse: {address}/project/[^/]+/sessions/{session_id}", line)
+        assert "in Langfuse" not in run("show", "monday", "--json", "--ledger", twice[0]).stdout
+    assert lines(run("show", "monday", "--ledger", twice[0]))[-1] == (
+        f"in Langfuse: Sessions, by the session's id; {address} did not say which project it is in"
+    )
+
+
+def test_a_call_that_named_no_model_is_shown_by_the_model_that_answered(run: Run, url: str) -> None:
+    class Unnamed(FakeModel):
+        def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> Any:
+            return {"ls_model_type": "chat"}
+
+        @property
+        def _identifying_params(self) -> dict[str, Any]:
+            return {}
+
+    def agent(_state: State) -> dict[str, Any]:
+        return {"messages": [Unnamed(llm_output={"model_name": "gpt-4o-mini-2024"}).invoke("Hi")]}
+
+    builder: Any = StateGraph(State)
+    graph: Any = builder.add_node("agent", agent).add_edge(START, "agent")
+    with SessionTracker(url) as tracker:
+        config: Any = {"metadata": {"session_id": "s"}, "callbacks": tracker.callbacks()}
+        graph.compile().invoke(asks("Hi"), config)
+    [call] = [line for line in shown(run, "s", url) if line.startswith("llm ")]
+    assert call.startswith("llm gpt-4o-mini-2024  ")
 
 
 def test_a_turn_that_runs_says_since_when(run: Run, url: str) -> None:

@@ -17,7 +17,7 @@ import pytest
 from command_line import runner
 from test_cli_questions import fill
 from turntrace import SessionTracker
-from turntrace.cli import lookup, reporting, running
+from turntrace.cli import links, lookup, running
 from turntrace.cli.columns import Column, figures, fitting
 from turntrace.cli.main import COMMANDS, app
 from turntrace.errors import LedgerError
@@ -272,16 +272,16 @@ def test_help_documents_the_exit_codes_and_every_command_says_what_it_does() -> 
 def test_a_report_links_to_langfuse_only_where_its_project_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     from loopback import LangfuseServer
 
-    assert reporting.langfuse_place() is None
+    assert links.langfuse_place() is None
     with LangfuseServer() as server:
         for name, value in {**server.keys, "LANGFUSE_TIMEOUT": "1"}.items():
             monkeypatch.setenv(name, value)
-        place = reporting.langfuse_place()
+        place = links.langfuse_place()
         assert place is not None
         assert place.session_url("s").startswith(server.keys["LANGFUSE_BASE_URL"])
         address = server.keys["LANGFUSE_BASE_URL"]
     monkeypatch.setenv("LANGFUSE_BASE_URL", address)
-    assert reporting.langfuse_place() is None
+    assert links.langfuse_place() is None
 
 
 # --- completion -------------------------------------------------------------------------------------------------------

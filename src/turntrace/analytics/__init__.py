@@ -35,7 +35,7 @@ from turntrace.analytics.exchanges import (
     usage_by_model,
     usage_by_tier,
 )
-from turntrace.analytics.filters import ALL, Filters, day_of
+from turntrace.analytics.filters import ALL, Filters
 from turntrace.analytics.funnels import Funnel, FunnelStage, funnel, funnels
 from turntrace.analytics.returning import Cohort, UserFigures, retention, users
 from turntrace.analytics.sittings import (
@@ -47,6 +47,7 @@ from turntrace.analytics.sittings import (
     sessions_by,
     sessions_over_time,
 )
+from turntrace.analytics.times import day_of
 from turntrace.analytics.totals import Choices, Totals, choices, totals
 from turntrace.analytics.windows import Prunings, WindowOfTurn, prunings, window_by_turn
 

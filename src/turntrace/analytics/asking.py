@@ -23,7 +23,7 @@ from sqlalchemy import (
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
-from turntrace.analytics.filters import DAY_NS
+from turntrace.analytics.times import DAY_NS
 from turntrace.ledger import Ledger
 
 T = TypeVar("T")

@@ -6,7 +6,8 @@ from typing import Any, Final
 from sqlalchemy import Select, func, select
 
 from turntrace.analytics.asking import Quantiles, count_if, day, quantiles, rows_of, turn_number
-from turntrace.analytics.filters import ALL, DAY_NS, Filters, iso_day, of_sessions, of_turns, of_turns_joined
+from turntrace.analytics.filters import ALL, Filters, of_sessions, of_turns, of_turns_joined
+from turntrace.analytics.times import DAY_NS, iso_day
 from turntrace.ledger import Ledger
 from turntrace.ledger.tables import sessions, turns
 

@@ -1,20 +1,16 @@
 """Which sessions and turns a question is about."""
 
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from dataclasses import KW_ONLY, InitVar, dataclass, replace
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, and_, exists, select, true
+from sqlalchemy import ColumnElement, and_, exists, or_, select, true
 
+from turntrace.analytics.times import FIRST_NS, LAST_NS, When, iso_moment, when
 from turntrace.errors import ConfigurationError
-from turntrace.ledger.tables import conversations, sessions, turns
+from turntrace.ledger.tables import conversations, open_turns, sessions, turns
 
-NS: Final = 1_000_000_000
-DAY_NS: Final = 86_400 * NS
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_FIRST_NS: Final = -(2**63)
-_LAST_NS: Final = 2**63 - 1
-"""What a database holds, which is until the year 2262."""
+_TIMES: Final = {"since_ns": "since", "until_ns": "until"}
+_OF_TURNS: Final = ("topic", "model", "conversation_id", "error", "failed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +18,12 @@ class Filters:
     """Which sessions and turns a question is about.
 
     None leaves nothing out, and an empty text asks for those of which it is not known (a tier, an organisation, ...).
-    A question about turns (latency, the window, what models used) counts the turns that meet `topic` and `model`
-    themselves; one about sessions counts whole sessions that have at least one such turn.
+    A question about turns (latency, the window, what models used) counts the turns that meet `topic`, `model`,
+    `conversation_id`, `error` and `failed` themselves; one about sessions counts whole sessions that have at least one
+    turn that meets them all.
+
+    Times may be said as `since` and `until`, too: a date, a datetime, a timedelta (so long ago), or a text, as
+    ``2026-11-25``, ``2026-11-25T12:00``, ``7d``, ``2h``, ``today`` or ``yesterday``, in UTC where it says nothing else.
 
     Attributes:
         since_ns: Sessions that began then or later, in nanoseconds since 1970.
@@ -35,6 +35,12 @@ class Filters:
         model: Turns whose last call was of this model, and sessions with such turns.
         end_reason: Why they ended; ``open`` for those that have not.
         user_id: Hash of their user's id.
+        conversation_id: Turns of this conversation, and sessions with such turns.
+        error: Turns that ended with an error of this class (empty: with none), and sessions with such turns.
+        failed: True for turns that failed or were abandoned, and sessions with such turns.
+
+    Raises:
+        ConfigurationError: If one of them cannot be used.
     """
 
     since_ns: int | None = None
@@ -46,64 +52,67 @@ class Filters:
     model: str | None = None
     end_reason: str | None = None
     user_id: str | None = None
+    conversation_id: str | None = None
+    error: str | None = None
+    failed: bool | None = None
+    _: KW_ONLY
+    since: InitVar[When | None] = None
+    until: InitVar[When | None] = None
+
+    def __post_init__(self, since: When | None, until: When | None) -> None:
+        for name, said in (("since", since), ("until", until)):
+            if said is not None:
+                if getattr(self, f"{name}_ns") is not None:
+                    raise ConfigurationError(f"{name} and {name}_ns say the same in two ways: pass one of them.")
+                object.__setattr__(self, f"{name}_ns", when(said, name))
+        for name in self.__slots__:
+            _check(name, getattr(self, name))
+        object.__setattr__(self, "failed", self.failed or None)
 
     def __str__(self) -> str:
-        times = {"since_ns": "since", "until_ns": "until"}
         named = [(name, getattr(self, name)) for name in self.__slots__]
-        words = [
-            f"{times.get(name, name)} {_iso(value) if name in times else value or 'not known'}"
-            for name, value in named
-            if value is not None
-        ]
-        return ", ".join(words) or "everything on record"
+        return ", ".join(_said(name, value) for name, value in named if value is not None) or "everything on record"
 
     @property
     def of_some_turns(self) -> bool:
         """Whether they tell turns of one session apart."""
-        return self.model is not None or self.topic is not None
+        return any(getattr(self, name) is not None for name in _OF_TURNS)
 
     def of(self, **changed: Any) -> "Filters":
         """Return the same with other values."""
-        return replace(self, **changed)
+        taken_back = {f"{name}_ns": None for name in ("since", "until") if name in changed}
+        return replace(self, **{**taken_back, **changed})
+
+
+def _said(name: str, value: Any) -> str:
+    if name == "failed":
+        return "a failed turn"
+    return f"{_TIMES.get(name, name)} {iso_moment(value) if name in _TIMES else value or 'not known'}"
+
+
+def _check(name: str, value: object) -> None:
+    if value is None:
+        return
+    if name in _TIMES:
+        said = _TIMES[name]
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigurationError(
+                f"{name} is {value!r:.40}. Allowed are nanoseconds since 1970, as an int. For days and times there is "
+                f"{said}: {said}='2026-11-25', {said}='7d'."
+            )
+        if not FIRST_NS <= value <= LAST_NS:
+            raise ConfigurationError(f"{name} is {value}. Allowed are nanoseconds from the years 1677 to 2262.")
+    elif name == "failed":
+        if not isinstance(value, bool):
+            raise ConfigurationError(f"failed is {value!r:.40}. Allowed are True, and False or None for any.")
+    elif not isinstance(value, str):
+        raise ConfigurationError(f"{name} is {value!r:.40}. Allowed are a text, as {name}='...', and None for any.")
 
 
 ALL: Final = Filters()
 OPEN: Final = "open"
-
-
-def day_of(text: str, name: str = "--since") -> int:
-    """Read a day or a time in ISO 8601 (UTC where it says nothing else), in nanoseconds since 1970.
-
-    A day stands for its beginning. What lies beyond the years that a database holds (1677 to 2262) is brought to their
-    end.
-
-    Args:
-        text: The day or the time.
-        name: What it was given as, for the message.
-
-    Raises:
-        ConfigurationError: If it is neither.
-    """
-    try:
-        at = datetime.fromisoformat(text.strip())
-    except ValueError:
-        raise ConfigurationError(
-            f"{name} is {text!r:.40}. Allowed are a day and a time in ISO 8601: {name} 2026-11-25, "
-            f"or {name} 2026-11-25T12:00."
-        ) from None
-    at = at if at.tzinfo is not None else at.replace(tzinfo=UTC)
-    return min(_LAST_NS, max(_FIRST_NS, (at - _EPOCH) // timedelta(microseconds=1) * 1000))
-
-
-def iso_day(at_ns: int) -> str:
-    """Return the day of a time, in UTC."""
-    return (_EPOCH + timedelta(days=at_ns // DAY_NS)).date().isoformat()
-
-
-def _iso(at_ns: int) -> str:
-    """Return a time in UTC to the second, and of the beginning of a day only the day."""
-    at = _EPOCH + timedelta(seconds=at_ns // NS)
-    return iso_day(at_ns) if at_ns % DAY_NS == 0 else f"{at:%Y-%m-%dT%H:%M:%S}"
+FAILED: Final = ("failed", "abandoned")
+"""How turns end that did not come to their end."""
 
 
 def of_sessions(filters: Filters) -> ColumnElement[bool]:
@@ -117,10 +126,15 @@ def of_sessions(filters: Filters) -> ColumnElement[bool]:
 def _with_turns(filters: Filters) -> ColumnElement[bool]:
     """Return the condition on sessions that they have a turn of those.
 
-    Of a topic there are few turns, and the index of conversations finds them; those of a model are sought by session.
+    Of a topic and of a conversation there are few turns, and an index finds them; others are sought by session.
     """
-    if filters.topic is not None:
-        return sessions.c.id.in_(select(turns.c.session_id).where(*_on_turns(filters)).correlate(None))
+    if filters.topic is not None or filters.conversation_id is not None:
+        with_turns = select(turns.c.session_id).where(*_on_turns(filters)).correlate(None)
+        if [name for name in _OF_TURNS if getattr(filters, name) is not None] != ["conversation_id"]:
+            return sessions.c.id.in_(with_turns)
+        # What a turn that still runs is like is not known yet, but for where it is.
+        running = select(open_turns.c.session_id).where(open_turns.c.conversation_id == filters.conversation_id)
+        return or_(sessions.c.id.in_(with_turns), sessions.c.id.in_(running.correlate(None)))
     return exists().where(turns.c.session_id == sessions.c.id, *_on_turns(filters)).correlate(sessions)
 
 
@@ -180,6 +194,12 @@ def _on_turns(filters: Filters) -> list[Any]:
     conditions: list[Any] = []
     if filters.model is not None:
         conditions.append(_is(turns.c.model, filters.model))
+    if filters.conversation_id is not None:
+        conditions.append(turns.c.conversation_id == filters.conversation_id)
+    if filters.error is not None:
+        conditions.append(_is(turns.c.error, filters.error))
+    if filters.failed:
+        conditions.append(turns.c.status.in_(FAILED))
     if filters.topic is not None:
         about = select(conversations.c.id).where(_is(conversations.c.topic, filters.topic))
         conditions.append(turns.c.conversation_id.in_(about))

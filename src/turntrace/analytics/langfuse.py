@@ -24,8 +24,9 @@ from turntrace import attributes as a
 from turntrace.analytics.confidence import Rate
 from turntrace.analytics.endings import Dropoffs
 from turntrace.analytics.exchanges import LatencyOfTurn
-from turntrace.analytics.filters import ALL, DAY_NS, NS, Filters
+from turntrace.analytics.filters import ALL, Filters
 from turntrace.analytics.langfuse_answers import WHY_NOT, CallsUsage, Counted, LatencyOfDay, Measured, ScoreFigures
+from turntrace.analytics.times import DAY_NS, NS
 from turntrace.errors import ConfigurationError
 from turntrace.export import LangfuseServer
 

@@ -8,7 +8,8 @@ from sqlalchemy import BigInteger, func, literal, select
 
 from turntrace.analytics.asking import count_if, in_bytes, mean_satisfaction, rows_of
 from turntrace.analytics.confidence import interval
-from turntrace.analytics.filters import ALL, DAY_NS, Filters, iso_day, of_sessions
+from turntrace.analytics.filters import ALL, Filters, of_sessions
+from turntrace.analytics.times import DAY_NS, iso_day
 from turntrace.errors import ConfigurationError
 from turntrace.ledger import Ledger
 from turntrace.ledger.tables import sessions
@@ -108,14 +109,16 @@ class UserFigures:
 UserOrder = Literal["latest", "most sessions", "most turns", "dearest", "most dropoffs"]
 
 
-def users(ledger: Ledger, by: UserOrder = "latest", filters: Filters = ALL, *, limit: int = 50) -> list[UserFigures]:
+def users(
+    ledger: Ledger, by: UserOrder = "latest", filters: Filters = ALL, *, limit: int | None = 50
+) -> list[UserFigures]:
     """Return the known users of these sessions who come first in an order; equal ones in the order of their hashes.
 
     Args:
         ledger: The ledger.
         by: The order.
         filters: Which sessions.
-        limit: How many users at most.
+        limit: How many users at most; None for all.
 
     Raises:
         ConfigurationError: If there is no such order.

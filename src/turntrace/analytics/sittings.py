@@ -7,7 +7,8 @@ from typing import Any, Final, Literal
 from sqlalchemy import case, func, select
 
 from turntrace.analytics.asking import Quantiles, count_if, day, in_bytes, quantiles, read, rows_of
-from turntrace.analytics.filters import ALL, DAY_NS, Filters, iso_day, of_sessions
+from turntrace.analytics.filters import ALL, Filters, of_sessions
+from turntrace.analytics.times import DAY_NS, iso_day
 from turntrace.errors import ConfigurationError
 from turntrace.ledger import Ledger
 from turntrace.ledger.rows import plain_summary
@@ -131,7 +132,7 @@ def session_lengths(ledger: Ledger, filters: Filters = ALL) -> SessionLengths:
     )
 
 
-SortedBy = Literal["newest", "longest", "most turns", "dearest", "slowest", "most tokens"]
+SortedBy = Literal["newest", "longest", "most turns", "dearest", "slowest", "most tokens", "most failed"]
 
 _ORDERS: Final[dict[str, Any]] = {
     "newest": sessions.c.started_ns.desc(),
@@ -140,12 +141,13 @@ _ORDERS: Final[dict[str, Any]] = {
     "dearest": sessions.c.total_cost_usd.desc(),
     "slowest": (sessions.c.active_ms * 1.0 / func.nullif(sessions.c.total_turns, 0)).desc().nulls_last(),
     "most tokens": (sessions.c.input_tokens + sessions.c.output_tokens).desc(),
+    "most failed": sessions.c.failed_turns.desc(),
 }
 ORDERS: Final = tuple(_ORDERS)
 
 
 def sessions_by(
-    ledger: Ledger, by: SortedBy = "newest", filters: Filters = ALL, *, limit: int = 10, offset: int = 0
+    ledger: Ledger, by: SortedBy = "newest", filters: Filters = ALL, *, limit: int | None = 10, offset: int = 0
 ) -> list[SessionSummary]:
     """Return the sessions that come first in an order, without the figures of their users.
 
@@ -156,7 +158,7 @@ def sessions_by(
         ledger: The ledger.
         by: The order.
         filters: Which sessions.
-        limit: How many at most.
+        limit: How many at most; None for all.
         offset: How many to leave out before.
 
     Raises:

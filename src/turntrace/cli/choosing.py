@@ -1,7 +1,7 @@
 """The options that say which sessions a command is about; every command that asks about many of them has them."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import wraps
@@ -13,6 +13,7 @@ from turntrace.analytics import ALL, Filters, day_of
 from turntrace.cli.lookup import find_user, hash_of, open_existing
 from turntrace.cli.running import LedgerOption
 from turntrace.errors import ConfigurationError
+from turntrace.identity import safe_id
 from turntrace.ledger import Ledger
 
 
@@ -38,7 +39,7 @@ def _option(name: str, metavar: str, text: str) -> Any:
     return Annotated[str | None, typer.Option(name, metavar=metavar, help=text)]
 
 
-_DAY: Final = "a day or time in ISO 8601, UTC where it says nothing else"
+_DAY: Final = "a day or time in ISO 8601 (UTC where it says nothing else), 7d, 2h or 90m ago, today, yesterday"
 _OPTIONS: Final[dict[str, Any]] = {
     "since": _option("--since", "DAY", f"Only sessions that began then or later: {_DAY}."),
     "until": _option("--until", "DAY", "Only sessions that began before it."),
@@ -50,23 +51,35 @@ _OPTIONS: Final[dict[str, Any]] = {
     "end_reason": _option("--end-reason", "REASON", "Only sessions that ended for this reason; open: have not ended."),
     "user": _option("--user", "HASH", "Only sessions of this user: the hash, or as much of it as is unique."),
     "user_id": _option("--user-id", "ID", "The same by the user's id as your app has it, which is hashed."),
+    "conversation": _option("--conversation", "ID", "Only sessions with a turn of this conversation (thread)."),
+    "error": _option("--error", "CLASS", "Only sessions with a turn that ended with an error of this class."),
+    "failed": Annotated[bool, typer.Option("--failed", help="Only sessions with a turn that failed or was abandoned.")],
     "ledger": LedgerOption,
 }
+_NOT_STATED_BY_THE_REPORT: Final = ("conversation", "error", "failed")
 
 
-def about_sessions(function: Callable[..., int]) -> Callable[..., int]:
-    """Give a command the options of `Chosen`, which it is called with as its first argument."""
+def about_sessions(function: Callable[..., int], *, without: Sequence[str] = ()) -> Callable[..., int]:
+    """Give a command the options of `Chosen`, which it is called with as its first argument.
+
+    Args:
+        function: The command.
+        without: Options that it does not have.
+    """
+    options = {name: annotation for name, annotation in _OPTIONS.items() if name not in without}
 
     @wraps(function)
     def run(**arguments: Any) -> int:
-        given = {name: arguments.pop(name) for name in _OPTIONS}
+        given = {name: arguments.pop(name) for name in options}
         with closing(open_existing(given.pop("ledger"))) as ledger:
             return function(Chosen(ledger, _filters(ledger, given)), **arguments)
 
     own = list(inspect.signature(function).parameters.values())[1:]
     added = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-        for name, annotation in _OPTIONS.items()
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=False if name == "failed" else None, annotation=annotation
+        )
+        for name, annotation in options.items()
     ]
     keyword_only = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
     hints = {each.name: each.annotation for each in (*own, *added)} | {"return": int}
@@ -75,7 +88,12 @@ def about_sessions(function: Callable[..., int]) -> Callable[..., int]:
     return run
 
 
-def _filters(ledger: Ledger, given: dict[str, str | None]) -> Filters:
+def about_reported_sessions(function: Callable[..., int]) -> Callable[..., int]:
+    """Give a command the options of `Chosen` that a report states."""
+    return about_sessions(function, without=_NOT_STATED_BY_THE_REPORT)
+
+
+def _filters(ledger: Ledger, given: dict[str, Any]) -> Filters:
     since, until = given.pop("since"), given.pop("until")
     user, user_id = given.pop("user"), given.pop("user_id")
     if user is not None and user_id is not None:
@@ -89,5 +107,6 @@ def _filters(ledger: Ledger, given: dict[str, str | None]) -> Filters:
         until_ns=None if until is None else day_of(until, "--until"),
         org_id=given.pop("org"),
         user_id=user,
+        conversation_id=None if (conversation := given.pop("conversation", None)) is None else safe_id(conversation),
         **given,
     )

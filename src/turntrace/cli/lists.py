@@ -13,14 +13,21 @@ from turntrace.summaries import SessionSummary
 
 
 # --- sessions ---------------------------------------------------------------------------------------------------------
-def sessions_table(console: Console, sessions: Sequence[SessionSummary]) -> None:
-    """Show sessions; there must be some."""
+def sessions_table(console: Console, sessions: Sequence[SessionSummary], *, failed: bool = False) -> None:
+    """Show sessions; there must be some.
+
+    Args:
+        console: Where to show them.
+        sessions: The sessions.
+        failed: Whether it is about turns that failed, so that how many did is shown in any width.
+    """
     columns = [
         Column("session", [Text(safe(each.id[:SHORT_ID]), style="bold") for each in sessions]),
         Column("user", [user_of(each) for each in sessions]),
         Column("channel", [Text(safe(each.channel)) for each in sessions], least=8),
         Column("started, UTC", [Text(clock(each.started_ns)) for each in sessions], rank=3),
         figures("turns", [f"{each.total_turns:,}" for each in sessions]),
+        _failed(sessions, 0 if failed else 4),
         figures("tokens", [f"{each.total_tokens:,}" for each in sessions], rank=1),
         figures("cost", [money(each.total_cost_usd, 4) for each in sessions]),
         figures("duration", [duration(each.duration_ms) for each in sessions], rank=2),
@@ -33,6 +40,11 @@ def sessions_table(console: Console, sessions: Sequence[SessionSummary]) -> None
             console.print(_session_card(session))
     else:
         draw(console, columns)
+
+
+def _failed(sessions: Sequence[SessionSummary], rank: int) -> Column:
+    cells = [Text(f"{each.failed_turns:,}", style="red" if each.failed_turns else "") for each in sessions]
+    return Column("failed", cells, rank, "right")
 
 
 def _latency(session: SessionSummary) -> str:
@@ -95,7 +107,19 @@ def _user_card(user: UserFigures) -> Group:
     return Group(head, Padding(Text(facts), (0, 0, 0, 2)))
 
 
-# --- nothing ----------------------------------------------------------------------------------------------------------
+# --- what is not there, and what is not shown -------------------------------------------------------------------------
+def cut(console: Console, shown: int, there: int, what: str) -> None:
+    """Say that there are more than were shown, where there are."""
+    if there > shown:
+        console.print(Text(f"{shown:,} of {there:,} {what}; --limit {there} shows all", style="dim"))
+
+
+def cut_conversation(console: Console, shown: int, there: int, conversation_id: str) -> None:
+    """Say that a conversation is in more sessions than are shown."""
+    words = f"{shown:,} of {there:,} sessions, the latest; turntrace sessions --conversation lists all of"
+    console.print(Text(f"{words} {safe(conversation_id)}\n", style="dim"), soft_wrap=True)
+
+
 def nothing(console: Console, filters: Filters, *, is_all: bool, what: str = "sessions") -> None:
     """Say that there are no sessions, or none like that."""
     words = f"There are no {what} yet." if is_all else f"There are no {what} like that: {safe(filters)}."

@@ -1,19 +1,26 @@
 """The commands that show what is on record: sessions, one session, users."""
 
+from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Final, Self, cast
 
 import typer
+from rich.console import Console
 
-from turntrace.analytics import sessions_by
+from turntrace.analytics import sessions_by, totals
 from turntrace.analytics import users as users_by
-from turntrace.cli import lists, machine, tree, window
+from turntrace.cli import links, lists, machine, tree, window
 from turntrace.cli.choosing import Chosen, about_sessions
-from turntrace.cli.lookup import find_session, open_existing, suggest_sessions
+from turntrace.cli.lookup import Named, find_named, open_existing, session_of, suggest_sessions
 from turntrace.cli.render import stdout, working
 from turntrace.cli.running import OK, CsvOption, JsonOption, LedgerOption
+from turntrace.decisions import PruningDecision
 from turntrace.errors import ConfigurationError
+from turntrace.ledger import Ledger
+from turntrace.records import Step, TurnSummary
+from turntrace.summaries import Feedback, SessionSummary, StageEntered
 
 
 class SessionOrder(StrEnum):
@@ -25,6 +32,7 @@ class SessionOrder(StrEnum):
     DEAREST = "dearest"
     SLOWEST = "slowest"
     MOST_TOKENS = "most-tokens"
+    MOST_FAILED = "most-failed"
 
 
 class UserOrder(StrEnum):
@@ -37,7 +45,15 @@ class UserOrder(StrEnum):
     MOST_DROPOFFS = "most-dropoffs"
 
 
-LimitOption = Annotated[int, typer.Option("--limit", metavar="N", min=1, help="How many to show at most.")]
+_SHOWN: Final = 20
+_SESSIONS_SHOWN: Final = 5
+"""Of a conversation that goes on in many."""
+LimitOption = Annotated[
+    int | None,
+    typer.Option(
+        "--limit", metavar="N", min=1, help=f"How many to show at most. Default: {_SHOWN}; in JSON and CSV all."
+    ),
+]
 
 
 @about_sessions
@@ -46,18 +62,21 @@ def sessions(
     sort: Annotated[
         SessionOrder, typer.Option("--sort", help="Which come first; the slowest by the mean latency of their turns.")
     ] = SessionOrder.NEWEST,
-    limit: LimitOption = 20,
+    limit: LimitOption = None,
     as_json: JsonOption = False,
     as_csv: CsvOption = False,
 ) -> int:
     """Show sessions, the latest first or by another order."""
     _check_one_form(as_json, as_csv)
     with working("Asking the ledger"):
+        limit = _limit(limit, all_of_them=as_json or as_csv)
         found = sessions_by(chosen.ledger, cast(Any, _words(sort)), chosen.filters, limit=limit)
     if as_json or as_csv:
         machine.write_rows([machine.session_row(session) for session in found], machine.SESSION_NAMES, as_csv=as_csv)
     elif found:
-        lists.sessions_table(stdout(), found)
+        lists.sessions_table(stdout(), found, failed=_is_about_failures(chosen, sort))
+        if len(found) == limit:
+            lists.cut(stdout(), limit, totals(chosen.ledger, chosen.filters).sessions, "sessions")
     else:
         lists.nothing(stdout(), chosen.filters, is_all=chosen.is_all)
     return OK
@@ -67,21 +86,32 @@ def sessions(
 def users(
     chosen: Chosen,
     sort: Annotated[UserOrder, typer.Option("--sort", help="Which come first.")] = UserOrder.LATEST,
-    limit: LimitOption = 20,
+    limit: LimitOption = None,
     as_json: JsonOption = False,
     as_csv: CsvOption = False,
 ) -> int:
     """Show users and what they used, by the hashes of their ids."""
     _check_one_form(as_json, as_csv)
     with working("Asking the ledger"):
+        limit = _limit(limit, all_of_them=as_json or as_csv)
         found = users_by(chosen.ledger, cast(Any, _words(sort)), chosen.filters, limit=limit)
     if as_json or as_csv:
         machine.write_rows([machine.plain(user) for user in found], machine.USER_NAMES, as_csv=as_csv)
     elif found:
         lists.users_table(stdout(), found)
+        if len(found) == limit:
+            lists.cut(stdout(), limit, totals(chosen.ledger, chosen.filters).users, "users")
     else:
         lists.nothing(stdout(), chosen.filters, is_all=chosen.is_all, what="users")
     return OK
+
+
+def _limit(given: int | None, *, all_of_them: bool) -> int | None:
+    return _SHOWN if given is None and not all_of_them else given
+
+
+def _is_about_failures(chosen: Chosen, sort: SessionOrder) -> bool:
+    return chosen.filters.failed is not None or chosen.filters.error is not None or sort is SessionOrder.MOST_FAILED
 
 
 def _check_one_form(as_json: bool, as_csv: bool) -> None:
@@ -103,7 +133,9 @@ def show(
     session_id: Annotated[
         str,
         typer.Argument(
-            metavar="SESSION", help="Id of a session, or as much of it as is unique.", autocompletion=_suggest
+            metavar="ID",
+            help="Id of a session, or as much of it as is unique; or of a conversation (thread), a turn or a trace.",
+            autocompletion=_suggest,
         ),
     ],
     context: Annotated[
@@ -116,15 +148,50 @@ def show(
 
     Its turns with what they took, and what the agent did in each: runs of the graph, nodes, calls of models and tools.
     Then its journeys, its feedback, and how it ended. Times are in UTC.
+
+    By the id of a conversation, a turn or a trace it shows the sessions that it is in, and marks it; of a conversation
+    the JSON is an array.
     """
     with closing(open_existing(ledger)) as opened:
-        session = find_session(opened, session_id)
-        turns, stages = opened.turns(session.id), opened.stages(session.id)
-        feedback, decisions = opened.feedback(session.id), opened.decisions(session.id)
+        named = find_named(opened, session_id)
+        shown = named.session_ids if as_json else named.session_ids[-_SESSIONS_SHOWN:]
+        found = [_Whole.read(opened, each) for each in shown]
     if as_json:
-        machine.write_json(machine.session_document(session, turns, stages, feedback, decisions))
-    elif context:
-        window.context_chart(stdout(), session, [turn for turn, _ in turns], decisions)
-    else:
-        tree.session_tree(stdout(), session, turns, stages, feedback)
+        documents = [each.document() for each in found]
+        machine.write_json(documents[0] if named.conversation_id is None else documents)
+        return OK
+    console = stdout()
+    if len(named.session_ids) > len(shown):
+        lists.cut_conversation(console, len(shown), len(named.session_ids), session_id)
+    for number, each in enumerate(found):
+        if number:
+            console.print()
+        each.draw(console, named, context=context)
+    if not context:
+        links.say_where(console, [each.session.id for each in found])
     return OK
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """All that is known of a session."""
+
+    session: SessionSummary
+    turns: Sequence[tuple[TurnSummary, Sequence[Step]]]
+    stages: Sequence[StageEntered]
+    feedback: Sequence[Feedback]
+    decisions: Sequence[tuple[str, PruningDecision]]
+
+    @classmethod
+    def read(cls, ledger: Ledger, session_id: str) -> Self:
+        about: Any = (ledger.turns, ledger.stages, ledger.feedback, ledger.decisions)
+        return cls(session_of(ledger, session_id), *(ask(session_id) for ask in about))
+
+    def document(self) -> machine.Plain:
+        return machine.session_document(self.session, self.turns, self.stages, self.feedback, self.decisions)
+
+    def draw(self, console: Console, named: Named, *, context: bool) -> None:
+        if context:
+            window.context_chart(console, self.session, [turn for turn, _ in self.turns], self.decisions)
+        else:
+            tree.session_tree(console, self.session, self.turns, self.stages, self.feedback, named=named)

@@ -2,17 +2,18 @@
 
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from turntrace.errors import IdentityError, LedgerError
-from turntrace.identity import hash_user
+from turntrace.identity import hash_user, safe_id
 from turntrace.ledger import Ledger
-from turntrace.ledger.tables import sessions
+from turntrace.ledger.tables import open_turns, sessions, turns
 from turntrace.settings import read_settings
 from turntrace.summaries import SessionSummary
 
@@ -41,24 +42,99 @@ def open_existing(url: str | None) -> Ledger:
     return Ledger(chosen)
 
 
+@dataclass(frozen=True, slots=True)
+class Named:
+    """What an id names.
+
+    Attributes:
+        session_ids: Ids of its sessions, the earliest first; there is at least one.
+        conversation_id: The conversation that it names; None for one that names something else.
+        turn_id: The turn that it names, by the turn's id or that of its trace.
+    """
+
+    session_ids: Sequence[str]
+    conversation_id: str | None = None
+    turn_id: str | None = None
+
+
 def find_session(ledger: Ledger, session_id: str) -> SessionSummary:
     """Find a session by its id, or by the beginning of it.
 
     Raises:
         IdentityError: If there is none, or more than one.
     """
-    found = ledger.session(session_id)
+    found = _session(ledger, session_id)
     if found is not None:
         return found
-    matches = [session.id for session in ledger.sessions(limit=_ALL, id_begins=session_id)]
+    return session_of(ledger, _only_that_begins(ledger, session_id))
+
+
+def find_named(ledger: Ledger, given: str) -> Named:
+    """Find what an id names: a session, a conversation, a turn or a trace, or the one session that begins so.
+
+    Raises:
+        IdentityError: If there is none, or several sessions begin so.
+    """
+    found = _session(ledger, given)
+    if found is not None:
+        return Named([found.id])
+    named = _turn(ledger, given) or _conversation(ledger, given)
+    nor = ", and no conversation, turn or trace has that id"
+    return named or Named([_only_that_begins(ledger, given, nor)])
+
+
+def session_of(ledger: Ledger, session_id: str) -> SessionSummary:
+    """Return a session that was there.
+
+    Raises:
+        IdentityError: If it is there no more.
+    """
+    found = ledger.session(session_id)
+    if found is None:
+        raise IdentityError(f"The session {session_id!r} was erased meanwhile.")
+    return found
+
+
+def _session(ledger: Ledger, given: str) -> SessionSummary | None:
+    """Return the session of an id, or of what was kept for one that could not be used."""
+    return ledger.session(given) or (None if (kept := _kept(given)) == given else ledger.session(kept))
+
+
+def _kept(given: str) -> str:
+    """Return what stands in the ledger for an id that a run was given."""
+    return safe_id(given) if given else given
+
+
+def _turn(ledger: Ledger, given: str) -> Named | None:
+    with ledger.asking() as connection:
+        for table in (turns, open_turns):
+            for column in (table.c.id, table.c.trace_id):
+                query = select(table.c.session_id, table.c.id).where(column == given).limit(1)
+                if (row := connection.execute(query).first()) is not None:
+                    return Named([row.session_id], turn_id=row.id)
+    return None
+
+
+def _conversation(ledger: Ledger, given: str) -> Named | None:
+    kept = _kept(given)
+    began: dict[str, int] = {}
+    with ledger.asking() as connection:
+        for table in (turns, open_turns):
+            first = select(table.c.session_id, func.min(table.c.started_ns).label("began"))
+            query = first.where(table.c.conversation_id == kept).group_by(table.c.session_id)
+            for row in connection.execute(query):
+                began[row.session_id] = min(row.began, began.get(row.session_id, row.began))
+    return Named(sorted(began, key=lambda session_id: began[session_id]), conversation_id=kept) if began else None
+
+
+def _only_that_begins(ledger: Ledger, begins: str, nor: str = "") -> str:
+    matches = [session.id for session in ledger.sessions(limit=_ALL, id_begins=begins)]
     if not matches:
-        raise IdentityError(f"No session has an id that begins with {session_id!r}. turntrace sessions lists them.")
+        nothing = f"No session has an id that begins with {begins!r}{nor}"
+        raise IdentityError(f"{nothing}. turntrace sessions lists the sessions.")
     if len(matches) > 1:
-        raise IdentityError(f"{len(matches):,} sessions have ids that begin with {session_id!r}: type more of it.")
-    only = ledger.session(matches[0])
-    if only is None:
-        raise IdentityError(f"The session {matches[0]!r} was erased meanwhile.")
-    return only
+        raise IdentityError(f"{len(matches):,} sessions have ids that begin with {begins!r}: type more of it.")
+    return matches[0]
 
 
 def find_user(ledger: Ledger, begins: str) -> str:

@@ -9,14 +9,14 @@ from rich.text import Text
 
 from turntrace import analytics
 from turntrace.cli import lists, machine, shares
-from turntrace.cli.choosing import Chosen, about_sessions
+from turntrace.cli.choosing import Chosen, about_reported_sessions, about_sessions
+from turntrace.cli.links import langfuse_place
 from turntrace.cli.render import safe, stderr, stdout, working
 from turntrace.cli.running import OK, JsonOption
-from turntrace.errors import ConfigurationError, DeliveryError
-from turntrace.settings import read_langfuse_settings
+from turntrace.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from turntrace.report import LangfusePlace, ReportServer
+    from turntrace.report import ReportServer
 
 
 @about_sessions
@@ -71,7 +71,7 @@ def dropoff(chosen: Chosen, as_json: JsonOption = False) -> int:
     return OK
 
 
-@about_sessions
+@about_reported_sessions
 def report(
     chosen: Chosen,
     output: Annotated[
@@ -112,21 +112,3 @@ def report(
 def _say_where(server: "ReportServer") -> None:
     stdout().print(Text(f"The report is at {safe(server.url)} until Ctrl-C."), soft_wrap=True)
     sys.stdout.flush()  # whoever reads it from a pipe waits for it
-
-
-def langfuse_place() -> "LangfusePlace | None":
-    """Return where the sessions' pages in Langfuse are; None without keys, or when it does not answer."""
-    settings = read_langfuse_settings()
-    if not settings.has_keys:
-        return None
-    from turntrace.export import LangfuseServer
-    from turntrace.report import LangfusePlace
-
-    server = LangfuseServer(settings)
-    try:
-        project = server.project_id()
-    except (DeliveryError, LookupError, TypeError):
-        return None
-    finally:
-        server.close()
-    return None if project is None else LangfusePlace(settings.server, project)

@@ -8,7 +8,9 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
+from turntrace.analytics.filters import FAILED
 from turntrace.cli.lists import totals_of, user_of
+from turntrace.cli.lookup import Named
 from turntrace.cli.render import bar, clock, count, duration, is_plain, money, percent, safe
 from turntrace.records import Step, TurnSummary
 from turntrace.summaries import Feedback, SessionSummary, StageEntered
@@ -34,6 +36,7 @@ def session_tree(
     journey: Sequence[StageEntered] = (),
     feedback: Sequence[Feedback] = (),
     *,
+    named: Named | None = None,
     now_ns: int | None = None,
 ) -> None:
     """Show a session as a tree: its turns, the runs of the graph, nodes, calls of models and tools, journeys, the end.
@@ -44,15 +47,17 @@ def session_tree(
         turns: Its turns with their steps, in order.
         journey: The steps of journeys in it, in order.
         feedback: The feedback on it and on its turns.
+        named: What was asked for, which is marked in it.
         now_ns: The time, in nanoseconds since 1970: what waits has waited until then. Default: now.
     """
-    drawing = _Drawing(console, time.time_ns() if now_ns is None else now_ns, {t.id: t for t, _ in turns}, feedback)
+    now_ns = time.time_ns() if now_ns is None else now_ns
+    drawing = _Drawing(console, now_ns, [turn for turn, _ in turns], feedback, named or Named([session.id]))
     tree = Tree(session_head(session), guide_style="dim")
     conversation = None
     for turn, steps in turns:
         if turn.conversation_id != conversation:
             conversation = turn.conversation_id
-            branch = tree.add(Text(f"conversation {safe(conversation)}"))
+            branch = tree.add(drawing.conversation(conversation))
         _add_steps(branch.add(drawing.turn(turn)), turn, steps)
     for name in dict.fromkeys(step.name for step in journey):
         drawing.add_journey(tree, session, [step for step in journey if step.name == name])
@@ -91,34 +96,59 @@ class _Drawing:
     Args:
         console: Where it is shown.
         now_ns: The time, in nanoseconds since 1970.
-        turns: The session's turns by their ids.
+        turns: The session's turns.
         feedback: The feedback on the session and on its turns.
+        named: What was asked for.
     """
 
     def __init__(
-        self, console: Console, now_ns: int, turns: dict[str, TurnSummary], feedback: Sequence[Feedback]
+        self,
+        console: Console,
+        now_ns: int,
+        turns: Sequence[TurnSummary],
+        feedback: Sequence[Feedback],
+        named: Named,
     ) -> None:
         self._now_ns = now_ns
-        self._turns = turns
+        self._turns = {turn.id: turn for turn in turns}
         self._feedback = feedback
+        self._asked = named
         self._plain = is_plain(console)
         self._bar = _BAR if console.width >= _WIDE else 0
+        self._arrow = "->" if self._plain else "\u2192"
+
+    def conversation(self, conversation_id: str) -> Text:
+        """Return the line of a conversation, which says so where it had begun in another session."""
+        line = Text(f"conversation {safe(conversation_id)}")
+        numbers = sorted(turn.number for turn in self._turns.values() if turn.conversation_id == conversation_id)
+        if numbers[0] > 1:
+            last = f"s {numbers[0]:,} to {numbers[-1]:,}" if len(numbers) > 1 else f" {numbers[0]:,}"
+            line.append(f", turn{last} of it")
+        return self._marked(line, conversation_id == self._asked.conversation_id)
+
+    def _marked(self, line: Text, is_it: bool) -> Text:
+        return line.append("  <- asked for", style="bold cyan") if is_it else line
 
     def turn(self, turn: TurnSummary) -> Text:
         """Return the lines of a turn: what it was, what it took, what is to be said beyond."""
         line = Text.assemble((f"turn {turn.number}", "bold"), f"  {clock(turn.started_ns, 'time')}  ")
         line.append(safe(turn.status), style=_STYLES.get(turn.status or "", ""))
         if turn.intent is not None:
-            line.append(f"  {safe(turn.intent)}", style="bold")
-        kinds = [kind for kind in (turn.input_type, turn.output_type) if kind not in (None, "interrupt")]
-        if kinds:
-            line.append(f"  {safe(', '.join(kinds))}")
+            line.append("  intent ").append(safe(turn.intent), style="bold")
+        line.append(self._kinds(turn))
         if turn.error is not None:
             line.append(f"  {safe(turn.error)}", style="red")
+        self._marked(line, turn.id == self._asked.turn_id)
         for more in (self._figures(turn), *self._remarks(turn)):
             if more:
                 line.append("\n").append_text(more)
         return line
+
+    def _kinds(self, turn: TurnSummary) -> str:
+        asked = "" if turn.input_type is None else f" {safe(turn.input_type)}"
+        answered = turn.output_type not in (None, "interrupt")
+        answer = f" {self._arrow} {safe(turn.output_type)}" if answered else ""
+        return f" {asked}{answer}" if asked or answer else ""
 
     def _figures(self, turn: TurnSummary) -> Text:
         facts = Text(duration(turn.latency_ms) if turn.ended_ns is not None else "", style="cyan")
@@ -151,6 +181,8 @@ class _Drawing:
             found.append(Text(f"pruned {count(turn.messages_pruned, 'message')}{tokens}", style="magenta"))
         if turn.forked_from is not None:
             found.append(Text(f"forked from {self._named(turn.forked_from)}", style="magenta"))
+        if turn.status in FAILED or turn.id == self._asked.turn_id:
+            found.append(Text(f"trace {safe(turn.trace_id)}", style="dim"))
         found += [_feedback_line(given) for given in self._feedback if given.turn_id == turn.id]
         return found
 

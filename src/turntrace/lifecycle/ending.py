@@ -146,7 +146,7 @@ def _as_record(turn: "Turn", ended: EndedStep) -> Step:
     return Step(
         span_id=ids_of(step.span)[1],
         parent_id=format_span_id(above.span_id),
-        name=step.name,
+        name=_name_of(step),
         kind=step.kind,
         start_ms=elapsed_ms(turn.started_ns, step.start_ns),
         duration_ms=elapsed_ms(step.start_ns, step.end_ns or step.start_ns),
@@ -158,3 +158,10 @@ def _as_record(turn: "Turn", ended: EndedStep) -> Step:
         context_limit=None if given is None else given.limit,
         attempt=step.attempt,
     )
+
+
+def _name_of(step: OpenStep) -> str:
+    """Return the name of a step: of a call that named no model, the model that answered."""
+    if step.kind != "generation" or step.call is None or a.GEN_AI_REQUEST_MODEL in (step.known or {}):
+        return step.name
+    return step.call.model or step.name
