@@ -641,6 +641,63 @@ def test_an_id_cannot_leave_its_place_in_an_address() -> None:
     )
 
 
+# --- few and sparse ---------------------------------------------------------------------------------------------------
+def of_days(*days: str, lasted_ms: int = 1_000, **more: Any) -> Ledger:
+    """Return a ledger with a session of one turn on each of these days."""
+    ledger, rows = Ledger("sqlite://"), list[dict[str, Any]]()
+    turn_rows = []
+    for at, day in enumerate(days):
+        began = analytics.day_of(day)
+        ended = began + lasted_ms * 1_000_000
+        known = {"user_id": f"{at:064x}", "started_ns": began, "input_tokens": 9, "output_tokens": 1}
+        rows.append(
+            {"id": f"{at:032x}", "channel": "web", "type": "chat", "sessions_total": 1, "last_activity_ns": ended}
+            | {"ended_ns": ended, "end_reason": "completed", "total_turns": 1, "total_cost_usd": 0.5}
+            | {"last_turn": 1, **known}
+        )
+        turn_rows.append(
+            {"id": f"t{at}", "session_id": f"{at:032x}", "conversation_id": f"c{at}", "number": 1, "role": "user"}
+            | {"status": "completed", "ended_ns": ended, "trace_id": f"{at:032x}", "root_span_id": f"{at:016x}"}
+            | {"latency_ms": 7, **known, **more}
+        )
+    with ledger.asking() as connection:
+        connection.execute(insert(sessions), rows)
+        connection.execute(insert(turns), turn_rows)
+        connection.commit()
+    return ledger
+
+
+def page_of(ledger: Ledger) -> Page:
+    return Page(render(collect(ledger, now_ns=NOW)))
+
+
+@pytest.mark.parametrize("chart", ["sessions-over-time", "usage-by-day"])
+def test_days_far_apart_stand_side_by_side_each_with_its_name(chart: str) -> None:
+    found = page_of(of_days("2026-01-01", "2026-01-04", "2026-11-25"))
+    axis = found.figures[f"plot-{chart}-0"]["layout"]["xaxis"]
+    assert axis["type"] == "category"
+    assert axis["tickvals"] == found.trace(chart)["x"] == ["2026-01-01", "2026-01-04", "2026-11-25"]
+    assert axis["ticktext"] == ["Jan 1<br>2026", "Jan 4", "Nov 25<br>2026"]
+    assert "Days without a session are left out." in found.text
+
+
+def test_of_many_days_far_apart_some_have_names_and_the_last_one_has() -> None:
+    on = [f"20{year:02}-{month:02}-15" for year in (24, 25) for month in range(1, 12)]
+    axis = page_of(of_days(*on)).figures["plot-usage-by-day-0"]["layout"]["xaxis"]
+    assert len(axis["ticktext"]) == len(axis["tickvals"]) <= 6
+    assert axis["ticktext"][-1] == "Nov 15<br>2025"
+    assert {on.index(day) for day in axis["tickvals"]} == {21, 17, 13, 9, 5, 1}
+    assert [text for text in axis["ticktext"] if "2024" in text] == ["Feb 15<br>2024"]
+
+
+def test_days_in_a_row_are_an_axis_of_time_with_those_without_a_session() -> None:
+    on = [f"2026-03-{day:02}" for day in range(1, 29) if day % 3]
+    found = page_of(of_days(*on))
+    assert found.figures["plot-sessions-over-time-0"]["layout"]["xaxis"]["type"] == "date"
+    assert found.trace("sessions-over-time")["y"].count(0) == 9
+    assert "Days without a session" not in found.text
+
+
 # --- one file, no network ---------------------------------------------------------------------------------------------
 def test_nothing_is_loaded_from_elsewhere(page: Page) -> None:
     for tag, attributes in page.elements:

@@ -6,7 +6,6 @@ from turntrace.analytics import ErrorsAt, ErrorsAtStep, Rate, TurnErrors
 from turntrace.report.charts.exchanges import number_of_turn, turn_axis
 from turntrace.report.collect import Report
 from turntrace.report.figures import (
-    DAY_WIDE,
     FEW,
     GRAY,
     MUTED,
@@ -18,7 +17,8 @@ from turntrace.report.figures import (
     Section,
     Table,
     bars,
-    day_ticks,
+    day_axis,
+    day_width,
     first_ones,
     layout,
     left_out,
@@ -28,6 +28,7 @@ from turntrace.report.figures import (
     of_names,
     titled,
     whole,
+    without_gaps,
 )
 from turntrace.report.words import between, count, percent, times, visible
 
@@ -110,11 +111,11 @@ def _whisker(found: Sequence[ErrorsAt]) -> str:
 # --- by day and by turn -----------------------------------------------------------------------------------------------
 def _by_day(found: Sequence[ErrorsAt]) -> Chart:
     on = [each.at for each in found]
-    days = titled("", type="date", showgrid=False, hoverformat="%a %Y-%m-%d", **day_ticks(on, 6))
-    counted = [bars("failed", on, [each.failed for each in found], ORANGE, "%{y:,} failed", width=DAY_WIDE)]
+    days, width = day_axis(on, 6), day_width(on)
+    counted = [bars("failed", on, [each.failed for each in found], ORANGE, "%{y:,} failed", width=width)]
     gone = [each.abandoned for each in found]
     if any(gone):
-        counted.append(bars("abandoned", on, gone, GRAY, "%{y:,} abandoned", width=DAY_WIDE))
+        counted.append(bars("abandoned", on, gone, GRAY, "%{y:,} abandoned", width=width))
     most = max(each.times for each in found)
     turns = titled("turns", nticks=6, tickformat=",d", **whole(most))
     share = line(
@@ -134,6 +135,7 @@ def _by_day(found: Sequence[ErrorsAt]) -> Chart:
         f"share of all turns{_whisker(found)}; a hollow point stands for fewer than {FEW} turns.",
         plots,
         _table("day", found, on),
+        without_gaps(on),
         is_wide=True,
     )
 
