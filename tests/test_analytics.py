@@ -860,6 +860,7 @@ def test_an_empty_ledger_is_answered_with_nothing_and_no_error(engine: Engine) -
         answers = every_answer(ledger, filters)
         assert plain(answers.pop("session_lengths")) == ([], [], 0, None, None, None, None)
         assert answers.pop("by_model") == ([], [])
+        assert answers.pop("turn_errors") == analytics.TurnErrors()
         assert set(plain(answers.pop("totals"))) == {0, None}
         assert plain(answers.pop("choices")) == ([],) * 6
         assert list(answers.values()) == [[]] * len(answers)

@@ -29,7 +29,9 @@ from turntrace import analytics
 from turntrace.analytics import ALL, Filters
 from turntrace.errors import ConfigurationError, LedgerError
 from turntrace.ledger import Ledger
+from turntrace.ledger.rows import steps_text
 from turntrace.ledger.tables import conversations, decisions, journeys, sessions, stages, turns
+from turntrace.records import Step
 from turntrace.report import LangfusePlace, Report, ReportServer, collect, render, serve, write_report
 from turntrace.report.words import duration, label, money, shortened, show_command, visible
 
@@ -179,6 +181,7 @@ class Synthetic:
         latency = int(rnd.lognormvariate(6.6, 0.45) * (1 + number / 12) * (1.6 if model != "gpt-4o-mini" else 1))
         output = rnd.randrange(40, 400)
         failed = rnd.random() < 0.03
+        error = ("TimeoutError", "ValueError", "RateLimitError")[number % 3] if failed else None
         row: dict[str, Any] = {
             "id": known,
             "conversation_id": conversation_id,
@@ -204,6 +207,8 @@ class Synthetic:
             "wait_ms": 0,
             "time_to_first_token_ms": latency // 3 if rnd.random() < 0.7 else None,
             "model": model,
+            "error": error,
+            "steps": steps_text(_steps(latency, error, model if number % 2 else None)),
             "context_tokens": tokens,
             "context_limit": limit,
             "prunings": int(prunes),
@@ -255,6 +260,16 @@ class Synthetic:
                 "converted": False,
             }
         )
+
+
+def _steps(latency_ms: int, error: str | None, model: str | None) -> list[Step]:
+    """Return the steps of a turn, in which a model or a tool may have failed."""
+    of_model = Step("c" * 16, "b" * 16, model or "gpt-4o", "generation", 0, latency_ms, error=model and error)
+    return [
+        Step("a" * 16, "0" * 16, "LangGraph", "agent", 0, latency_ms, error=error),
+        Step("b" * 16, "a" * 16, "agent", "chain", 0, latency_ms, error=error),
+        of_model if model else Step("c" * 16, "b" * 16, "search_orders", "tool", 0, latency_ms, error=error),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -364,6 +379,7 @@ ASKED: dict[str, Any] = {
     "days": analytics.sessions_over_time,
     "lengths": analytics.session_lengths,
     "latency": analytics.latency_by_turn,
+    "errors": analytics.turn_errors,
     "usage_by_day": analytics.usage_by_day,
     "usage_by_model": analytics.usage_by_model,
     "usage_by_tier": analytics.usage_by_tier,
@@ -379,6 +395,7 @@ ASKED: dict[str, Any] = {
     "windows": analytics.window_by_turn,
     "prunings": analytics.prunings,
     "estimate_errors": analytics.estimate_errors,
+    "failing": analytics.sessions_with_errors,
     "latest": lambda ledger, filters: analytics.sessions_by(ledger, "newest", filters, limit=15),
     "slowest": lambda ledger, filters: analytics.sessions_by(ledger, "slowest", filters),
     "dearest": lambda ledger, filters: analytics.sessions_by(ledger, "dearest", filters),
@@ -518,6 +535,48 @@ def test_the_charts_hold_the_numbers_of_the_answers(report: Report, page: Page) 
     assert heat["z"][-1][-1] is None
 
 
+def test_the_errors_are_those_of_the_turns(report: Report, page: Page) -> None:
+    errors = report.errors
+    assert errors.all.failed == report.totals.failed_turns > 0
+    by_day = page.tables["Errors by day"]
+    assert column(by_day, "turns") == [each.turns for each in report.usage_by_day]
+    assert sum(column(by_day, "failed")) == report.totals.failed_turns
+    assert page.trace("errors-by-day")["y"] == [each.failed for each in errors.by_day]
+    rates, whiskers = page.trace("errors-by-turn")["y"], page.trace("errors-by-turn")["error_y"]
+    for rate, low, high, each in zip(rates, whiskers["arrayminus"], whiskers["array"], errors.by_turn, strict=True):
+        assert rate == pytest.approx(100 * each.failed / each.turns, abs=0.01)
+        bounds = analytics.interval(each.failed, each.turns)
+        assert bounds is not None
+        assert (rate - low, rate + high) == pytest.approx((100 * bounds[0], 100 * bounds[1]), abs=0.02)
+    by_class = page.tables["Errors by class"]
+    assert {row[0] for row in by_class[1:]} == {"TimeoutError", "ValueError", "RateLimitError"}
+    assert set(column(by_class, "turns")) == {errors.all.turns}
+    by_step = page.tables["Errors by step"]
+    assert {tuple(row[:2]) for row in by_step[1:]} == {
+        ("search_orders", "tool"),
+        *((name, "model") for name, *_ in MODELS),
+    }
+    assert sum(column(by_step, "turns")) == errors.looked_into == errors.all.failed
+    assert f"an error ended {errors.all.failed:,} (failed)" in page.text
+    assert sum(column(page.tables["Errors by intent"], "failed")) == errors.all.failed
+
+
+def test_sessions_with_failed_turns_are_looked_at_first(report: Report, page: Page) -> None:
+    captions = list(page.tables)
+    assert captions.index("Sessions with failed turns") == captions.index("Latest sessions") - 1
+    rows = page.tables["Sessions with failed turns"][1:]
+    assert [row[4] for row in rows] == [f"{each.total_turns} {each.failed_turns} failed" for each in report.failing]
+    assert all(each.failed_turns for each in report.failing)
+
+
+def test_where_no_turn_failed_it_says_of_how_many() -> None:
+    ledger = Ledger("sqlite://")
+    nasty(ledger)
+    found = Page(render(collect(ledger, now_ns=NOW)))
+    assert f"Of {len(NASTY)} turns none failed or was abandoned (95%: 0\N{EN DASH}24% do)." in found.text
+    assert "Sessions with failed turns" not in found.tables
+
+
 def test_every_chart_is_one_that_plotly_knows(page: Page) -> None:
     from plotly import graph_objects  # type: ignore[import-untyped]
 
@@ -528,11 +587,11 @@ def test_every_chart_is_one_that_plotly_knows(page: Page) -> None:
 
 def test_every_chart_has_a_title_a_sentence_and_a_table(report: Report, page: Page) -> None:
     html = render(report)
-    assert len(page.figures) == 22
+    assert len(page.figures) == 28
     cards = re.findall(
         r'<section class="card[^"]*" id="[^"]+">.*?</section>|<section id="[^"]+" class="card.*?</section>', html
     )
-    assert len(cards) == 18
+    assert len(cards) == 23
     for card in cards:
         assert "<h3>" in card
         [reading] = re.findall(r'<p class="reading">(.*?)</p>', card)
@@ -562,8 +621,8 @@ def test_a_session_has_its_command_and_its_page_in_langfuse(report: Report) -> N
     slowest = report.slowest[0]
     assert place.session_url(slowest.id) == f"https://langfuse.example.com/project/project%201/sessions/{slowest.id}"
     links = [link for link in linked.of("a") if link.get("target")]
-    assert links[15]["href"] == place.session_url(slowest.id)
-    assert len(links) == 45
+    assert links[25]["href"] == place.session_url(slowest.id)
+    assert len(links) == 55
     assert {link["rel"] for link in links} == {"noopener noreferrer"}
     assert linked.tables["Slowest sessions"][1][-1] == f"turntrace show {slowest.id}"
     assert not [link for link in Page(render(report)).of("a") if link.get("target")]
@@ -580,6 +639,63 @@ def test_an_id_cannot_leave_its_place_in_an_address() -> None:
     assert place.session_url("x/../y?z#&\"'<>") == (
         "https://langfuse.example.com/project/a%2Fb/sessions/x%2F..%2Fy%3Fz%23%26%22%27%3C%3E"
     )
+
+
+# --- few and sparse ---------------------------------------------------------------------------------------------------
+def of_days(*days: str, lasted_ms: int = 1_000, **more: Any) -> Ledger:
+    """Return a ledger with a session of one turn on each of these days."""
+    ledger, rows = Ledger("sqlite://"), list[dict[str, Any]]()
+    turn_rows = []
+    for at, day in enumerate(days):
+        began = analytics.day_of(day)
+        ended = began + lasted_ms * 1_000_000
+        known = {"user_id": f"{at:064x}", "started_ns": began, "input_tokens": 9, "output_tokens": 1}
+        rows.append(
+            {"id": f"{at:032x}", "channel": "web", "type": "chat", "sessions_total": 1, "last_activity_ns": ended}
+            | {"ended_ns": ended, "end_reason": "completed", "total_turns": 1, "total_cost_usd": 0.5}
+            | {"last_turn": 1, **known}
+        )
+        turn_rows.append(
+            {"id": f"t{at}", "session_id": f"{at:032x}", "conversation_id": f"c{at}", "number": 1, "role": "user"}
+            | {"status": "completed", "ended_ns": ended, "trace_id": f"{at:032x}", "root_span_id": f"{at:016x}"}
+            | {"latency_ms": 7, **known, **more}
+        )
+    with ledger.asking() as connection:
+        connection.execute(insert(sessions), rows)
+        connection.execute(insert(turns), turn_rows)
+        connection.commit()
+    return ledger
+
+
+def page_of(ledger: Ledger) -> Page:
+    return Page(render(collect(ledger, now_ns=NOW)))
+
+
+@pytest.mark.parametrize("chart", ["sessions-over-time", "usage-by-day"])
+def test_days_far_apart_stand_side_by_side_each_with_its_name(chart: str) -> None:
+    found = page_of(of_days("2026-01-01", "2026-01-04", "2026-11-25"))
+    axis = found.figures[f"plot-{chart}-0"]["layout"]["xaxis"]
+    assert axis["type"] == "category"
+    assert axis["tickvals"] == found.trace(chart)["x"] == ["2026-01-01", "2026-01-04", "2026-11-25"]
+    assert axis["ticktext"] == ["Jan 1<br>2026", "Jan 4", "Nov 25<br>2026"]
+    assert "Days without a session are left out." in found.text
+
+
+def test_of_many_days_far_apart_some_have_names_and_the_last_one_has() -> None:
+    on = [f"20{year:02}-{month:02}-15" for year in (24, 25) for month in range(1, 12)]
+    axis = page_of(of_days(*on)).figures["plot-usage-by-day-0"]["layout"]["xaxis"]
+    assert len(axis["ticktext"]) == len(axis["tickvals"]) <= 6
+    assert axis["ticktext"][-1] == "Nov 15<br>2025"
+    assert {on.index(day) for day in axis["tickvals"]} == {21, 17, 13, 9, 5, 1}
+    assert [text for text in axis["ticktext"] if "2024" in text] == ["Feb 15<br>2024"]
+
+
+def test_days_in_a_row_are_an_axis_of_time_with_those_without_a_session() -> None:
+    on = [f"2026-03-{day:02}" for day in range(1, 29) if day % 3]
+    found = page_of(of_days(*on))
+    assert found.figures["plot-sessions-over-time-0"]["layout"]["xaxis"]["type"] == "date"
+    assert found.trace("sessions-over-time")["y"].count(0) == 9
+    assert "Days without a session" not in found.text
 
 
 # --- one file, no network ---------------------------------------------------------------------------------------------
@@ -654,15 +770,15 @@ def test_a_file_states_its_filters(six_weeks: Ledger, page: Page) -> None:
 
 def test_a_session_can_be_found_in_the_tables(report: Report, page: Page) -> None:
     rows = [each for each in page.of("tr") if "data-text" in each]
-    assert len(rows) == 45
-    first = report.latest[0]
+    assert len(rows) == 55
+    first = report.failing[0]
     assert (rows[0]["data-channel"], rows[0]["data-end"]) == (first.channel, first.end_reason or "open")
     assert first.id in str(rows[0]["data-text"])
     assert str(first.user_id) in str(rows[0]["data-text"])
 
 
 # --- nothing there ----------------------------------------------------------------------------------------------------
-SECTIONS = 9
+SECTIONS = 10
 
 
 def test_an_empty_ledger_says_so_in_every_section() -> None:

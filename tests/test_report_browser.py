@@ -116,7 +116,7 @@ def test_it_opens_without_a_network_or_an_error(
         assert not is_too_wide(page)
         assert page.locator(".plot .main-svg").first.is_visible()
         drawn = page.evaluate("[...document.querySelectorAll('.plot')].map(each => each.data.length)")
-        assert len(drawn) == 22
+        assert len(drawn) == 28
         assert all(drawn)
         picture(page, folder, f"report-{width}-{scheme}")
         for details in page.locator(".card > details").all():
@@ -224,21 +224,21 @@ def test_without_scripts_the_tables_are_there(browser: Browser, address: str, re
 def test_the_filter_of_the_tables_works(browser: Browser, address: str, report: Report) -> None:
     with opened(browser, address) as page:
         rows = page.locator(".sessions tbody tr:visible")
-        assert rows.count() == 45
-        shown = [*report.latest, *report.slowest, *report.dearest, *report.longest]
+        assert rows.count() == 55
+        shown = [*report.failing, *report.latest, *report.slowest, *report.dearest, *report.longest]
         page.select_option("#table-filter [name=channel]", "web")
         assert rows.count() == sum(session.channel == "web" for session in shown)
         page.select_option("#table-filter [name=end]", "inactive_timeout")
         silent = [each for each in shown if each.channel == "web" and each.end_reason == "inactive_timeout"]
         assert rows.count() == len(silent)
-        expect(page.locator("#table-filter output")).to_have_text(f"{len(silent)} of 45 rows")
+        expect(page.locator("#table-filter output")).to_have_text(f"{len(silent)} of 55 rows")
         page.select_option("#table-filter [name=channel]", "")
         page.select_option("#table-filter [name=end]", "")
         page.fill("#table-filter [name=text]", report.dearest[0].id[:12].upper())
         assert set(page.locator(".sessions tbody tr:visible th").all_inner_texts()) == {report.dearest[0].id[:8]}
         page.fill("#table-filter [name=text]", "nothing is called so")
         assert rows.count() == 0
-        assert page.get_by_text("No session of this table matches.").locator("visible=true").count() == 4
+        assert page.get_by_text("No session of this table matches.").locator("visible=true").count() == 5
 
 
 def test_a_row_leads_to_langfuse_and_to_the_terminal(browser: Browser, address: str, report: Report) -> None:
@@ -251,7 +251,7 @@ def test_a_row_leads_to_langfuse_and_to_the_terminal(browser: Browser, address: 
 def test_on_a_phone_rows_are_blocks_that_can_be_read(browser: Browser, address: str) -> None:
     with opened(browser, address, width=PHONE, has_touch=True) as page:
         assert page.locator("details.sessions[open]").count() == 1
-        first = page.locator("#latest tbody tr").first
+        first = page.locator("#failing tbody tr").first
         box = first.bounding_box()
         assert box is not None
         assert box["width"] <= PHONE
@@ -291,7 +291,7 @@ def test_nothing_from_outside_runs_or_breaks_the_page(browser: Browser, folder: 
 def test_an_empty_ledger_is_a_page_too(browser: Browser, folder: Path) -> None:
     write_report(Ledger("sqlite://"), folder / "empty.html", now_ns=NOW)
     with opened(browser, (folder / "empty.html").as_uri(), width=PHONE) as page:
-        assert page.get_by_text("There is nothing on record yet.").count() == 9
+        assert page.get_by_text("There is nothing on record yet.").count() == 10
         assert not is_too_wide(page)
         picture(page, folder, "empty-390")
 

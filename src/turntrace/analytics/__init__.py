@@ -23,6 +23,14 @@ from turntrace.analytics.endings import (
     outcomes,
     outcomes_by_intent,
 )
+from turntrace.analytics.errors import (
+    MOST_LOOKED_INTO,
+    ErrorsAt,
+    ErrorsAtStep,
+    TurnErrors,
+    sessions_with_errors,
+    turn_errors,
+)
 from turntrace.analytics.exchanges import (
     EstimateError,
     LatencyOfTurn,
@@ -53,12 +61,15 @@ from turntrace.analytics.windows import Prunings, WindowOfTurn, prunings, window
 
 __all__ = [
     "ALL",
+    "MOST_LOOKED_INTO",
     "MOST_TURNS",
     "ORDERS",
     "Choices",
     "Cohort",
     "DayOfSessions",
     "Dropoffs",
+    "ErrorsAt",
+    "ErrorsAtStep",
     "EstimateError",
     "Filters",
     "Funnel",
@@ -71,6 +82,7 @@ __all__ = [
     "Rate",
     "SessionLengths",
     "Totals",
+    "TurnErrors",
     "Usage",
     "UserFigures",
     "WindowOfTurn",
@@ -94,7 +106,9 @@ __all__ = [
     "session_lengths",
     "sessions_by",
     "sessions_over_time",
+    "sessions_with_errors",
     "totals",
+    "turn_errors",
     "usage_by_channel",
     "usage_by_day",
     "usage_by_model",

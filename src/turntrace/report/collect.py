@@ -27,6 +27,7 @@ class Report:
         days: The days on which sessions began.
         lengths: How long sessions are.
         latency: How long turns take, for all and by their number.
+        errors: Turns that failed or were abandoned.
         usage_by_day: Tokens and cost by day.
         usage_by_model: The same by model.
         usage_by_tier: The same by the users' tier.
@@ -42,6 +43,7 @@ class Report:
         windows: How full the models' windows were, by the number of the turn.
         prunings: What was pruned by which strategy.
         estimate_errors: How good our counts of tokens are, by model.
+        failing: The sessions with failed turns that began last.
         latest: The sessions that began last.
         slowest: Those with the longest mean latency of a turn.
         dearest: Those that cost most.
@@ -55,6 +57,7 @@ class Report:
     days: Sequence[analytics.DayOfSessions]
     lengths: analytics.SessionLengths
     latency: Sequence[analytics.LatencyOfTurn]
+    errors: analytics.TurnErrors
     usage_by_day: Sequence[analytics.Usage]
     usage_by_model: Sequence[analytics.Usage]
     usage_by_tier: Sequence[analytics.Usage]
@@ -70,6 +73,7 @@ class Report:
     windows: Sequence[analytics.WindowOfTurn]
     prunings: Sequence[analytics.Prunings]
     estimate_errors: Sequence[analytics.EstimateError]
+    failing: Sequence[SessionSummary]
     latest: Sequence[SessionSummary]
     slowest: Sequence[SessionSummary]
     dearest: Sequence[SessionSummary]
@@ -106,6 +110,7 @@ def _sessions(by: Any, limit: int) -> Callable[[Ledger, Filters], Any]:
 # Those that read all turns come first: they take the longest.
 _QUESTIONS: Final[Mapping[str, Callable[[Ledger, Filters], Any]]] = {
     "latency": analytics.latency_by_turn,
+    "errors": analytics.turn_errors,
     "windows": analytics.window_by_turn,
     "outcomes_by_intent": analytics.outcomes_by_intent,
     "by_model": analytics.by_model,
@@ -124,6 +129,7 @@ _QUESTIONS: Final[Mapping[str, Callable[[Ledger, Filters], Any]]] = {
     "dropoff_by_reason": analytics.dropoff_by_reason,
     "outcomes": analytics.outcomes,
     "totals": analytics.totals,
+    "failing": analytics.sessions_with_errors,
     "latest": _sessions("newest", _LATEST),
     "slowest": _sessions("slowest", _SHOWN),
     "dearest": _sessions("dearest", _SHOWN),

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import date, timedelta
+from datetime import date
 from typing import Any, Final
 
 from turntrace.report.words import label
@@ -21,9 +21,10 @@ GRAY: Final = "var(--gray)"
 FEW: Final = 20
 """Points that stand for fewer are drawn hollow."""
 
-DAY_WIDE: Final = 65_000_000
-"""Width of a bar that stands for a day, in milliseconds: three quarters of it."""
-
+_DAY_WIDE_MS: Final = 65_000_000
+_FEW_DAYS: Final = 8
+_LONG_DAYS: Final = 31
+_SPARSE: Final = 4
 _BARS_MOST: Final = 15
 _ROW_PX: Final = 30
 _NARROW: Final = 16
@@ -164,13 +165,38 @@ def named(names: Sequence[str], **more: Any) -> Data:
     return axis(showgrid=False, rangemode="normal", zeroline=False) | ticks | more
 
 
-def day_ticks(on: Sequence[str], most: int) -> Data:
-    """Return the ticks of an axis of days: where there are few, each has its name; else plotly chooses."""
-    if len(on) > 4:
-        return {"tickangle": 0, "nticks": most}
-    edges = [date.fromisoformat(on[0]) - timedelta(days=4), date.fromisoformat(on[-1]) + timedelta(days=4)]
-    few = {"tickmode": "array", "tickvals": list(on), "tickformat": "%b %-d\n%Y"}
-    return {"tickangle": 0, "range": [edge.isoformat() for edge in edges], **few}
+def are_few_days(on: Sequence[str]) -> bool:
+    """Tell whether days are so few, or so far from each other, that each stands in its own place, without the gaps."""
+    length = (date.fromisoformat(on[-1]) - date.fromisoformat(on[0])).days + 1
+    return len(on) <= _FEW_DAYS or (length > _LONG_DAYS and _SPARSE * len(on) < length)
+
+
+def without_gaps(on: Sequence[str]) -> str:
+    """Say that days are left out, where they are."""
+    has_gaps = (date.fromisoformat(on[-1]) - date.fromisoformat(on[0])).days >= len(on)
+    return "Days without a session are left out." if has_gaps and are_few_days(on) else ""
+
+
+def day_axis(on: Sequence[str], most: int) -> Data:
+    """Return an axis for days with at most so many labels; the last day has one where days are few."""
+    shared = titled("", showgrid=False, tickangle=0)
+    if not are_few_days(on):
+        return shared | {"type": "date", "hoverformat": "%a %Y-%m-%d", "nticks": most}
+    step = -(-len(on) // most)
+    shown = on[::-1][::step][::-1]
+    texts, year = [], 0
+    for day in map(date.fromisoformat, shown):
+        texts.append(
+            f"{day:%b} {day.day}" + ("" if day.year == year and day.isoformat() != on[-1] else f"<br>{day.year}")
+        )
+        year = day.year
+    ticks = {"tickmode": "array", "tickvals": list(shown), "ticktext": texts, "rangemode": "normal"}
+    return shared | {"type": "category", "range": roomy(0, len(on) - 1, 6)} | ticks
+
+
+def day_width(on: Sequence[str]) -> float:
+    """Return how wide the bar of a day is on its axis: three quarters of the day."""
+    return 0.6 if are_few_days(on) else _DAY_WIDE_MS
 
 
 # --- traces -----------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from turntrace.report.words import between, count, duration, moment, money, perc
 TITLE: Final = "Sessions of the agent"
 _NO_CHARTS: Final = "The charts need JavaScript; the tables below them hold the same figures."
 _SESSION_TABLES: Final = (
+    ("failing", "Sessions with failed turns", "Those that began last in which a turn failed."),
     ("latest", "Latest sessions", "Those that began last."),
     ("slowest", "Slowest sessions", "By the mean latency of a turn."),
     ("dearest", "Dearest sessions", "By their cost."),
@@ -300,8 +301,9 @@ def _empty(report: Report, hint: str) -> Markup:
 # --- sessions to look at ----------------------------------------------------------------------------------------------
 def _sessions(report: Report, langfuse: LangfusePlace | None) -> Markup:
     tables = [
-        session_table(an_id, title, reading, getattr(report, an_id), langfuse)
+        session_table(an_id, title, reading, found, langfuse)
         for an_id, title, reading in _SESSION_TABLES
+        if (found := getattr(report, an_id)) or an_id == "latest"
     ]
     intro = "Look again in a terminal by the command of a row"
     intro += ", or follow the session's id to Langfuse." if langfuse else "."

@@ -83,7 +83,7 @@ def _row(session: SessionSummary, langfuse: LangfusePlace | None) -> Markup:
         moment(session.started_ns),
         _user(session),
         element("bdi", visible(session.channel)),
-        count(session.total_turns),
+        _turns(session),
         count(session.total_tokens),
         money(session.total_cost_usd),
         duration(session.duration_ms),
@@ -123,6 +123,12 @@ def _user(session: SessionSummary) -> Markup:
     if session.user_id is None:
         return joined("unknown")
     return element("span", element("bdi", short_id(session.user_id)), title=visible(session.user_id))
+
+
+def _turns(session: SessionSummary) -> Markup:
+    if not session.failed_turns:
+        return joined(count(session.total_turns))
+    return joined(count(session.total_turns), " ", element("span", f"{session.failed_turns:,} failed", class_="badge"))
 
 
 def _end(session: SessionSummary, end: str) -> Markup:

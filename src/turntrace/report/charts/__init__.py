@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from turntrace.report.charts.endings import dropoff_section, outcome_section
+from turntrace.report.charts.errors import errors_section
 from turntrace.report.charts.exchanges import latency_section, usage_section
 from turntrace.report.charts.journeys import journey_section, retention_section
 from turntrace.report.charts.sittings import sessions_section
@@ -18,6 +19,7 @@ def sections(report: Report) -> Sequence[Section]:
     return (
         sessions_section(report),
         latency_section(report),
+        errors_section(report),
         dropoff_section(report),
         journey_section(report),
         outcome_section(report),

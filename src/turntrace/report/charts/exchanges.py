@@ -6,7 +6,6 @@ from turntrace.analytics import MOST_TURNS, LatencyOfTurn, Usage
 from turntrace.report.collect import Report
 from turntrace.report.figures import (
     BLUE,
-    DAY_WIDE,
     FEW,
     GRAY,
     INK,
@@ -18,7 +17,8 @@ from turntrace.report.figures import (
     Section,
     Table,
     bars,
-    day_ticks,
+    day_axis,
+    day_width,
     first_ones,
     in_unit,
     layout,
@@ -30,6 +30,7 @@ from turntrace.report.figures import (
     roomy,
     titled,
     unit_of_ms,
+    without_gaps,
 )
 from turntrace.report.words import count, duration, money, times, visible
 
@@ -150,12 +151,12 @@ def _table(of: str, usages: Sequence[Usage]) -> Table:
 
 def _by_day(usages: Sequence[Usage]) -> Chart:
     on = [each.of for each in usages]
-    days = titled("", type="date", showgrid=False, hoverformat="%a %Y-%m-%d", **day_ticks(on, 6))
+    days, width = day_axis(on, 6), day_width(on)
     tokens = [
-        bars("input", on, [e.input_tokens for e in usages], BLUE, "%{y:,} tokens in", width=DAY_WIDE),
-        bars("output", on, [e.output_tokens for e in usages], SOFT, "%{y:,} tokens out", width=DAY_WIDE),
+        bars("input", on, [e.input_tokens for e in usages], BLUE, "%{y:,} tokens in", width=width),
+        bars("output", on, [e.output_tokens for e in usages], SOFT, "%{y:,} tokens out", width=width),
     ]
-    cost = [bars("cost", on, [each.cost_usd for each in usages], BLUE, "$%{y:,.4f}", width=DAY_WIDE)]
+    cost = [bars("cost", on, [each.cost_usd for each in usages], BLUE, "$%{y:,.4f}", width=width)]
     plots = [
         Plot(
             tokens,
@@ -175,6 +176,7 @@ def _by_day(usages: Sequence[Usage]) -> Chart:
         "answered, and what that cost.",
         plots,
         _table("day", usages),
+        without_gaps(on),
         is_wide=True,
     )
 

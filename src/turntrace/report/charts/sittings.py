@@ -8,21 +8,23 @@ from turntrace.analytics import DayOfSessions, Length, SessionLengths
 from turntrace.report.collect import Report
 from turntrace.report.figures import (
     BLUE,
-    DAY_WIDE,
     GRAY,
     ORANGE,
     Chart,
     Plot,
     Section,
     Table,
+    are_few_days,
     bars,
-    day_ticks,
+    day_axis,
+    day_width,
     layout,
     line,
     named,
     roomy,
     titled,
     whole,
+    without_gaps,
 )
 from turntrace.report.words import count, duration, money, times
 
@@ -44,20 +46,21 @@ def sessions_section(report: Report) -> Section:
 def _over_time(days: Sequence[DayOfSessions]) -> Chart:
     known = {day.day: day for day in days}
     on = _all_days(days)
+    width = day_width(on)
     found = [known.get(day) for day in on]
     sessions = [0 if day is None else day.sessions for day in found]
     dropoffs = [0 if day is None else day.dropoffs for day in found]
     users = [0 if day is None else day.users for day in found]
     data = [
-        bars("sessions", on, sessions, BLUE, "%{y:,} sessions", width=DAY_WIDE),
-        bars("drop-offs", on, dropoffs, ORANGE, "%{y:,} drop-offs", width=DAY_WIDE),
+        bars("sessions", on, sessions, BLUE, "%{y:,} sessions", width=width),
+        bars("drop-offs", on, dropoffs, ORANGE, "%{y:,} drop-offs", width=width),
         line("users", on, users, GRAY, "%{y:,} users", marker={"color": GRAY, "size": 4}),
     ]
     looks = layout(
         height=320,
         barmode="overlay",
         hovermode="x unified",
-        xaxis=titled("", type="date", showgrid=False, hoverformat="%a %Y-%m-%d", **day_ticks(on, 8)),
+        xaxis=day_axis(on, 8),
         yaxis=titled("sessions, users", nticks=6, tickformat=",d", **whole(max(sessions))),
     )
     rows = [
@@ -79,16 +82,18 @@ def _over_time(days: Sequence[DayOfSessions]) -> Chart:
         "many known users they were of.",
         [Plot(data, looks)],
         Table(("day", "sessions", "users", "turns", "drop-offs", "tokens", "cost"), rows),
+        without_gaps(on),
         is_wide=True,
     )
 
 
 def _all_days(days: Sequence[DayOfSessions]) -> list[str]:
-    """Return all days from the first to the last, those without a session too, unless there are very many."""
-    first, last = date.fromisoformat(days[0].day), date.fromisoformat(days[-1].day)
+    """Return all days from the first to the last, those without a session too, unless few have one or all are many."""
+    on = [day.day for day in days]
+    first, last = date.fromisoformat(on[0]), date.fromisoformat(on[-1])
     length = (last - first).days + 1
-    if length > _MOST_DAYS:
-        return [day.day for day in days]
+    if length > _MOST_DAYS or are_few_days(on):
+        return on
     return [(first + timedelta(days=n)).isoformat() for n in range(length)]
 
 
