@@ -76,12 +76,17 @@ class ContentPolicy:
             _note_failure(error)
             return WITHHELD
 
-    def clean_all(self, value: Any) -> Any:
-        """Return a value of lists and mappings with every text in it cleaned, keys and numbers included."""
+    def clean_all(self, value: Any, depth: int = 20) -> Any:
+        """Return a value of lists and mappings with every text in it cleaned, keys and numbers included.
+
+        Below a depth it is replaced by the name of its type.
+        """
+        if depth == 0 and isinstance(value, Mapping | list | tuple):
+            return _name_of_type(value)
         if isinstance(value, Mapping):
-            return {self._cleaned(key): self.clean_all(each) for key, each in value.items()}
+            return {self._cleaned(key): self.clean_all(each, depth - 1) for key, each in value.items()}
         if isinstance(value, list | tuple):
-            return [self.clean_all(each) for each in value]
+            return [self.clean_all(each, depth - 1) for each in value]
         return self._cleaned(value)
 
     def _cleaned(self, value: Any) -> Any:
@@ -265,7 +270,8 @@ def classify_output(message: Any) -> str:
         return "answer"
     if read.role in ("tool", "function") or _field(message, "tool_calls"):
         return "tool_result"
-    if (_field(message, "additional_kwargs") or {}).get("refusal") or _refuses(_field(message, "content")):
+    more = _field(message, "additional_kwargs")
+    if (isinstance(more, Mapping) and more.get("refusal")) or _refuses(_field(message, "content")):
         return "refusal"
     head = read.text[:_LOOK_AT].lstrip().replace("\u2019", "'")
     if _REFUSAL.match(head):

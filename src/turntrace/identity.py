@@ -86,7 +86,7 @@ def check_id(value: object, name: str) -> str:
         IdentityError: If it is not a string or number, empty, longer than 200 characters, or has characters outside
             printable US-ASCII.
     """
-    text = _as_text(value, name)
+    text = as_text(value, name)
     if _ALLOWED.fullmatch(text):
         return text
     if not text:
@@ -113,7 +113,7 @@ def check_text(value: object, name: str) -> str:
         IdentityError: If it is not a string or number, empty, longer than 200 characters, or has characters that
             UTF-8 or a database cannot hold.
     """
-    text = _as_text(value, name)
+    text = as_text(value, name)
     if not 1 <= len(text) <= MAX_ID_LENGTH:
         raise IdentityError(f"{name} has {len(text)} characters. Allowed are 1 to {MAX_ID_LENGTH}: pass a shorter one.")
     if text != safe_text(text):
@@ -140,7 +140,7 @@ def safe_id(value: object, name: str = "id") -> str:
     Raises:
         IdentityError: If it is empty or not a string or number.
     """
-    text = _as_text(value, name)
+    text = as_text(value, name)
     if not text:
         raise IdentityError(f"{name} is empty. Pass a string of 1 to {MAX_ID_LENGTH} printable US-ASCII characters.")
     if _ALLOWED.fullmatch(text):
@@ -158,7 +158,7 @@ def hash_user(user_id: object, key: bytes) -> str:
     Raises:
         IdentityError: If the id is empty or not a string or number.
     """
-    text = _as_text(user_id, "user_id")
+    text = as_text(user_id, "user_id")
     if not text:
         raise IdentityError("user_id is empty. Pass the id of the user, or None for an unknown one.")
     return hmac.digest(key, text.encode("utf-8", "surrogatepass"), "sha256").hex()
@@ -169,7 +169,16 @@ def new_hash_key() -> bytes:
     return secrets.token_bytes(32)
 
 
-def _as_text(value: object, name: str) -> str:
+def as_text(value: object, name: str) -> str:
+    """Return an id as the text that it is.
+
+    Args:
+        value: The id as given: a string, a number or a UUID.
+        name: What it is the id of, for the message.
+
+    Raises:
+        IdentityError: If it is none of these.
+    """
     if isinstance(value, str):
         return value
     if isinstance(value, int) and not isinstance(value, bool):

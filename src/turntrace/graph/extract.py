@@ -1,6 +1,6 @@
 """Pure functions from what LangChain and LangGraph hand over to facts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -11,12 +11,14 @@ from langgraph.types import Command, Send
 
 from turntrace import attributes as a
 from turntrace.attributes import AttributeValue
+from turntrace.boundary import never_breaks
 from turntrace.content import last_message
-from turntrace.identity import safe_id, safe_text
+from turntrace.identity import as_text, safe_id, safe_text
 from turntrace.records import LLMCall, TurnRequest, Usage
 
 HIDDEN_TAG: Final = "langsmith:hidden"
 _STEP_TAG: Final = "graph:step:"
+_STEP_DIGITS: Final = 9
 _EDIT: Final = "UpdateState"
 _INTERRUPTS: Final = "__interrupt__"
 _SENT: Final = "__pregel_push"
@@ -24,7 +26,10 @@ _TASK_PATH: Final = 4
 _ERROR_HANDLER: Final = "__error_handler__"
 _PROMPT_KEY: Final = "langfuse_prompt"
 _MAX_VERSION: Final = 2**31 - 1
+_MOST_TOKENS: Final = 10**12
+"""More is no count of tokens, and a few of them would be more than a database holds."""
 _TEXTS: Final = frozenset({"channel", "topic", "tier", "org_id", "locale", "client_version"})
+_NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 _REQUEST_KEYS: Final = _TEXTS | {
     *("session_id", "user_id", "conversation_id", "thread_id"),
     *("langfuse_session_id", "langfuse_user_id", "langfuse_tags"),
@@ -35,39 +40,57 @@ def request_of(metadata: Mapping[str, Any], given: Mapping[str, Any] = MappingPr
     """Read what a config's metadata says about the turn that its run is to be.
 
     Langfuse's own keys (``langfuse_session_id``, ``langfuse_user_id``, ``langfuse_tags``) mean the same as ours. An id
-    that Langfuse would refuse is replaced by a hash of it, so that its turns stay together.
+    that Langfuse would refuse is replaced by a hash of it, so that its turns stay together. What cannot be read at all
+    (an id that is a list, an object that has no text) is told once and left out: the turn is recorded without it.
 
     Args:
         metadata: The metadata.
         given: What the run was given beside it, by the same names; it counts where the metadata says nothing.
-
-    Raises:
-        IdentityError: If an id is neither a string nor a number.
     """
-    said = {name: value for name, value in metadata.items() if name in _REQUEST_KEYS and value not in (None, "")}
+    said = {name: value for name, value in metadata.items() if name in _REQUEST_KEYS and is_said(value)}
     if given:
         said = {**{name: value for name, value in given.items() if name in _REQUEST_KEYS}, **said}
-    session_id = said.pop("session_id", said.pop("langfuse_session_id", None))
-    user_id = said.pop("user_id", said.pop("langfuse_user_id", None))
-    conversation_id = said.pop("conversation_id", said.pop("thread_id", None))
-    tags = said.pop("langfuse_tags", ())
-    for name in said.keys() - _TEXTS:  # Langfuse's names where ours are given too
-        del said[name]
+    tags = said.get("langfuse_tags", ())
     return TurnRequest(
-        session_id=None if session_id is None else safe_id(session_id, "session_id"),
-        user_id=user_id,
-        conversation_id=None if conversation_id is None else safe_id(conversation_id, "conversation_id"),
-        tags=tuple(safe_text(tag) for tag in tags) if isinstance(tags, list | tuple) else (safe_text(tags),),
-        **{name: safe_text(value) for name, value in said.items()},
+        session_id=_first(_id, said, "session_id", "langfuse_session_id"),
+        user_id=_first(_user, said, "user_id", "langfuse_user_id"),
+        conversation_id=_first(_id, said, "conversation_id", "thread_id"),
+        tags=tuple(text for tag in (tags if isinstance(tags, list | tuple) else (tags,)) if (text := _text(tag))),
+        **{name: _text(said[name]) for name in _TEXTS if name in said},
     )
+
+
+def is_said(value: Any) -> bool:
+    """Tell whether a value of a config says something: not where it is None, or an empty text."""
+    return value is not None and not (isinstance(value, str) and not value)
+
+
+def _first(read: Callable[[Any, str], str | None], said: Mapping[str, Any], *names: str) -> str | None:
+    """Return the first of what stands under these names that can be read, or None."""
+    return next((found for name in names if name in said and (found := read(said[name], name)) is not None), None)
+
+
+@never_breaks("reading an id in a config (the turn goes without it)")
+def _id(value: Any, name: str) -> str:
+    return safe_id(value, name)
+
+
+@never_breaks("reading an id in a config (the turn goes without it)")
+def _user(value: Any, name: str) -> str:
+    return as_text(value, name)
+
+
+@never_breaks("reading a text in a config (the turn goes without it)")
+def _text(value: Any) -> str:
+    return safe_text(value)
 
 
 def step_of(tags: Sequence[str] | None) -> int | None:
     """Return LangGraph's step when a run is that of a node, else None."""
     for tag in tags or ():
-        if tag.startswith(_STEP_TAG):
+        if isinstance(tag, str) and tag.startswith(_STEP_TAG):  # the app may put anything beside LangGraph's own
             number = tag[len(_STEP_TAG) :]
-            return int(number) if number.isdecimal() else 0
+            return int(number) if number.isdecimal() and len(number) <= _STEP_DIGITS else 0
     return None
 
 
@@ -79,9 +102,14 @@ def is_task(metadata: Mapping[str, Any] | None) -> bool:
 
 def name_of_node(name: str | None) -> str:
     """Return the name of a node or a task; what LangGraph runs when a node has failed is called after that."""
-    if name is not None and name.startswith(_ERROR_HANDLER):
+    if isinstance(name, str) and name.startswith(_ERROR_HANDLER):
         return f"{name[len(_ERROR_HANDLER) :]} error handler"
-    return name or "node"
+    return name_of(name, "node")
+
+
+def name_of(name: Any, otherwise: str) -> str:
+    """Return a name that an app or a provider gave, as it can be kept; where it is none, another one."""
+    return safe_text(name) if isinstance(name, str) and name else otherwise
 
 
 def handed_to(output: Any) -> str | None:
@@ -90,7 +118,7 @@ def handed_to(output: Any) -> str | None:
         return None
     goes = output.goto if isinstance(output.goto, list | tuple) else [output.goto]
     names = [each.node if isinstance(each, Send) else each for each in goes]
-    return ", ".join(name for name in names if isinstance(name, str)) or None
+    return safe_text(", ".join(name for name in names if isinstance(name, str))) or None
 
 
 def is_hidden(tags: Sequence[str] | None) -> bool:
@@ -207,19 +235,19 @@ def name_of_model(metadata: Mapping[str, Any] | None, options: Mapping[str, Any]
     """Return the name of the model that a call asks for."""
     asked = (metadata or {}).get("ls_model_name")
     if isinstance(asked, str) and asked:
-        return asked
+        return safe_text(asked)
     params = options.get("invocation_params")
     if isinstance(params, Mapping):
         for name in ("model", "model_name", "model_id", "deployment_name"):
             if isinstance(value := params.get(name), str) and value:
-                return value
+                return safe_text(value)
     return None
 
 
 def name_of_provider(metadata: Mapping[str, Any] | None) -> str | None:
     """Return the vendor of the model that a call asks for, as LangChain names it."""
     provider = (metadata or {}).get("ls_provider")
-    return provider if isinstance(provider, str) and provider else None
+    return safe_text(provider) if isinstance(provider, str) and provider else None
 
 
 def call_of(result: LLMResult, *, model: str | None, provider: str | None) -> LLMCall:
@@ -231,11 +259,11 @@ def call_of(result: LLMResult, *, model: str | None, provider: str | None) -> LL
         provider: The vendor, as LangChain names it.
     """
     message = message_of(result)
-    answered = None if message is None else message.response_metadata.get("model_name")
-    if not isinstance(answered, str) and isinstance(result.llm_output, Mapping):
-        answered = result.llm_output.get("model_name")
+    answered = None if message is None else _mapping(message.response_metadata).get("model_name")
+    if not isinstance(answered, str):
+        answered = _mapping(result.llm_output).get("model_name")
     return LLMCall(
-        model=answered if isinstance(answered, str) and answered else model,
+        model=safe_text(answered) if isinstance(answered, str) and answered else model,
         provider=provider,
         usage=_usage_of_message(message) or _usage_of_output(result.llm_output),
     )
@@ -251,11 +279,10 @@ def message_of(result: LLMResult) -> AIMessage | None:
 
 
 def _usage_of_message(message: AIMessage | None) -> Usage | None:
-    usage = None if message is None else message.usage_metadata
-    if usage is None:
+    usage: Any = None if message is None else message.usage_metadata
+    if not isinstance(usage, Mapping):
         return None
-    of_input: Mapping[str, Any] = usage.get("input_token_details") or {}
-    of_output: Mapping[str, Any] = usage.get("output_token_details") or {}
+    of_input, of_output = _mapping(usage.get("input_token_details")), _mapping(usage.get("output_token_details"))
     return Usage(
         input_tokens=_count(usage.get("input_tokens")),
         output_tokens=_count(usage.get("output_tokens")),
@@ -267,7 +294,7 @@ def _usage_of_message(message: AIMessage | None) -> Usage | None:
 
 def _usage_of_output(output: Mapping[str, Any] | None) -> Usage | None:
     for key in ("token_usage", "usage"):
-        usage = (output or {}).get(key)
+        usage = _mapping(output).get(key)
         if isinstance(usage, Mapping):
             given = _first_count(usage, "prompt_tokens", "input_tokens")
             made = _first_count(usage, "completion_tokens", "output_tokens")
@@ -281,7 +308,12 @@ def _first_count(usage: Mapping[str, Any], *names: str) -> int | None:
 
 
 def _count(value: Any) -> int:
-    return value if isinstance(value, int) and value > 0 else 0
+    return value if isinstance(value, int) and 0 < value <= _MOST_TOKENS else 0
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """Return what a provider's integration should have filled in as a mapping; nothing where it is none."""
+    return value if isinstance(value, Mapping) else _NOTHING
 
 
 def answer_of(result: LLMResult) -> Any:
@@ -290,6 +322,7 @@ def answer_of(result: LLMResult) -> Any:
     if message is None:
         return [generation.text for batch in result.generations for generation in batch]
     told: dict[str, Any] = {"role": "assistant", "content": message.content}
-    if message.tool_calls:
-        told["tool_calls"] = [{"name": call["name"], "args": call["args"]} for call in message.tool_calls]
+    if isinstance(message.tool_calls, list) and message.tool_calls:
+        calls = map(_mapping, message.tool_calls)
+        told["tool_calls"] = [{"name": call.get("name"), "args": call.get("args")} for call in calls]
     return told

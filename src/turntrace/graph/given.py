@@ -13,6 +13,7 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.graph.state import CompiledStateGraph
 
 from turntrace.boundary import caught
+from turntrace.graph.extract import is_said
 from turntrace.lifecycle.carrying import CARRIED
 
 _NAMES: Final = (
@@ -112,7 +113,8 @@ def _found(bound: Any, config: Any, context: Any) -> Mapping[str, Any]:
         for each in (bound, config):
             configurable = each.get("configurable") if isinstance(each, Mapping) else None
             if isinstance(configurable, Mapping):
-                users = {"user_id": user} if (user := configurable.get(_SERVERS_USER)) else {}
+                user = configurable.get(_SERVERS_USER)
+                users = {"user_id": user} if is_said(user) else {}
                 found |= users | _named(configurable)
         return found if context is None else found | _named(context)
     except Exception as error:  # a context of the app's may do anything when it is read
@@ -123,4 +125,4 @@ def _found(bound: Any, config: Any, context: Any) -> Mapping[str, Any]:
 def _named(source: Any) -> dict[str, Any]:
     is_mapping = isinstance(source, Mapping)
     values = ((name, source.get(name) if is_mapping else getattr(source, name, None)) for name in _NAMES)
-    return {name: value for name, value in values if value is not None and value != ""}
+    return {name: value for name, value in values if is_said(value)}

@@ -15,7 +15,7 @@ from langchain_core.outputs import LLMResult
 
 from turntrace import attributes as a
 from turntrace.attributes import AttributeValue
-from turntrace.boundary import off_watched_loop
+from turntrace.boundary import never_breaks, off_watched_loop
 from turntrace.content import to_json
 from turntrace.current import current_scope, enter, leave, turn_that_left
 from turntrace.graph import extract
@@ -74,7 +74,7 @@ class RunRegistry:
                     root.names_prompts = root.prompt is not None
                 root.turn.run_began()
                 root.is_graph = True
-                name = name or "graph"
+                name = extract.name_of(name, "graph")
                 self._step_began(run_id, root, None, name, "agent", {a.GEN_AI_AGENT_NAME: name})
             return
         prompt = extract.prompt_of(metadata)
@@ -84,7 +84,8 @@ class RunRegistry:
         number, namespace = extract.step_of(tags), extract.namespace_of(metadata)
         is_task = number is None and namespace != parent.namespace and extract.is_task(metadata)
         if (number is None and not is_task) or extract.is_hidden(tags):
-            run = Run(parent.root, parent.step, parent=parent, name=name, started_ns=self._tracker.clock())
+            known_as = None if name is None else extract.name_of(name, "graph")
+            run = Run(parent.root, parent.step, parent=parent, name=known_as, started_ns=self._tracker.clock())
             self._note(run_id, run)
         else:
             if number is not None:
@@ -115,7 +116,7 @@ class RunRegistry:
             known[a.GEN_AI_REQUEST_MODEL] = model
         if provider is not None:
             known[a.GEN_AI_PROVIDER_NAME] = provider
-        name = model or options.get("name") or "model"
+        name = model or extract.name_of(options.get("name"), "model")
         run = self._call_began(run_id, parent_id, name, "generation", known, messages, metadata)
         if run is not None and run.step is not None:
             neighbours.look()
@@ -144,7 +145,7 @@ class RunRegistry:
         self, run_id: UUID, parent_id: UUID | None, name: str | None, arguments: Any, metadata: Metadata
     ) -> None:
         """Note a call of a tool."""
-        name = name or "tool"
+        name = extract.name_of(name, "tool")
         run = self._call_began(run_id, parent_id, name, "tool", {a.GEN_AI_TOOL_NAME: name}, None, metadata)
         if run is not None and run.step is not None:
             self._record(run.step, a.LANGFUSE_OBSERVATION_INPUT, arguments)
@@ -152,7 +153,7 @@ class RunRegistry:
 
     def retriever_started(self, run_id: UUID, parent_id: UUID | None, name: str | None, metadata: Metadata) -> None:
         """Note a call of a retriever."""
-        run = self._call_began(run_id, parent_id, name or "retriever", "retriever", {}, None, metadata)
+        run = self._call_began(run_id, parent_id, extract.name_of(name, "retriever"), "retriever", {}, None, metadata)
         if run is not None:
             self._enter(run)
 
@@ -216,7 +217,7 @@ class RunRegistry:
     def _root_of(self, parent_id: UUID | None, inputs: Any, metadata: Metadata) -> Root | None:
         """Find the turn of a run whose parent is not known: the one that runs here, the one it names, or a new one."""
         turn_id = (metadata or {}).get(TURN_ID_KEY)
-        named = None if turn_id is None else self._tracker.live_turn(str(turn_id))
+        named = self._tracker.live_turn(turn_id) if isinstance(turn_id, str) else None
         scope = current_scope()
         running: Any = None if scope is None else scope.turn
         if named is not None and named is not running:
@@ -319,6 +320,7 @@ class RunRegistry:
         if run is not None and run.step is not None and run.step.first_token_ns is None:
             run.step.first_token_ns = self._tracker.clock()
 
+    @never_breaks("recording what a step was given or gave back")
     def _record(self, step: OpenStep, name: str, value: Any) -> None:
         """Record content on a step, where the policy lets it out; each text in it goes through the redactor."""
         policy = self._tracker.content
