@@ -9,7 +9,8 @@ from sqlalchemy import func, select
 
 from turntrace.analytics.asking import count_if, day, in_bytes, rows_of, turn_number
 from turntrace.analytics.confidence import Rate
-from turntrace.analytics.filters import ALL, DAY_NS, Filters, iso_day, of_sessions, of_turns, of_turns_joined
+from turntrace.analytics.filters import ALL, Filters, of_sessions, of_turns, of_turns_joined
+from turntrace.analytics.times import DAY_NS, iso_day
 from turntrace.ledger import Ledger
 from turntrace.ledger.rows import plain_summary, steps_from
 from turntrace.ledger.statements import ABANDONED
