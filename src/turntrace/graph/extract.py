@@ -193,12 +193,12 @@ def has_interrupts(outputs: Any) -> bool:
     return isinstance(outputs, Mapping) and bool(outputs.get(_INTERRUPTS))
 
 
-def is_edit_of_state(name: str | None) -> bool:
+def is_edit_of_state(name: Any) -> bool:
     """Tell whether a root run is how ``update_state`` writes what is edited, and so no run of the graph.
 
     LangGraph names it after the graph and tells nothing else that holds for every graph and version.
     """
-    return name is not None and name.endswith(_EDIT)
+    return isinstance(name, str) and name.endswith(_EDIT)
 
 
 def message_in(inputs: Any, key: str = "messages") -> Any:
