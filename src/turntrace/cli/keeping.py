@@ -1,6 +1,7 @@
-"""The commands that look after the ledger: sweep, export, doctor."""
+"""The commands that look after the ledger: sweep, forget, export, doctor."""
 
 from contextlib import closing
+from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
@@ -9,6 +10,7 @@ from rich.text import Text
 from turntrace.cli.lookup import open_existing
 from turntrace.cli.render import count, stdout, working
 from turntrace.cli.running import OK, LedgerOption
+from turntrace.errors import ConfigurationError
 
 
 def sweep(
@@ -29,6 +31,36 @@ def sweep(
         swept = tracker.sweep(idle_after=idle_after)
     closed = f"closed {count(swept.turns, 'turn')} as abandoned"
     stdout().print(Text(f"Ended {count(swept.sessions, 'session')}, {closed}."), soft_wrap=True)
+    return OK
+
+
+def forget(
+    before: Annotated[
+        str | None,
+        typer.Option("--before", metavar="WHEN", help="Sessions that ended before it: a day, a time, or 90d."),
+    ] = None,
+    user_id: Annotated[
+        str | None, typer.Option("--user-id", metavar="ID", help="A user, by the id that your app has.")
+    ] = None,
+    ledger: LedgerOption = None,
+) -> int:
+    """Erase old sessions from the ledger, as cron does for retention, or all of a user.
+
+    What Langfuse was sent is still there afterwards; of a user it is said what that is.
+    """
+    from turntrace.analytics.times import day_of
+    from turntrace.lifecycle import SessionTracker
+
+    if (before is None) == (user_id is None):
+        raise ConfigurationError("forget takes --before WHEN or --user-id ID: turntrace forget --before 90d.")
+    open_existing(ledger).close()
+    with SessionTracker(ledger) as tracker, working("Erasing"):
+        if user_id is not None:
+            said = str(tracker.forget_user(user_id))
+        else:
+            at = datetime.fromtimestamp(day_of(str(before), "--before") / 1e9, UTC)
+            said = f"Erased {count(tracker.forget_before(at), 'session')} that ended before {at:%Y-%m-%d %H:%M:%S} UTC."
+    stdout().print(Text(said), soft_wrap=True)
     return OK
 
 

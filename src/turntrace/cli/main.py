@@ -21,7 +21,7 @@ COMMANDS: Final = (
     *(playing.demo, playing.replay),
     *(looking.sessions, looking.show, looking.users),
     *(reporting.funnel, reporting.dropoff, reporting.report),
-    *(keeping.sweep, keeping.export, keeping.doctor),
+    *(keeping.sweep, keeping.forget, keeping.export, keeping.doctor),
 )
 for _function in COMMANDS:
     app.command()(command(_function))

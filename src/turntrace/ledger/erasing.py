@@ -1,7 +1,7 @@
 """Erasing a user from the ledger."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, Final, NamedTuple
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
@@ -67,6 +67,51 @@ def forget(connection: Connection, user_id: str) -> Erased:
     connection.execute(delete(conversations).where(in_mine))
     connection.execute(delete(sessions).where(sessions.c.user_id == user_id))
     return Erased(tuple(session_ids), len(traces), frozenset(traces))
+
+
+def forget_ended(connection: Connection, before_ns: int, most: int) -> list[str]:
+    """Erase sessions that ended before a time, the oldest first, with their turns, decisions, stages and feedback.
+
+    A conversation goes with the last of its turns, and a user's journeys with the last of the user's sessions.
+
+    Args:
+        connection: A connection in a transaction.
+        before_ns: The time, in nanoseconds since 1970.
+        most: How many sessions at most.
+
+    Returns:
+        The ids of the sessions; none when no such session is left.
+    """
+    old = select(sessions.c.id, sessions.c.user_id).where(sessions.c.ended_ns < before_ns)
+    found = connection.execute(old.order_by(sessions.c.ended_ns).limit(most)).all()
+    ids = [row.id for row in found]
+    users = {row.user_id for row in found if row.user_id is not None}
+    for table in _BY_SESSION:
+        connection.execute(delete(table).where(table.c.session_id.in_(ids)))
+    _forget_conversations(connection, ids)
+    connection.execute(delete(sessions).where(sessions.c.id.in_(ids)))
+    owned = {
+        row.id
+        for row in connection.execute(select(sessions.c.user_id.label("id")).where(sessions.c.user_id.in_(users)))
+    }
+    gone = [f"session:{session_id}" for session_id in ids] + sorted(users - owned)
+    connection.execute(delete(journeys).where(journeys.c.owner.in_(gone)))
+    connection.execute(delete(gates).where(gates.c.key.in_([f"session:{user}" for user in users - owned])))
+    return ids
+
+
+def _forget_conversations(connection: Connection, session_ids: Sequence[str]) -> None:
+    """Erase the conversations that these sessions had last, but for those that have turns in others."""
+    in_them = conversations.c.session_id.in_(session_ids)
+    latest = [
+        select(table.c.session_id).where(table.c.conversation_id == conversations.c.id).order_by(table.c.number.desc())
+        for table in (open_turns, turns)
+    ]
+    left = func.coalesce(*(query.limit(1).scalar_subquery() for query in latest))
+    connection.execute(update(conversations).where(in_them, left.is_not(None)).values(session_id=left))
+    numbers = select(literal("number:") + conversations.c.id).where(in_them)
+    connection.execute(delete(gates).where(gates.c.key.in_(numbers)))
+    connection.execute(delete(conversations).where(in_them))
 
 
 def _leave_to_others(connection: Connection, user_id: str) -> None:

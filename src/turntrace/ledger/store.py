@@ -18,7 +18,7 @@ from sqlalchemy.exc import IntegrityError, ProgrammingError
 from turntrace.identity import new_hash_key
 from turntrace.ledger import schema, taking_up
 from turntrace.ledger.engine import Database
-from turntrace.ledger.erasing import Erased, erase_waiting, forget
+from turntrace.ledger.erasing import Erased, erase_waiting, forget, forget_ended
 from turntrace.ledger.outbox import StoredOutbox
 from turntrace.ledger.questions import LedgerQuestions
 from turntrace.ledger.rows import (
@@ -295,6 +295,11 @@ class Ledger(LedgerQuestions):
         """
         with self._database.erasing() as connection:
             return forget(connection, user_id)
+
+    def forget_ended(self, before_ns: int, most: int) -> list[str]:
+        """Erase sessions that ended before a time, the oldest first; see `turntrace.ledger.erasing.forget_ended`."""
+        with self._database.erasing() as connection:
+            return forget_ended(connection, before_ns, most)
 
     def erase_waiting(self, user_id: str, erased: Erased) -> int:
         """Take what is a user's out of the outbox; return how many spans and scores that were.

@@ -2,14 +2,14 @@
 
 import asyncio
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from turntrace.errors import StateError
 from turntrace.identity import check_id
 from turntrace.ledger import Ledger
 from turntrace.lifecycle.checks import idle_ns_of
-from turntrace.lifecycle.erasing import Forgotten, forget_user
+from turntrace.lifecycle.erasing import Forgotten, forget_before, forget_user
 from turntrace.lifecycle.feedback import FEEDBACK_NAME, PutFeedback
 from turntrace.lifecycle.sweep import Swept, sweep
 from turntrace.summaries import SessionSummary, UserSummary
@@ -130,6 +130,24 @@ class Afterwards:
             LedgerError: If the ledger cannot be written.
         """
         return forget_user(cast("SessionTracker", self), self.hash_user(user_id))
+
+    def forget_before(self, before: datetime | timedelta) -> int:
+        """Erase the sessions from the ledger that ended before a time, with all that belongs to them, as for retention.
+
+        What Langfuse was sent is not touched, nor what waits to be sent. A conversation goes with its last turn: should
+        it go on, its turns are numbered from 1 again.
+
+        Args:
+            before: The time (UTC where it has no zone), or how long ago: ``timedelta(days=90)``.
+
+        Returns:
+            How many sessions were erased.
+
+        Raises:
+            ConfigurationError: If it is neither.
+            LedgerError: If the ledger cannot be written.
+        """
+        return forget_before(cast("SessionTracker", self), before)
 
     async def aforget_user(self, user_id: str | int) -> Forgotten:
         """Do what `forget_user` does, without blocking the event loop."""

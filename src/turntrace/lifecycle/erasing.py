@@ -1,12 +1,17 @@
-"""Erasing a user: from the ledger, from the outbox, and from what this process remembers."""
+"""Erasing a user, or what is old: from the ledger, from the outbox, and from what this process remembers."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Final
+
+from turntrace.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from turntrace.lifecycle.tracker import SessionTracker
 
-_FLUSH_S = 30.0
+_FLUSH_S: Final = 30.0
+_AT_ONCE: Final = 500
+"""Sessions that are erased in one transaction, for which other writers wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,3 +49,25 @@ def forget_user(tracker: "SessionTracker", user_id: str) -> Forgotten:
     waiting = tracker.ledger.erase_waiting(user_id, erased)
     tracker.ledger.scrub()
     return Forgotten(user_id=user_id, sessions=erased.sessions, turns=erased.turns, waiting=waiting)
+
+
+def forget_before(tracker: "SessionTracker", before: Any) -> int:
+    """Erase the sessions that ended before a time, or so long ago; return how many."""
+    before_ns = _time_of(before, tracker.clock())
+    tracker.flush(_FLUSH_S)
+    count = 0
+    while erased := tracker.ledger.forget_ended(before_ns, _AT_ONCE):
+        count += len(erased)
+    return count
+
+
+def _time_of(before: Any, now_ns: int) -> int:
+    if isinstance(before, timedelta):
+        return now_ns - before // timedelta(microseconds=1) * 1_000
+    if isinstance(before, datetime):
+        at = before if before.tzinfo is not None else before.replace(tzinfo=UTC)
+        return int(at.timestamp() * 1e9)
+    raise ConfigurationError(
+        f"before is {before!r:.40}. Allowed are a time and how long ago: "
+        "tracker.forget_before(timedelta(days=90)) or tracker.forget_before(datetime(2026, 1, 1, tzinfo=UTC))."
+    )
