@@ -51,13 +51,18 @@ class SettleTurn(SpanJob):
 
     def write(self, ledger: LedgerWriter) -> None:
         """Put the spans into the outbox; what ended after its turn is added to the turn and its session."""
-        if self._tracker.is_forgotten(self._turn.conversation.session.id):
+        session_id = self._turn.conversation.session.id
+        if self._tracker.is_forgotten(session_id) or self._was_erased(ledger, session_id):
             return
         self._put_spans(ledger)
         self._put_decisions(ledger)
         late = {} if self._late is None else {name: getattr(self._late, name) for name in LATE_SUMS}
         if any(late.values()):
             ledger.add_to_turn(self._turn.words, late)
+
+    def _was_erased(self, ledger: LedgerWriter, session_id: str) -> bool:
+        """Tell whether another process erased the user while the turn ran; a guest's session is in another ledger."""
+        return not self._turn.is_visit and ledger.session(session_id) is None
 
     def _put_decisions(self, ledger: LedgerWriter) -> None:
         tags = self._turn.words
@@ -118,11 +123,14 @@ class FinishTurn(SettleTurn):
         if self._summary is None or self._tracker.is_forgotten(self._summary.session_id):
             self._tracker.finished(self._turn.id)
             return
-        self._put_spans(ledger)
-        self._put_decisions(ledger)
         topic = self._turn.conversation.topic
         before = self._turn.before
         end = ledger.finish_turn(self._summary, self._steps, spans=self._count, topic=topic, before=before)
+        if end is TurnEnd.ENDED_BEFORE and self._was_erased(ledger, self._summary.session_id):
+            self._tracker.finished(self._turn.id)
+            return
+        self._put_spans(ledger)
+        self._put_decisions(ledger)
         if self._summary.output_type == INTERRUPT and ledger.has_later_turn(self._summary):
             AbandonWaiting(self._tracker, self._turn.id).write(ledger)  # the user did not wait for this to be written
         if end is TurnEnd.ENDED_AFTER_SESSION:
