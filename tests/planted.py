@@ -105,19 +105,25 @@ def _around(form: bytes, layer: bytes) -> Iterator[bytes]:
 def _forms(text: str) -> set[bytes]:
     """Return the ways in which a text may be written: raw, and as JSON, URLs, HTML, Python and base64 write it."""
     raw = text.encode()
-    written = {text, repr(text)[1:-1], html.escape(text), html.escape(text, quote=False), ascii(text)[1:-1]}
+    written = {text, html.escape(text), html.escape(text, quote=False)} | _as_python(text)
     written |= {quote(text), quote(text, safe=""), quote_plus(text), quote_plus(quote(text, safe=""))}
     for each in list(written):
         for ascii_only in (True, False):
             once = json.dumps(each, ensure_ascii=ascii_only)[1:-1]
-            written |= {once, html.escape(once), json.dumps(once, ensure_ascii=ascii_only)[1:-1], repr(once)[1:-1]}
-    found = {each.encode() for each in written} | {repr(raw)[2:-1].encode(), raw.hex().encode()}
-    found |= {raw.hex().upper().encode(), text.encode("utf-16-le"), text.encode("utf-16-be")}
+            written |= {once, html.escape(once), json.dumps(once, ensure_ascii=ascii_only)[1:-1], *_as_python(once)}
+    found = {each.encode() for each in (*written, raw.hex(), raw.hex().upper())}
+    found |= {text.encode("utf-16-le"), text.encode("utf-16-be")}
     for before in range(3):  # in base64 a text looks different at each place of a group of three
         for encode in (base64.b64encode, base64.urlsafe_b64encode):
             begin, end = (4 if before else 0), (before + len(raw)) // 3 * 4
             found.add(encode(b"\0" * before + raw)[begin:end])
     return found
+
+
+def _as_python(text: str) -> set[str]:
+    """Return how Python may write a text and its bytes: its quotation marks depend on what else stands there."""
+    shown = {repr("\"'" + text)[4:-1], ascii("\"'" + text)[4:-1], repr(b"\"'" + text.encode())[5:-1]}
+    return shown | {each.replace("\\'", "'") for each in shown}
 
 
 _PACKED: Final = re.compile(rb"\x1f\x8b\x08|\x78[\x01\x5e\x9c\xda]")

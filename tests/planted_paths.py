@@ -686,7 +686,7 @@ def _described(life: Life) -> None:
     graph.invoke({"note": s["state"], "messages": []}, {**life.config(), "callbacks": [handler]})
 
 
-@path("a state whose messages fail when they are read")
+@path("a state whose messages fail when they are read", turn=("question",))
 def _odd_state(life: Life) -> None:
     s = life.secrets
 
@@ -698,7 +698,7 @@ def _odd_state(life: Life) -> None:
 
     handler = SessionCallbackHandler(life.tracker())
     config = life.config()
-    config["metadata"] = {"user_id": {"name": s["user"]}, "topic": {1: 2}}  # no id: the turn is not tracked
+    config["metadata"] = {"user_id": {"name": s["user"]}, "topic": {1: 2}}  # no id: the user is not known
     graph: Any = single(lambda state: None, schema=State).compile()
     graph.invoke(given(life), {**config, "callbacks": [handler]})
     config["metadata"] = {"user_id": Odd(s["user"])}

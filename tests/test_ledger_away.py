@@ -31,7 +31,7 @@ class Desk:
         self.path = path
         engine = open_engine(f"sqlite:///{path}")
         event.listen(engine, "connect", lambda connection, _: connection.execute("PRAGMA busy_timeout=20"))
-        self.tracker = SessionTracker(engine, user_hash_key="a key of the tests")
+        self.tracker = SessionTracker(engine, user_hash_key="a key of the tests", outbox=True)
         self.saver = InMemorySaver()
 
     @contextmanager

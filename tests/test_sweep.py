@@ -609,6 +609,28 @@ def test_runs_of_a_user_who_was_forgotten_begin_anew(tracker: SessionTracker) ->
     assert (user.sessions_total, user.total_turns) == (1, 1)
 
 
+@pytest.mark.parametrize("steps", [1, 450], ids=["short", "long"])
+def test_a_turn_that_runs_elsewhere_while_its_user_is_forgotten_leaves_nothing(
+    steps: int, workers: list[SessionTracker], path: Path
+) -> None:
+    one, other = workers
+    session = other.start_session(user_id="alice")
+    turn = session.conversation("of alice").start_turn("Hello")
+    other.flush()
+    one.forget_user("alice")
+    for _ in range(steps):
+        turn.close_step(turn.open_step("agent", "chain"))
+    other.flush()
+    turn.end()
+    session.end()
+    for tracker in workers:
+        tracker.shutdown()
+    stored = everything_in(path)
+    for words in (one.hash_user("alice"), session.id, turn.id, "of alice"):
+        assert words.encode() not in stored, words
+    assert bytes.fromhex(turn.id) not in stored
+
+
 @pytest.mark.parametrize("last", ["alice", "bob"])
 def test_a_conversation_that_two_users_share_stays_the_others(
     last: str, capture: Capture, clock: Clock, path: Path

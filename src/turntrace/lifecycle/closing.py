@@ -52,13 +52,18 @@ class SettleTurn(SpanJob):
 
     def write(self, ledger: LedgerWriter) -> None:
         """Put the spans into the outbox; what ended after its turn is added to the turn and its session."""
-        if self._tracker.is_forgotten(self._turn.conversation.session.id):
+        session_id = self._turn.conversation.session.id
+        if self._tracker.is_forgotten(session_id) or self._was_erased(ledger, session_id):
             return
         self._put_spans(ledger)
         self._put_decisions(ledger)
         late = {} if self._late is None else {name: getattr(self._late, name) for name in LATE_SUMS}
         if any(late.values()):
             ledger.add_to_turn(self._turn.words, late)
+
+    def _was_erased(self, ledger: LedgerWriter, session_id: str) -> bool:
+        """Tell whether another process erased the user while the turn ran; a guest's session is in another ledger."""
+        return not self._turn.is_visit and ledger.session(session_id) is None
 
     def _put_decisions(self, ledger: LedgerWriter) -> None:
         tags = self._turn.words
@@ -131,12 +136,15 @@ class FinishTurn(SettleTurn):
         if self._summary is None or self._tracker.is_forgotten(self._summary.session_id):
             self._tracker.finished(self._turn)
             return
-        self._put_spans(ledger)
-        self._put_decisions(ledger)
         topic, before = self._turn.conversation.topic, self._turn.before
         end = ledger.finish_turn(
             self._summary, self._steps, spans=self._count + self._roots, topic=topic, before=before
         )
+        if end is TurnEnd.ENDED_BEFORE and self._was_erased(ledger, self._summary.session_id):
+            self._tracker.finished(self._turn)
+            return
+        self._put_spans(ledger)
+        self._put_decisions(ledger)
         whole = ledger.whole
         if end is TurnEnd.ENDED_BEFORE:  # by another process, which was first
             added = ledger.add_part(self._summary, self._steps, spans=self._count, before=before)
@@ -178,11 +186,12 @@ class _WholeRoot(SpanJob):
 
 @never_breaks("classifying what the user said by classify=...")
 def _input_type(turn: "Turn", question: Message) -> str:
-    return safe_text(turn.tracker.classify(question.text))
+    return safe_text(turn.tracker.classify(question.text))[:_TYPE_LENGTH]
 
 
 _INSTRUCTIONS: Final = ("system", "developer")
 _RESULTS: Final = ("tool", "function")
+_TYPE_LENGTH: Final = 40
 _NEW: Final = TurnSummary(id="")
 """What is known before of a turn that did not wait."""
 

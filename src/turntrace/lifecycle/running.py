@@ -53,8 +53,11 @@ class RunningTurn:
         number: Its number in the conversation, from 1.
         conversation: The conversation that it is a turn of.
         account: What its steps add up to; only the writer's thread touches it.
+        is_visit: Whether it is a turn of another process, perhaps with another ledger, that a run here belongs to.
         wait_ns: How long it has waited for a person, in nanoseconds.
     """
+
+    is_visit = False
 
     def __init__(
         self,

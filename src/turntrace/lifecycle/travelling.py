@@ -109,6 +109,8 @@ def visited(tracker: "SessionTracker", tags: TurnTags, called_by: trace.SpanCont
 class VisitingTurn(Turn):
     """A turn of another process, while a run of this one belongs to it."""
 
+    is_visit = True
+
     def end(self, status: str = "completed", *, error: BaseException | None = None) -> None:
         """End the visit; the turn goes on where it began."""
         if self.leave(error) is not None:
