@@ -1,7 +1,7 @@
 """Beginning a turn: its number, the ids of its trace, and what its root is started with."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry import trace
 
@@ -18,6 +18,9 @@ from turntrace.records import SessionFacts, TurnOwn, TurnRequest
 
 if TYPE_CHECKING:
     from turntrace.lifecycle.tracker import SessionTracker
+
+
+_NOTHING: Final = TurnOwn()
 
 
 def begun_turn(
@@ -51,7 +54,7 @@ def begun_turn(
     span_id = new_span_id()
     started_ns = tracker.clock()
     own = _own_of(session, conversation, request, below)
-    kept = own_text(own)
+    kept = None if own is _NOTHING else own_text(own)
     begun = tracker.ledger.begin_turn(
         turn_id,
         session_id=session.id,
@@ -99,9 +102,13 @@ def _own_of(
     session: SessionFacts, conversation: Conversation, request: TurnRequest, below: trace.Span | None
 ) -> TurnOwn:
     """Return what a turn begins with that its session does not tell."""
+    tier = request.tier if request.tier != session.tier else None
+    org_id = request.org_id if request.org_id != session.org_id else None
+    if not (tier or org_id or conversation.topic or request.tags or below is not None):
+        return _NOTHING
     return TurnOwn(
-        tier=request.tier if request.tier != session.tier else None,
-        org_id=request.org_id if request.org_id != session.org_id else None,
+        tier=tier,
+        org_id=org_id,
         topic=conversation.topic,
         tags=request.tags,
         above=None if below is None else above_of(below),
