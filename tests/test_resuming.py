@@ -122,6 +122,11 @@ def think(_state: State) -> dict[str, Any]:
     return {}
 
 
+def think_again(_state: State) -> dict[str, Any]:
+    FakeModel().invoke("think again")
+    return {}
+
+
 # --- the sweep --------------------------------------------------------------------------------------------------------
 def test_the_sweep_of_another_process_leaves_a_turn_alone_that_was_just_answered(workers: Workers) -> None:
     tracker, other = workers.tracker(), workers.tracker()
@@ -292,6 +297,22 @@ def test_the_texts_of_both_parts_are_shown_where_they_may_be(level: str, capture
         shown |= root.attributes
     assert ("What does tea cost?" in shown[a.LANGFUSE_OBSERVATION_INPUT]) is (level == "turn")
     assert shown[a.TURN_STATUS] == "completed"
+
+
+def test_many_turns_of_one_session_that_are_answered_at_once_by_two_workers_are_all_whole(workers: Workers) -> None:
+    graphs = [workers.graph(workers.tracker(), think, ask, think_again) for _ in range(2)]
+    names = [f"c{n}" for n in range(8)]
+    at_once(*[lambda n=n: graphs[0].invoke(asks(), config_of(n, user_id="ann")) for n in names])
+    workers.rows()
+    answers = [(graph, name) for name in names for graph in graphs]
+    at_once(*[lambda g=g, n=n: g.invoke(Command(resume="yes"), config_of(n, user_id="ann")) for g, n in answers])
+    turns = [turn for turn, _ in workers.rows()]
+    assert {turn.status for turn in turns} == {"completed"}
+    [session] = workers.trackers[0].ledger.sessions()
+    calls = [span for span in workers.spans() if span.attributes[a.LANGFUSE_OBSERVATION_TYPE] == "generation"]
+    assert session.llm_calls == sum(turn.llm_calls for turn in turns) == len(calls)
+    assert session.total_turns == len(turns)
+    assert sum(workers.trackers[0].ledger.span_counts(session.id).values()) == len(workers.spans())
 
 
 class Unreadable(dict[str, Any]):

@@ -1,7 +1,6 @@
 """Beginning a turn: its number, the ids of its trace, and what its root is started with."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry import trace
@@ -21,6 +20,9 @@ from turntrace.records import SessionFacts, TurnOwn, TurnRequest
 
 if TYPE_CHECKING:
     from turntrace.lifecycle.tracker import SessionTracker
+
+
+_NOTHING: Final = TurnOwn()
 
 
 def begun_turn(
@@ -55,6 +57,7 @@ def begun_turn(
     span_id = new_span_id()
     started_ns = tracker.clock()
     own = _own_of(session, conversation, request, below)
+<<<<<<< HEAD
     kept = own_text(own)
 
     def begin(since_ns: int = 0) -> TurnBegun | None:
@@ -87,6 +90,22 @@ def begun_turn(
     if begun is not None:
         meets(begun)
     elif not is_late:
+=======
+    kept = None if own is _NOTHING else own_text(own)
+    begun = tracker.ledger.begin_turn(
+        turn_id,
+        session_id=session.id,
+        conversation_id=conversation.id,
+        user_id=session.user_id,
+        role=role,
+        started_ns=started_ns,
+        active_since_ns=active_since_ns,
+        trace_id=trace_id,
+        root_span_id=span_id,
+        own=kept,
+    )
+    if begun is None:
+>>>>>>> 8bce6dfbf868d15984fcbf5efbe391313ecb2d8b
         return None
     begins = RootStart.of(
         session,
@@ -100,7 +119,7 @@ def begun_turn(
     linked = around.get_span_context()
 
     def start_root(_: OpenStep, late: Mapping[str, AttributeValue]) -> trace.Span:
-        known = replace(begins, tags=turn.words)  # a turn that was written down late has another number now
+        known = begins._replace(tags=turn.words)  # a turn that was written down late has another number now
         return known.start(tracker.target, late, below=below, linked=linked if linked.is_valid else None)
 
     turn = Turn(
@@ -123,9 +142,13 @@ def _own_of(
     session: SessionFacts, conversation: Conversation, request: TurnRequest, below: trace.Span | None
 ) -> TurnOwn:
     """Return what a turn begins with that its session does not tell."""
+    tier = request.tier if request.tier != session.tier else None
+    org_id = request.org_id if request.org_id != session.org_id else None
+    if not (tier or org_id or conversation.topic or request.tags or below is not None):
+        return _NOTHING
     return TurnOwn(
-        tier=request.tier if request.tier != session.tier else None,
-        org_id=request.org_id if request.org_id != session.org_id else None,
+        tier=tier,
+        org_id=org_id,
         topic=conversation.topic,
         tags=request.tags,
         above=None if below is None else above_of(below),

@@ -1,7 +1,8 @@
 """The root of a turn: what it begins with, and how another process starts it again."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from opentelemetry import trace
 
@@ -13,8 +14,7 @@ from turntrace.lifecycle.steps import root_attributes
 from turntrace.records import SessionFacts, TurnOwn, TurnSummary, TurnTags
 
 
-@dataclass(frozen=True, slots=True)
-class RootStart:
+class RootStart(NamedTuple):
     """What the root of a turn begins with.
 
     Attributes:
