@@ -57,8 +57,7 @@ def begun_turn(
     span_id = new_span_id()
     started_ns = tracker.clock()
     own = _own_of(session, conversation, request, below)
-<<<<<<< HEAD
-    kept = own_text(own)
+    kept = None if own is _NOTHING else own_text(own)
 
     def begin(since_ns: int = 0) -> TurnBegun | None:
         return tracker.ledger.begin_turn(
@@ -90,22 +89,6 @@ def begun_turn(
     if begun is not None:
         meets(begun)
     elif not is_late:
-=======
-    kept = None if own is _NOTHING else own_text(own)
-    begun = tracker.ledger.begin_turn(
-        turn_id,
-        session_id=session.id,
-        conversation_id=conversation.id,
-        user_id=session.user_id,
-        role=role,
-        started_ns=started_ns,
-        active_since_ns=active_since_ns,
-        trace_id=trace_id,
-        root_span_id=span_id,
-        own=kept,
-    )
-    if begun is None:
->>>>>>> 8bce6dfbf868d15984fcbf5efbe391313ecb2d8b
         return None
     begins = RootStart.of(
         session,
