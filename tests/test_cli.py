@@ -86,7 +86,10 @@ def test_an_unknown_command_or_option_is_a_mistake_of_the_caller(run: Run) -> No
 
 def test_what_goes_wrong_is_one_line(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments, why in (
-        (("sessions", "--ledger", "nonsense"), "is not a database URL"),
+        (
+            ("sessions", "--ledger", "nonsense"),
+            "The ledger is 'nonsense', which is no database URL. Pass 'sqlite:///nonsense'",
+        ),
         (("sessions", "--ledger", f"sqlite:///{tmp_path}/none.db"), "none.db yet. turntrace demo makes one"),
         (("show", "x", "--ledger", f"sqlite:///{tmp_path}/none.db"), "There is no ledger at"),
         (("demo", "--ledger", "mysql://host/db"), "'mysql'"),
@@ -99,7 +102,7 @@ def test_what_goes_wrong_is_one_line(run: Run, tmp_path: Path, monkeypatch: pyte
         assert result.stderr.count("\n") == 1
     assert not (tmp_path / "none.db").exists()
     monkeypatch.setenv("TURNTRACE_IDLE_AFTER", "soon")
-    assert "turntrace: The environment variable TURNTRACE_IDLE_AFTER cannot be used" in run("demo").stderr
+    assert "turntrace: The environment variable TURNTRACE_IDLE_AFTER is 'soon'. Allowed is" in run("demo").stderr
 
 
 # --- replay -----------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def sessions_table(console: Console, sessions: Sequence[SessionSummary], *, fail
         Column("channel", [Text(safe(each.channel)) for each in sessions], least=8),
         Column("started, UTC", [Text(clock(each.started_ns)) for each in sessions], rank=3),
         figures("turns", [f"{each.total_turns:,}" for each in sessions]),
-        _failed(sessions, 0 if failed else 4),
+        *([_failed(sessions, 0 if failed else 4)] if failed or any(each.failed_turns for each in sessions) else []),
         figures("tokens", [f"{each.total_tokens:,}" for each in sessions], rank=1),
         figures("cost", [money(each.total_cost_usd, 4) for each in sessions]),
         figures("duration", [duration(each.duration_ms) for each in sessions], rank=2),

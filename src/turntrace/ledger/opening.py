@@ -1,5 +1,6 @@
 """Opening the engine of the ledger's database: SQLite as turntrace wants it, or PostgreSQL."""
 
+import re
 import sqlite3
 import time
 from pathlib import Path
@@ -17,6 +18,8 @@ BUSY_TIMEOUT_MS: Final = 5_000
 
 _SQLITE: Final = ("sqlite", "sqlite+pysqlite")
 _POSTGRESQL: Final = ("postgresql", "postgresql+psycopg")
+_FILE: Final = re.compile(r"([A-Za-z]:[\\/])?[\w ./\\~-]{1,200}")
+"""What a file is named by, and nothing with a user and a password."""
 _LOCK_POLL_S: Final = 0.01
 _CONNECT_S: Final = 10
 _RECYCLE_S: Final = 1800
@@ -36,10 +39,7 @@ def open_engine(url: str | URL) -> Engine:
     try:
         parsed = make_url(url)
     except ArgumentError:
-        raise ConfigurationError(  # without the text: it may hold a password
-            "The ledger's place is not a database URL. Pass one like sqlite:////var/lib/app/turntrace.db, "
-            "or set TURNTRACE_LEDGER_URL to it."
-        ) from None
+        raise ConfigurationError(_no_url(url)) from None
     if parsed.drivername in _POSTGRESQL:
         return _open_postgresql(parsed)
     if parsed.drivername not in _SQLITE:
@@ -54,6 +54,18 @@ def open_engine(url: str | URL) -> Engine:
         engine = create_engine(parsed, connect_args={"check_same_thread": False})
     event.listen(engine, "connect", _prepare_sqlite)
     return engine
+
+
+def _no_url(given: object) -> str:
+    if isinstance(given, str | Path) and _FILE.fullmatch(str(given)):
+        return (
+            f"The ledger is {str(given)!r}, which is no database URL. Pass {f'sqlite:///{given}'!r} for a SQLite file "
+            "there, or set TURNTRACE_LEDGER_URL to it."
+        )
+    return (  # without the text: it may hold a password
+        "The ledger's place is not a database URL. Pass one like sqlite:////var/lib/app/turntrace.db, "
+        "or set TURNTRACE_LEDGER_URL to it."
+    )
 
 
 def is_memory(url: URL) -> bool:
