@@ -18,8 +18,10 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, StateGraph
 from langgraph.types import Command, RetryPolicy, interrupt
 from opentelemetry.sdk.trace import TracerProvider
+from sqlalchemy.engine import make_url
 from typer.testing import Result
 
+import postgres
 from apps import FakeModel, State, asks
 from command_line import runner
 from loopback import LangfuseServer
@@ -29,6 +31,7 @@ from turntrace.cli import looking
 from turntrace.cli.main import app
 from turntrace.context import DropOldestTurns
 from turntrace.demo import support_desk
+from turntrace.errors import LedgerError
 from turntrace.identity import hash_user
 from turntrace.summaries import SessionSummary
 from turntrace.testing import Clock
@@ -842,6 +845,33 @@ def test_a_file_that_is_no_ledger_is_one_line(run: Run, tmp_path: Path) -> None:
         assert (result.exit_code, result.stdout) == (2, ""), command
         assert result.stderr.startswith(f"turntrace: The ledger at sqlite:///{tmp_path / name} failed: ")
         assert result.stderr.count("\n") == 1
+
+
+def test_a_postgresql_that_refuses_is_said_with_what_to_do(run: Run) -> None:
+    url = "postgresql+psycopg://me:hunter2@127.0.0.1:1/db"
+    for command in ("sessions", "show x", "demo", "sweep"):
+        result = run(*command.split(), "--ledger", url)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "failed: Connection refused. Is the server running, at that host and port? Start it." in result.stderr
+        assert "has room" not in result.stderr
+        assert "hunter2" not in result.stderr
+        assert result.stderr.count("\n") == 1
+    with pytest.raises(LedgerError) as caught:
+        SessionTracker(url)
+    assert caught.value.__suppress_context__  # no traceback of SQLAlchemy's
+    assert caught.value.__cause__ is None
+
+
+def test_a_database_or_a_user_that_there_is_not_is_said_with_how_to_make_it(run: Run) -> None:
+    with postgres.server() as url:
+        where = make_url(url)
+        for wrong, advice in (
+            (where.set(database="nope"), "Make the database, as by: createdb nope."),
+            (where.set(username="nobody"), "Make the user, as by: createuser nobody."),
+        ):
+            result = run("sessions", "--ledger", wrong.render_as_string(hide_password=False))
+            assert result.exit_code == 2
+            assert advice in result.stderr
 
 
 def test_asking_changes_nothing(run: Run, office: str) -> None:

@@ -23,6 +23,20 @@ _FILE: Final = re.compile(r"([A-Za-z]:[\\/])?[\w ./\\~-]{1,200}")
 _LOCK_POLL_S: Final = 0.01
 _CONNECT_S: Final = 10
 _RECYCLE_S: Final = 1800
+_ADVICE: Final = (
+    (r'database "([^"]*)" does not exist', "Make the database, as by: createdb {0}. Or correct its name in the URL."),
+    (r"password authentication failed|no password supplied", "Correct the user and the password in the URL."),
+    (r'role "([^"]*)" does not exist', "Make the user, as by: createuser {0}. Or correct it in the URL."),
+    (r"no pg_hba\.conf entry", "Have the server let this user and machine in: its pg_hba.conf says who may."),
+    (r"[Cc]onnection refused|No such file or directory", "Is the server running, at that host and port? Start it."),
+    (r"failed to resolve host|could not translate host", "Correct the host in the URL: its name is not known here."),
+    (
+        r"timeout expired|timed out|No route to host|unreachable",
+        "Does the host run, and can it be reached from here?",
+    ),
+    (r"too many clients|remaining connection slots", "Raise max_connections of the server, or use fewer processes."),
+)
+"""What to do about which error of PostgreSQL's, by what its client library says in English."""
 
 
 def open_engine(url: str | URL) -> Engine:
@@ -84,6 +98,14 @@ def _open_postgresql(url: URL) -> Engine:
             "The ledger is to be on PostgreSQL, and its driver psycopg is not installed. "
             "Install it: pip install 'turntrace[postgres]'."
         ) from error
+
+
+def advice_on_postgresql(words: str) -> str | None:
+    """Return what to do about an error of a connection to PostgreSQL, by its words; None where they are not known."""
+    for pattern, advice in _ADVICE:
+        if (found := re.search(pattern, words)) is not None:
+            return advice.format(*found.groups())
+    return None
 
 
 def _make_folder(path: Path) -> None:
