@@ -20,7 +20,7 @@ from sqlalchemy.pool import StaticPool
 
 import postgres
 from conftest import AIRLINE
-from turntrace import analytics, boundary
+from turntrace import SessionTracker, analytics, boundary
 from turntrace.analytics import ALL, MOST_TURNS, ORDERS, Cohort, Dropoffs, Filters, FunnelStage, Rate, day_of, interval
 from turntrace.analytics.times import iso_day
 from turntrace.demo.player import Player
@@ -1212,3 +1212,21 @@ def test_filters_that_would_find_nothing_are_refused_at_once(given: dict[str, An
     assert why in str(caught.value)
     with pytest.raises(ConfigurationError):
         ALL.of(**given)
+
+
+def test_what_is_no_ledger_and_what_are_no_filters_is_refused_with_what_to_pass() -> None:
+    ledger = Ledger("sqlite://")
+    questions = {name: getattr(analytics, name) for name in (*EVERY_QUESTION, "users", "sessions_by", "choices")}
+    questions["funnel"] = lambda ledger, filters=ALL: analytics.funnel(ledger, "onboarding", filters)
+    questions["users"] = lambda ledger, filters=ALL: analytics.users(ledger, filters=filters)
+    questions["sessions_by"] = lambda ledger, filters=ALL: analytics.sessions_by(ledger, filters=filters)
+    with SessionTracker("sqlite://", tracer_provider=TracerProvider()) as tracker:
+        for name, ask in questions.items():
+            for wrong in (tracker, "sqlite:///ledger.db", None):
+                with pytest.raises(ConfigurationError, match=r"^The ledger is a \w+\. .* pass tracker\.ledger, or"):
+                    ask(wrong)
+            if name != "choices":
+                for given in ("web", {"channel": "web"}, None):
+                    with pytest.raises(ConfigurationError, match=r"^The filters are a \w+\. .* pass Filters\(channel="):
+                        ask(ledger, given)
+    ledger.close()

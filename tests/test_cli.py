@@ -86,7 +86,10 @@ def test_an_unknown_command_or_option_is_a_mistake_of_the_caller(run: Run) -> No
 
 def test_what_goes_wrong_is_one_line(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments, why in (
-        (("sessions", "--ledger", "nonsense"), "is not a database URL"),
+        (
+            ("sessions", "--ledger", "nonsense"),
+            "The ledger is 'nonsense', which is no database URL. Pass 'sqlite:///nonsense'",
+        ),
         (("sessions", "--ledger", f"sqlite:///{tmp_path}/none.db"), "none.db yet. turntrace demo makes one"),
         (("show", "x", "--ledger", f"sqlite:///{tmp_path}/none.db"), "There is no ledger at"),
         (("demo", "--ledger", "mysql://host/db"), "'mysql'"),
@@ -99,7 +102,7 @@ def test_what_goes_wrong_is_one_line(run: Run, tmp_path: Path, monkeypatch: pyte
         assert result.stderr.count("\n") == 1
     assert not (tmp_path / "none.db").exists()
     monkeypatch.setenv("TURNTRACE_IDLE_AFTER", "soon")
-    assert "turntrace: The environment variable TURNTRACE_IDLE_AFTER cannot be used" in run("demo").stderr
+    assert "turntrace: The environment variable TURNTRACE_IDLE_AFTER is 'soon'. Allowed is" in run("demo").stderr
 
 
 # --- replay -----------------------------------------------------------------------------------------------------------
@@ -236,7 +239,7 @@ def test_the_demo_shows_a_session_as_a_tree_and_all_as_a_table(run: Run, url: st
     result = run("demo", "--ledger", url, columns=80)
     assert (result.exit_code, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
-    assert max(map(len, lines[:-5])) <= 80
+    assert max(map(len, lines[: lines.index(f"The ledger: {url}")])) <= 80
     tree = [line.lstrip("│├└─` |+-") for line in lines]
     begin = next(number for number, line in enumerate(tree) if line.startswith("turn 5"))
     assert re.fullmatch(r"turn 5  \d\d:\d\d:\d\d  completed  intent refund  statement → answer", tree[begin])
@@ -266,6 +269,29 @@ def test_the_demo_shows_a_session_as_a_tree_and_all_as_a_table(run: Run, url: st
     assert run("show", session_id[1], "--ledger", url, columns=80).stdout.splitlines()[: head - 1] == lines[: head - 1]
     run("demo", "--ledger", url)
     assert len(run("sessions", "--ledger", url).stdout.splitlines()) == 2 + 10
+
+
+@pytest.mark.parametrize("on_path", [True, False])
+def test_the_demos_commands_work_as_they_stand(
+    on_path: bool, run: Run, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As after `make demo`: the program is in .venv/bin, which is on the PATH of few.
+    program = tmp_path / ".venv" / "bin" / "turntrace"
+    program.parent.mkdir(parents=True)
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m turntrace.cli.main "$@"\n', encoding="utf-8")
+    program.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [".venv/bin/turntrace", "demo"])
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin" if on_path else "/usr/bin:/bin")
+    result = run("demo", "--ledger", url)
+    name = "turntrace" if on_path else ".venv/bin/turntrace"
+    commands = re.findall(rf"(?:^|  |: ){re.escape(name)} .*$", result.stdout, re.MULTILINE)
+    verbs = [command.strip(": ").split()[1] for command in commands]
+    assert verbs == ["sessions", "show", "funnel", "report", "export"]
+    for command in commands[:3]:
+        done = subprocess.run(command.strip(": "), shell=True, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout
 
 
 def test_a_narrow_terminal_gets_cards_and_no_line_too_long(run: Run, url: str) -> None:

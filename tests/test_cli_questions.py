@@ -18,8 +18,10 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, StateGraph
 from langgraph.types import Command, RetryPolicy, interrupt
 from opentelemetry.sdk.trace import TracerProvider
+from sqlalchemy.engine import make_url
 from typer.testing import Result
 
+import postgres
 from apps import FakeModel, State, asks
 from command_line import runner
 from loopback import LangfuseServer
@@ -29,6 +31,7 @@ from turntrace.cli import looking
 from turntrace.cli.main import app
 from turntrace.context import DropOldestTurns
 from turntrace.demo import support_desk
+from turntrace.errors import LedgerError
 from turntrace.identity import hash_user
 from turntrace.summaries import SessionSummary
 from turntrace.testing import Clock
@@ -289,6 +292,16 @@ def test_a_session_whose_first_turn_still_runs_is_found_by_its_conversation(run:
         turn.end()
 
 
+def test_what_is_typed_wrong_is_said_plainly(run: Run) -> None:
+    wrong = run("sessions", "--sort", "fastest").stderr
+    assert "'fastest' is not one of 'newest', 'longest'" in wrong
+    assert "Value error" not in wrong
+    assert "--org" not in run("sessions", "--foo").stderr
+    typo = run("sessions", "--chanel", "web").stderr
+    assert "--channel" in typo
+    assert "--help)" not in typo
+
+
 def test_every_order_of_analytics_can_be_asked_for() -> None:
     assert tuple(order.value.replace("-", " ") for order in looking.SessionOrder) == ORDERS
 
@@ -323,7 +336,42 @@ def test_a_users_id_is_hashed_with_the_key_that_the_ledger_keeps(run: Run, url: 
     assert ids(run("sessions", "--user-id", "42", "--ledger", url)) == ["his"]
     nobody = run("sessions", "--user-id", "nobody", "--ledger", url, "--channel", "a\x1b[2Jb")
     assert nobody.exit_code == 0
-    assert nobody.stdout.startswith("There are no sessions like that: channel a\\x1b[2Jb, user_id ")
+    assert nobody.stdout.splitlines() == [
+        "There are no sessions like that: channel a\\x1b[2Jb, user_id nobody.",
+        "No session has --channel a\\x1b[2Jb: there are unknown.",
+    ]
+    alone = run("users", "--user-id", "nobody", "--ledger", url)
+    assert alone.stdout == "There are no users like that: user_id nobody.\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        ("--channel webb", "No session has --channel webb: there are api, mobile, slack, web."),
+        ("--end-reason foo", "No session has --end-reason foo: there are completed, inactive_timeout, user_exit."),
+        ("--org acme", "No session has --org acme: there are initech."),
+        ("--model gpt-5", "No session has --model gpt-5: there are gpt-4o-mini."),
+        ("--topic coffee", "No session has --topic coffee: there are mail, tea."),
+        ("--error KeyError", "No session has --error KeyError: there are none on record."),
+        ("--channel web --tier gold", "No session has --tier gold: there are free, premium."),
+        ("--channel web --topic tea", None),
+        ("--since 2027-01-01 --end-reason open", None),
+    ],
+)
+def test_where_nothing_is_found_it_is_said_what_there_is(options: str, hint: str | None, run: Run, office: str) -> None:
+    for command in ("sessions", "users", "dropoff"):
+        _, *hints = run(command, *options.split()).stdout.splitlines()
+        assert hints == ([] if hint is None else [hint])
+    found = run("sessions", *options.split(), "--json")
+    assert rows(found) == []
+
+
+def test_of_many_values_some_are_named(run: Run, url: str) -> None:
+    with SessionTracker(url) as tracker:
+        for number in range(20):
+            tracker.start_session(channel=f"c-{number:02}").end()
+    hint = run("sessions", "--channel", "c", "--ledger", url).stdout.splitlines()[1]
+    assert hint.endswith("there are c-00, c-01, c-02, c-03, c-04, c-05, c-06, c-07 and 12 more.")
 
 
 def test_sessions_as_json_have_the_fields_of_a_summary_and_times_in_iso(run: Run, office: str) -> None:
@@ -672,11 +720,52 @@ def test_a_funnel_has_bars_counts_shares_and_times(run: Run, office: str) -> Non
 def test_a_journey_that_nobody_began_is_said_to_be_none(run: Run, office: str) -> None:
     wrong = run("funnel", "checkout")
     assert (wrong.exit_code, wrong.stdout) == (2, "")
-    assert "No journey 'checkout' was begun in these sessions. Those that are: onboarding." in wrong.stderr
+    assert "No journey 'checkout' was begun in these sessions. Those that were: onboarding." in wrong.stderr
+    elsewhere = "Those on record: onboarding, in sessions that are not like that: channel api."
     none = run("funnel", "--channel", "api")
     assert none.exit_code == 0
-    assert "No journey was begun in these sessions" in none.stdout
+    assert none.stdout == f"No journey was begun in these sessions.\n{elsewhere}\n"
     assert rows(run("funnel", "--channel", "api", "--json")) == []
+    assert elsewhere in run("funnel", "checkout", "--channel", "api").stderr
+    assert "--channel fax: there are api" in run("funnel", "--channel", "fax").stdout
+
+
+def test_without_any_journey_it_is_said_how_one_is_begun(run: Run, url: str) -> None:
+    with SessionTracker(url) as tracker, tracker.session() as session, session.conversation("c").turn("Hi") as turn:
+        begin = "turn.journey('onboarding', stages=['signup', 'done']).enter('signup')"
+        for result in (run("funnel", "--ledger", url), run("funnel", "onboarding", "--ledger", url)):
+            assert f"None is on record: the app begins one with {begin}." in result.output
+            assert "turntrace demo" not in result.output
+        turn.journey("onboarding", stages=["signup", "done"]).enter("signup")  # what it says works
+    assert "onboarding  1 user" in run("funnel", "--ledger", url).stdout
+
+
+def test_funnels_and_dropoffs_as_csv(run: Run, office: str) -> None:
+    found = read_csv(run("funnel", "--csv"))
+    assert [(row["name"], row["stage"], row["entered"]) for row in found] == [
+        *(("onboarding", "signup", "3"), ("onboarding", "connect", "2"), ("onboarding", "first_answer", "0")),
+    ]
+    assert (found[0]["begun"], found[0]["converted"], found[0]["stayed_p50_ms"]) == ("3", "1", "22500")
+    assert list(csv.reader(io.StringIO(run("funnel", "--csv", "--channel", "api").stdout))) == [list(found[0])]
+    found = read_csv(run("dropoff", "--csv"))
+    assert [tuple(row.values()) for row in found if row["by"] == "turn"] == [
+        *(("turn", "1", "1", "0", "0.0"), ("turn", "2", "2", "1", "0.5"), ("turn", "3", "2", "1", "0.5")),
+    ]
+    assert {row["by"] for row in found} == {"turn", "intent", "action"}
+    for command in ("funnel", "dropoff"):
+        assert "give one of them" in run(command, "--csv", "--json").stderr
+
+
+def test_a_fresh_app_is_told_when_sessions_end(run: Run, url: str) -> None:
+    with SessionTracker(url) as tracker:
+        tracker.start_session(session_id="s")
+        assert run("dropoff", "--ledger", url).stdout.splitlines() == [
+            "There are no ended sessions yet.",
+            "1 session is open. Silence of 30 min 00 s ends a session: when its user comes back, or by turntrace "
+            "sweep, which with --idle-after SECONDS ends those that were silent for less.",
+        ]
+        tracker.start_session().end()
+    assert run("dropoff", "--ledger", url).stdout.startswith("0 of 1 ended session dropped off")
 
 
 def test_dropoffs_by_turn_intent_and_action_with_their_rates(run: Run, office: str) -> None:
@@ -696,7 +785,7 @@ def test_dropoffs_by_turn_intent_and_action_with_their_rates(run: Run, office: s
         {"at": "3", "ended": 1, "dropoffs": 1, "rate": 1.0},
     ]
     assert set(found) == {"by_turn", "by_intent", "by_action"}
-    assert run("dropoff", "--channel", "fax").stdout == "There are no ended sessions like that: channel fax.\n"
+    assert run("dropoff", "--channel", "fax").stdout.startswith("There are no ended sessions like that: channel fax.\n")
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -708,6 +797,18 @@ def test_a_report_is_written(run: Run, office: str, tmp_path: Path) -> None:
     page = file.read_text(encoding="utf-8")
     assert "</html>" in page
     assert "onboarding" in page
+
+
+def test_a_report_of_nothing_says_so_and_is_written(run: Run, office: str, tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    result = run("report", "-o", str(file), "--channel", "webb")
+    assert result.exit_code == 0
+    assert result.stderr.splitlines() == [
+        "There are no sessions like that: channel webb.",
+        "No session has --channel webb: there are api, mobile, slack, web.",
+    ]
+    assert str(file) in result.stdout
+    assert file.exists()
 
 
 def test_a_report_needs_to_know_where_it_goes(run: Run, office: str, tmp_path: Path) -> None:
@@ -744,6 +845,33 @@ def test_a_file_that_is_no_ledger_is_one_line(run: Run, tmp_path: Path) -> None:
         assert (result.exit_code, result.stdout) == (2, ""), command
         assert result.stderr.startswith(f"turntrace: The ledger at sqlite:///{tmp_path / name} failed: ")
         assert result.stderr.count("\n") == 1
+
+
+def test_a_postgresql_that_refuses_is_said_with_what_to_do(run: Run) -> None:
+    url = "postgresql+psycopg://me:hunter2@127.0.0.1:1/db"
+    for command in ("sessions", "show x", "demo", "sweep"):
+        result = run(*command.split(), "--ledger", url)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "failed: Connection refused. Is the server running, at that host and port? Start it." in result.stderr
+        assert "has room" not in result.stderr
+        assert "hunter2" not in result.stderr
+        assert result.stderr.count("\n") == 1
+    with pytest.raises(LedgerError) as caught:
+        SessionTracker(url)
+    assert caught.value.__suppress_context__  # no traceback of SQLAlchemy's
+    assert caught.value.__cause__ is None
+
+
+def test_a_database_or_a_user_that_there_is_not_is_said_with_how_to_make_it(run: Run) -> None:
+    with postgres.server() as url:
+        where = make_url(url)
+        for wrong, advice in (
+            (where.set(database="nope"), "Make the database, as by: createdb nope."),
+            (where.set(username="nobody"), "Make the user, as by: createuser nobody."),
+        ):
+            result = run("sessions", "--ledger", wrong.render_as_string(hide_password=False))
+            assert result.exit_code == 2
+            assert advice in result.stderr
 
 
 def test_asking_changes_nothing(run: Run, office: str) -> None:

@@ -133,7 +133,7 @@ def test_without_keys_spans_wait_which_is_no_problem(url: str, capsys: pytest.Ca
         ({"LANGFUSE_PUBLIC_KEY": ""}, "LANGFUSE_SECRET_KEY is set and LANGFUSE_PUBLIC_KEY is not", "Set LANGFUSE_PUB"),
         ({"LANGFUSE_SECRET_KEY": f"{SECRET}\n"}, "LANGFUSE_SECRET_KEY has a blank, a line break", "as it is"),
         ({"LANGFUSE_PUBLIC_KEY": SECRET, "LANGFUSE_SECRET_KEY": "pk-lf-test"}, "are swapped", "pk-..."),
-        ({"LANGFUSE_SAMPLE_RATE": "often"}, "LANGFUSE_SAMPLE_RATE cannot be used", "Set that variable"),
+        ({"LANGFUSE_SAMPLE_RATE": "often"}, "LANGFUSE_SAMPLE_RATE is 'often'. Allowed is", "Set that variable"),
     ],
 )
 def test_keys_that_cannot_be_right_are_no_reason_to_ask(

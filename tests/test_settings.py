@@ -7,11 +7,15 @@ from typing import Any
 import pytest
 
 from turntrace import SessionTracker, TurntraceError
+from turntrace.doctor import run_checks
 from turntrace.errors import ConfigurationError, IdentityError
 from turntrace.settings import (
+    LangfuseSettings,
+    Settings,
     default_ledger_path,
     read_langfuse_settings,
     read_settings,
+    unknown_variables,
 )
 
 
@@ -89,26 +93,57 @@ def test_an_argument_goes_before_the_environment(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "value", "allowed"),
     [
-        ("TURNTRACE_CONTENT", "secret"),
-        ("TURNTRACE_CONTENT", ""),
-        ("TURNTRACE_IDLE_AFTER", "secret"),
-        ("TURNTRACE_IDLE_AFTER", "0"),
-        ("TURNTRACE_IDLE_AFTER", "-1"),
-        ("TURNTRACE_IDLE_AFTER", "nan"),
-        ("TURNTRACE_IDLE_AFTER", "inf"),
-        ("TURNTRACE_CHANNEL", ""),
-        ("TURNTRACE_CHANNEL", "secret" * 40),
+        ("TURNTRACE_CONTENT", "all", "are metadata, turn and full: TURNTRACE_CONTENT=metadata."),
+        ("TURNTRACE_CONTENT", "", "are metadata, turn and full"),
+        (
+            "TURNTRACE_IDLE_AFTER",
+            "abc",
+            "is a number of seconds above 0, at most ten years: TURNTRACE_IDLE_AFTER=1",
+        ),
+        ("TURNTRACE_IDLE_AFTER", "0", "is a number of seconds above 0"),
+        ("TURNTRACE_IDLE_AFTER", "-1", "is a number of seconds above 0"),
+        ("TURNTRACE_IDLE_AFTER", "nan", "is a number of seconds above 0"),
+        ("TURNTRACE_IDLE_AFTER", "inf", "is a number of seconds above 0"),
+        ("TURNTRACE_CHANNEL", "", "is a text of 1 to 200 characters: TURNTRACE_CHANNEL=web."),
+        ("TURNTRACE_PROPAGATE", "perhaps", "are true and false: TURNTRACE_PROPAGATE=true."),
+        ("TURNTRACE_OUTBOX_MAX_MB", "0", "is a number of megabytes above 0: TURNTRACE_OUTBOX_MAX_MB=512."),
     ],
 )
-def test_a_variable_that_cannot_be_used_is_named_and_not_shown(
-    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+def test_a_variable_that_cannot_be_used_is_said_with_its_value_and_what_is_allowed(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, allowed: str
 ) -> None:
     monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigurationError, match=name) as error:
+    with pytest.raises(ConfigurationError) as error:
         tracker()
-    assert "secret" not in str(error.value)
+    assert str(error.value).startswith(f"The environment variable {name} is {value!r}. Allowed {allowed}")
+
+
+def test_a_long_value_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TURNTRACE_CHANNEL", "x" * 201)
+    with pytest.raises(ConfigurationError, match=r"TURNTRACE_CHANNEL is 'x{39}\. Allowed is a text"):
+        tracker()
+
+
+def test_every_variable_that_can_be_wrong_has_words_for_it_and_no_secret_has() -> None:
+    for kind in (Settings, LangfuseSettings):
+        texts = {name for name, each in kind.model_fields.items() if "str" in str(each.annotation).lower()}
+        assert set(kind.allowed) == (set(kind.model_fields) - texts) | (set(kind.model_fields) & {"channel"})
+
+
+def test_variables_that_nothing_reads_are_named_with_what_they_look_like(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert unknown_variables() == []
+    for name in ("TURNTRACE_IDLE", "TURNTRACE_IDLE_AFTER", "TURNTRACE_ZZZ", "TURNTRACE_LEDGER", "TURNTRACE_TRACEBACK"):
+        monkeypatch.setenv(name, "1")
+    assert unknown_variables() == [
+        ("TURNTRACE_IDLE", "TURNTRACE_IDLE_AFTER"),
+        ("TURNTRACE_LEDGER", "TURNTRACE_LEDGER_URL"),
+        ("TURNTRACE_ZZZ", None),
+    ]
+    found = {check.name: check for check in run_checks("sqlite://")}["variables"]
+    assert (found.ok, found.found) == (None, "nothing reads TURNTRACE_IDLE, TURNTRACE_LEDGER, TURNTRACE_ZZZ")
+    assert found.todo.startswith("Unset them, or set TURNTRACE_IDLE as TURNTRACE_IDLE_AFTER, ")
 
 
 def test_a_short_hash_key_of_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +188,7 @@ def test_a_langfuse_variable_that_cannot_be_used_is_named(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigurationError, match=name):
+    with pytest.raises(ConfigurationError, match=rf"{name} is '{value}'. Allowed .*{name}="):
         read_langfuse_settings()
 
 
@@ -215,3 +250,32 @@ def test_an_argument_of_the_wrong_type_is_refused_at_once(arguments: dict[str, A
     # Not later, by the thread that writes: there nobody would hear of it.
     with pytest.raises(TurntraceError):
         tracker(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("ledger", "offered"),
+    [
+        ("ledger.db", "sqlite:///ledger.db"),
+        ("foo", "sqlite:///foo"),
+        ("/var/lib/app/turntrace.db", "sqlite:////var/lib/app/turntrace.db"),
+        (Path("here") / "ledger.db", "sqlite:///here/ledger.db"),
+    ],
+    ids=str,
+)
+def test_a_file_for_a_ledger_is_answered_with_its_url(ledger: Any, offered: str) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        tracker(ledger)
+    assert str(error.value).startswith(f"The ledger is {str(ledger)!r}, which is no database URL. Pass {offered!r} ")
+
+
+@pytest.mark.parametrize("ledger", ["postgresql//me:hunter2@host/db", "me:hunter2@host", "pw=hunter2", "hunter2@h"])
+def test_what_may_hold_a_password_is_not_shown(ledger: str) -> None:
+    with pytest.raises(ConfigurationError, match="not a database URL") as error:
+        tracker(ledger)
+    assert "hunter2" not in str(error.value)
+
+
+def test_what_is_no_text_at_all_is_no_ledger() -> None:
+    wrong: Any = 5
+    with pytest.raises(ConfigurationError, match="sqlite:///"):
+        tracker(wrong)

@@ -1,7 +1,10 @@
 """Settings from the environment: ``TURNTRACE_*`` for turntrace, ``LANGFUSE_*`` as Langfuse's own SDK reads them."""
 
+import os
+from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import ClassVar, Final, TypeVar
 
 import platformdirs
 from pydantic import Field, SecretStr, ValidationError
@@ -15,6 +18,9 @@ S = TypeVar("S", bound=BaseSettings)
 MAX_IDLE_S: Final = 10 * 366 * 86_400.0
 """Longest idle time, in seconds: ten years."""
 
+_PREFIX: Final = "TURNTRACE_"
+_READ_ELSEWHERE: Final = ("TRACEBACK",)
+_ALIKE: Final = 0.5
 
 LANGFUSE_CLOUD: Final = "https://cloud.langfuse.com"
 """The server where ``LANGFUSE_BASE_URL`` says none, as Langfuse's SDK has it."""
@@ -33,7 +39,7 @@ class Settings(BaseSettings):
         outbox_max_mb: How many megabytes (1,000,000 bytes) may wait to be sent; beyond it the oldest are dropped.
     """
 
-    model_config = SettingsConfigDict(env_prefix="TURNTRACE_", extra="ignore")
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, extra="ignore")
 
     ledger_url: str | None = None
     user_hash_key: SecretStr | None = None
@@ -42,6 +48,14 @@ class Settings(BaseSettings):
     channel: str = Field(default="unknown", min_length=1, max_length=200)
     propagate: bool = False
     outbox_max_mb: float = Field(default=512.0, gt=0, allow_inf_nan=False)
+
+    allowed: ClassVar[Mapping[str, str]] = {
+        "content": "are metadata, turn and full: TURNTRACE_CONTENT=metadata",
+        "idle_after": "is a number of seconds above 0, at most ten years: TURNTRACE_IDLE_AFTER=1800",
+        "channel": "is a text of 1 to 200 characters: TURNTRACE_CHANNEL=web",
+        "propagate": "are true and false: TURNTRACE_PROPAGATE=true",
+        "outbox_max_mb": "is a number of megabytes above 0: TURNTRACE_OUTBOX_MAX_MB=512",
+    }
 
     @property
     def ledger(self) -> str:
@@ -64,6 +78,12 @@ class LangfuseSettings(BaseSettings):
     sample_rate: float = Field(default=1.0, ge=0.0, le=1.0)
     timeout: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     otel_traces_export_path: str = "api/public/otel/v1/traces"
+
+    allowed: ClassVar[Mapping[str, str]] = {
+        "tracing_enabled": "are true and false: LANGFUSE_TRACING_ENABLED=true",
+        "sample_rate": "is a number from 0 to 1: LANGFUSE_SAMPLE_RATE=0.5",
+        "timeout": "is a number of seconds above 0: LANGFUSE_TIMEOUT=5",
+    }
 
     @property
     def has_keys(self) -> bool:
@@ -99,10 +119,27 @@ def read_langfuse_settings() -> LangfuseSettings:
     return _read(LangfuseSettings)
 
 
+def unknown_variables() -> list[tuple[str, str | None]]:
+    """Return the variables ``TURNTRACE_*`` of the environment that nothing reads, each with the one it looks like."""
+    known = [*(name.upper() for name in Settings.model_fields), *_READ_ELSEWHERE]
+    ours = {name: name.upper().removeprefix(_PREFIX) for name in sorted(os.environ) if name.upper().startswith(_PREFIX)}
+    return [
+        (name, next((_PREFIX + alike for alike in get_close_matches(rest, known, n=1, cutoff=_ALIKE)), None))
+        for name, rest in ours.items()
+        if rest not in known
+    ]
+
+
 def _read(kind: type[S]) -> S:
     try:
         return kind()
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        name = f"{kind.model_config.get('env_prefix')}{first['loc'][0]}".upper()
-        raise ConfigurationError(f"The environment variable {name} cannot be used: {first['msg']}.") from None
+        first = error.errors(include_url=False)[0]
+        field = str(first["loc"][0])
+        name = f"{kind.model_config.get('env_prefix')}{field}".upper()
+        allowed: Mapping[str, str] = getattr(kind, "allowed", {})
+        if field not in allowed:  # a secret may be in it
+            raise ConfigurationError(f"The environment variable {name} cannot be used: {first['msg']}.") from None
+        raise ConfigurationError(
+            f"The environment variable {name} is {first['input']!r:.40}. Allowed {allowed[field]}."
+        ) from None

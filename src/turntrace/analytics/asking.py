@@ -24,6 +24,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
 from turntrace.analytics.times import DAY_NS
+from turntrace.errors import ConfigurationError
 from turntrace.ledger import Ledger
 
 T = TypeVar("T")
@@ -36,15 +37,29 @@ _SPAN: Final = 2**40
 """More than any value of numbered parts, which are milliseconds or thousandths: 34 years of them."""
 
 
+def checked_ledger(ledger: Ledger) -> Ledger:
+    """Return the ledger, or say what was passed instead.
+
+    Raises:
+        ConfigurationError: If it is none.
+    """
+    if isinstance(ledger, Ledger):
+        return ledger
+    raise ConfigurationError(
+        f"The ledger is a {type(ledger).__name__}. Allowed is a turntrace.ledger.Ledger: pass tracker.ledger, or "
+        "Ledger('sqlite:///ledger.db')."
+    )
+
+
 def rows_of(ledger: Ledger, query: Executable) -> list[Any]:
     """Ask a question, and return all rows."""
-    with ledger.asking() as connection:
+    with checked_ledger(ledger).asking() as connection:
         return list(connection.execute(query).all())
 
 
 def read(ledger: Ledger, query: Executable, kind: Callable[..., T]) -> list[T]:
     """Ask a question, and return the rows as results, by the names of their columns."""
-    with ledger.asking() as connection:
+    with checked_ledger(ledger).asking() as connection:
         return [kind(**row) for row in connection.execute(query).mappings().all()]
 
 

@@ -6,7 +6,7 @@ from typing import Any, Final
 from sqlalchemy import Select, func, select
 
 from turntrace.analytics.asking import Quantiles, count_if, day, quantiles, rows_of, turn_number
-from turntrace.analytics.filters import ALL, Filters, of_sessions, of_turns, of_turns_joined
+from turntrace.analytics.filters import ALL, Filters, checked, of_sessions, of_turns, of_turns_joined
 from turntrace.analytics.times import DAY_NS, iso_day
 from turntrace.ledger import Ledger
 from turntrace.ledger.tables import sessions, turns
@@ -173,7 +173,7 @@ def _most_turns(found: list[EstimateError]) -> list[EstimateError]:
 
 def _by_session(ledger: Ledger, filters: Filters, of: Any) -> list[Any]:
     """Return what was used by something of the sessions: their own sums, unless turns of a session are told apart."""
-    if filters.of_some_turns:
+    if checked(filters).of_some_turns:
         joined = turns.join(sessions, sessions.c.id == turns.c.session_id)
         query = _used_by_turns(of).select_from(joined).where(of_turns_joined(filters))
     else:

@@ -115,6 +115,20 @@ FAILED: Final = ("failed", "abandoned")
 """How turns end that did not come to their end."""
 
 
+def checked(filters: Filters) -> Filters:
+    """Return the filters, or say what was passed instead.
+
+    Raises:
+        ConfigurationError: If they are none.
+    """
+    if isinstance(filters, Filters):
+        return filters
+    raise ConfigurationError(
+        f"The filters are a {type(filters).__name__}. Allowed are turntrace.analytics.Filters: pass "
+        "Filters(channel='web', since='7d'), or nothing for everything on record."
+    )
+
+
 def of_sessions(filters: Filters) -> ColumnElement[bool]:
     """Return the condition on sessions."""
     conditions = _on_sessions(filters)
@@ -165,13 +179,14 @@ def in_sessions(filters: Filters, session_id: Any) -> ColumnElement[bool]:
 
 def in_turns(filters: Filters, turn_id: Any, session_id: Any) -> ColumnElement[bool]:
     """Return the condition that a row with the ids of a turn and its session is about one of the turns."""
-    if not filters.of_some_turns:
+    if not checked(filters).of_some_turns:
         return in_sessions(filters, session_id)
     return and_(turn_id.in_(select(turns.c.id).where(of_turns(filters))))
 
 
 def _on_sessions(filters: Filters) -> list[Any]:
     names = ("channel", "tier", "org_id", "user_id")
+    checked(filters)
     given = {name: value for name in names if (value := getattr(filters, name)) is not None}
     conditions: list[Any] = [_is(sessions.c[name], value) for name, value in given.items()]
     if filters.since_ns is not None:
@@ -192,6 +207,7 @@ def _is(column: Any, value: str) -> ColumnElement[bool]:
 
 def _on_turns(filters: Filters) -> list[Any]:
     conditions: list[Any] = []
+    checked(filters)
     if filters.model is not None:
         conditions.append(_is(turns.c.model, filters.model))
     if filters.conversation_id is not None:

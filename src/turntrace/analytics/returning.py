@@ -8,7 +8,7 @@ from sqlalchemy import BigInteger, func, literal, select
 
 from turntrace.analytics.asking import count_if, in_bytes, mean_satisfaction, rows_of
 from turntrace.analytics.confidence import interval
-from turntrace.analytics.filters import ALL, Filters, of_sessions
+from turntrace.analytics.filters import ALL, Filters, checked, of_sessions
 from turntrace.analytics.times import DAY_NS, iso_day
 from turntrace.errors import ConfigurationError
 from turntrace.ledger import Ledger
@@ -52,7 +52,7 @@ def retention(ledger: Ledger, filters: Filters = ALL) -> list[Cohort]:
     The time range says which cohorts are wanted, by when the first session began, and until when sessions count. A user
     who was there before it is in none. The other filters say which sessions count at all.
     """
-    until = of_sessions(filters.of(since_ns=None))
+    until = of_sessions(checked(filters).of(since_ns=None))
     wanted = until, sessions.c.user_id.is_not(None)
     begun = func.min(sessions.c.started_ns)
     first = select(sessions.c.user_id, _week(begun).label("week")).where(*wanted).group_by(sessions.c.user_id)

@@ -6,7 +6,7 @@ from typing import Any, Final, Literal
 
 from sqlalchemy import case, func, select
 
-from turntrace.analytics.asking import Quantiles, count_if, day, in_bytes, quantiles, read, rows_of
+from turntrace.analytics.asking import Quantiles, checked_ledger, count_if, day, in_bytes, quantiles, read, rows_of
 from turntrace.analytics.filters import ALL, Filters, of_sessions
 from turntrace.analytics.times import DAY_NS, iso_day
 from turntrace.errors import ConfigurationError
@@ -167,5 +167,5 @@ def sessions_by(
     if by not in _ORDERS:
         raise ConfigurationError(f"The order of sessions is {by!r:.40}. Allowed are: {', '.join(ORDERS)}.")
     query = select(sessions).where(of_sessions(filters)).order_by(_ORDERS[by], in_bytes(sessions.c.id)).limit(limit)
-    with ledger.asking() as connection:
+    with checked_ledger(ledger).asking() as connection:
         return [plain_summary(row) for row in connection.execute(query.offset(offset)).mappings().all()]

@@ -1,7 +1,7 @@
 """What sessions add up to, and what the filters can be set to."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Final
 
 from sqlalchemy import func, select
@@ -111,19 +111,30 @@ class Choices:
     end_reason: Sequence[str]
 
 
+_COLUMNS: Final[dict[str, Any]] = {
+    "channel": sessions.c.channel,
+    "tier": sessions.c.tier,
+    "org_id": sessions.c.org_id,
+    "topic": conversations.c.topic,
+    "model": turns.c.model,
+    "end_reason": sessions.c.end_reason,
+    "error": turns.c.error,
+}
+
+
 def choices(ledger: Ledger) -> Choices:
     """Return what the filters can be set to."""
-    columns: dict[str, Any] = {
-        "channel": sessions.c.channel,
-        "tier": sessions.c.tier,
-        "org_id": sessions.c.org_id,
-        "topic": conversations.c.topic,
-        "model": turns.c.model,
-        "end_reason": sessions.c.end_reason,
-    }
-    return Choices(**{name: _values(ledger, column) for name, column in columns.items()})
+    return Choices(**{each.name: values_of(ledger, each.name) for each in fields(Choices)})
 
 
-def _values(ledger: Ledger, column: Any) -> list[str]:
+def values_of(ledger: Ledger, name: str, *, limit: int = _MOST_CHOICES) -> list[str]:
+    """Return what a filter can be set to, in order.
+
+    Args:
+        ledger: The ledger.
+        name: The filter, as `Filters` has it.
+        limit: How many values at most.
+    """
+    column = _COLUMNS[name]
     query = select(column.label("value")).where(column.is_not(None)).group_by(column).order_by(in_bytes(column))
-    return [str(row.value) for row in rows_of(ledger, query.limit(_MOST_CHOICES))]
+    return [str(row.value) for row in rows_of(ledger, query.limit(limit))]

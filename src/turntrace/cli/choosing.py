@@ -10,6 +10,8 @@ from typing import Annotated, Any, Final
 import typer
 
 from turntrace.analytics import ALL, Filters, day_of
+from turntrace.analytics.filters import OPEN
+from turntrace.analytics.totals import values_of
 from turntrace.cli.lookup import find_user, hash_of, open_existing
 from turntrace.cli.running import LedgerOption
 from turntrace.errors import ConfigurationError
@@ -24,15 +26,39 @@ class Chosen:
     Attributes:
         ledger: The ledger.
         filters: Which of its sessions.
+        user_id: The id that the user was named by, as it was typed.
     """
 
     ledger: Ledger
     filters: Filters
+    user_id: str | None = None
 
     @property
     def is_all(self) -> bool:
         """Whether it is about all sessions."""
         return self.filters == ALL
+
+    @property
+    def said(self) -> str:
+        """What was asked for, as it was typed."""
+        if self.user_id is None:
+            return str(self.filters)
+        others = self.filters.of(user_id=None)
+        return ", ".join(([] if others == ALL else [str(others)]) + [f"user_id {self.user_id}"])
+
+    def wrong(self) -> list[str]:
+        """Return what to know where nothing was found: of filters that nothing meets, what there is instead."""
+        found = []
+        for name, option in _VALUES.items():
+            value = getattr(self.filters, name)
+            if not value or (name == "end_reason" and value == OPEN):
+                continue
+            there = values_of(self.ledger, name, limit=_LOOKED_AT)
+            if value not in there and len(there) < _LOOKED_AT:
+                more = f" and {len(there) - _NAMED:,} more" if len(there) > _NAMED else ""
+                named = f"there are {', '.join(there[:_NAMED])}{more}" if there else "there are none on record"
+                found.append(f"No session has {option} {value}: {named}.")
+        return found
 
 
 def _option(name: str, metavar: str, text: str) -> Any:
@@ -56,6 +82,17 @@ _OPTIONS: Final[dict[str, Any]] = {
     "failed": Annotated[bool, typer.Option("--failed", help="Only sessions with a turn that failed or was abandoned.")],
     "ledger": LedgerOption,
 }
+_VALUES: Final = {
+    "channel": "--channel",
+    "tier": "--tier",
+    "org_id": "--org",
+    "topic": "--topic",
+    "model": "--model",
+    "end_reason": "--end-reason",
+    "error": "--error",
+}
+_NAMED: Final = 8
+_LOOKED_AT: Final = 1000
 _NOT_STATED_BY_THE_REPORT: Final = ("conversation", "error", "failed")
 
 
@@ -72,7 +109,8 @@ def about_sessions(function: Callable[..., int], *, without: Sequence[str] = ())
     def run(**arguments: Any) -> int:
         given = {name: arguments.pop(name) for name in options}
         with closing(open_existing(given.pop("ledger"))) as ledger:
-            return function(Chosen(ledger, _filters(ledger, given)), **arguments)
+            user_id = given["user_id"]
+            return function(Chosen(ledger, _filters(ledger, given), user_id), **arguments)
 
     own = list(inspect.signature(function).parameters.values())[1:]
     added = [

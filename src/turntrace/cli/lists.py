@@ -6,7 +6,8 @@ from rich.console import Console, Group
 from rich.padding import Padding
 from rich.text import Text
 
-from turntrace.analytics import Filters, UserFigures
+from turntrace.analytics import UserFigures
+from turntrace.cli.choosing import Chosen
 from turntrace.cli.columns import Column, draw, figures, fits, fitting
 from turntrace.cli.render import SHORT_ID, clock, count, duration, money, percent, safe
 from turntrace.summaries import SessionSummary
@@ -27,7 +28,7 @@ def sessions_table(console: Console, sessions: Sequence[SessionSummary], *, fail
         Column("channel", [Text(safe(each.channel)) for each in sessions], least=8),
         Column("started, UTC", [Text(clock(each.started_ns)) for each in sessions], rank=3),
         figures("turns", [f"{each.total_turns:,}" for each in sessions]),
-        _failed(sessions, 0 if failed else 4),
+        *([_failed(sessions, 0 if failed else 4)] if failed or any(each.failed_turns for each in sessions) else []),
         figures("tokens", [f"{each.total_tokens:,}" for each in sessions], rank=1),
         figures("cost", [money(each.total_cost_usd, 4) for each in sessions]),
         figures("duration", [duration(each.duration_ms) for each in sessions], rank=2),
@@ -120,7 +121,8 @@ def cut_conversation(console: Console, shown: int, there: int, conversation_id: 
     console.print(Text(f"{words} {safe(conversation_id)}\n", style="dim"), soft_wrap=True)
 
 
-def nothing(console: Console, filters: Filters, *, is_all: bool, what: str = "sessions") -> None:
+def nothing(console: Console, chosen: Chosen, what: str = "sessions") -> None:
     """Say that there are no sessions, or none like that."""
-    words = f"There are no {what} yet." if is_all else f"There are no {what} like that: {safe(filters)}."
-    console.print(Text(words), soft_wrap=True)
+    words = f"There are no {what} yet." if chosen.is_all else f"There are no {what} like that: {chosen.said}."
+    for line in (words, *chosen.wrong()):
+        console.print(Text(safe(line)), soft_wrap=True)

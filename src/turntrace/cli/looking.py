@@ -17,7 +17,6 @@ from turntrace.cli.lookup import Named, find_named, open_existing, session_of, s
 from turntrace.cli.render import stdout, working
 from turntrace.cli.running import OK, CsvOption, JsonOption, LedgerOption
 from turntrace.decisions import PruningDecision
-from turntrace.errors import ConfigurationError
 from turntrace.ledger import Ledger
 from turntrace.records import Step, TurnSummary
 from turntrace.summaries import Feedback, SessionSummary, StageEntered
@@ -67,7 +66,7 @@ def sessions(
     as_csv: CsvOption = False,
 ) -> int:
     """Show sessions, the latest first or by another order."""
-    _check_one_form(as_json, as_csv)
+    machine.check_one_form(as_json, as_csv)
     with working("Asking the ledger"):
         limit = _limit(limit, all_of_them=as_json or as_csv)
         found = sessions_by(chosen.ledger, cast(Any, _words(sort)), chosen.filters, limit=limit)
@@ -78,7 +77,7 @@ def sessions(
         if len(found) == limit:
             lists.cut(stdout(), limit, totals(chosen.ledger, chosen.filters).sessions, "sessions")
     else:
-        lists.nothing(stdout(), chosen.filters, is_all=chosen.is_all)
+        lists.nothing(stdout(), chosen)
     return OK
 
 
@@ -91,7 +90,7 @@ def users(
     as_csv: CsvOption = False,
 ) -> int:
     """Show users and what they used, by the hashes of their ids."""
-    _check_one_form(as_json, as_csv)
+    machine.check_one_form(as_json, as_csv)
     with working("Asking the ledger"):
         limit = _limit(limit, all_of_them=as_json or as_csv)
         found = users_by(chosen.ledger, cast(Any, _words(sort)), chosen.filters, limit=limit)
@@ -102,7 +101,7 @@ def users(
         if len(found) == limit:
             lists.cut(stdout(), limit, totals(chosen.ledger, chosen.filters).users, "users")
     else:
-        lists.nothing(stdout(), chosen.filters, is_all=chosen.is_all, what="users")
+        lists.nothing(stdout(), chosen, "users")
     return OK
 
 
@@ -112,11 +111,6 @@ def _limit(given: int | None, *, all_of_them: bool) -> int | None:
 
 def _is_about_failures(chosen: Chosen, sort: SessionOrder) -> bool:
     return chosen.filters.failed is not None or chosen.filters.error is not None or sort is SessionOrder.MOST_FAILED
-
-
-def _check_one_form(as_json: bool, as_csv: bool) -> None:
-    if as_json and as_csv:
-        raise ConfigurationError("--json and --csv cannot both be written: give one of them.")
 
 
 def _words(order: StrEnum) -> str:

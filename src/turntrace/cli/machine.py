@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Final
 
-from turntrace.analytics import UserFigures
+from turntrace.analytics import Dropoffs, Funnel, UserFigures
 from turntrace.cli.render import safe
 from turntrace.decisions import PruningDecision
+from turntrace.errors import ConfigurationError
 from turntrace.records import Step, TurnSummary, iso_time
 from turntrace.summaries import Feedback, SessionSummary, StageEntered
 
@@ -21,6 +22,16 @@ _FORMULAS: Final = ("=", "+", "-", "@", "\t")
 
 
 # --- how it is written ------------------------------------------------------------------------------------------------
+def check_one_form(as_json: bool, as_csv: bool) -> None:
+    """Refuse to write both.
+
+    Raises:
+        ConfigurationError: If both are wanted.
+    """
+    if as_json and as_csv:
+        raise ConfigurationError("--json and --csv cannot both be written: give one of them.")
+
+
 def write_json(value: Any) -> None:
     """Write a value as JSON, in ASCII."""
     print(json.dumps(value, indent=2))
@@ -95,6 +106,27 @@ def session_row(session: SessionSummary, *, alone: bool = False) -> Plain:
 
 SESSION_NAMES: Final = tuple(session_row(SessionSummary(id="")))
 USER_NAMES: Final = tuple(plain(UserFigures("", 0, 0, 0, 0.0, 0, 0, 0, None)))
+
+
+STAGE_NAMES: Final = (
+    *("name", "number", "stage", "entered", "reached", "left", "stayed_p50_ms"),
+    *("begun", "converted", "rate", "conversion_p50_ms", "conversion_turns_p50"),
+)
+DROPOFF_NAMES: Final = ("by", "at", "ended", "dropoffs", "rate")
+
+
+def stage_rows(funnels: Iterable[Funnel]) -> list[Plain]:
+    """Return a row for each stage of journeys; what is said of a whole journey is in each."""
+    rows = []
+    for funnel in funnels:
+        whole = plain(funnel, "rate", without=("stages",))
+        rows += [whole | plain(stage) for stage in funnel.stages]
+    return rows
+
+
+def dropoff_rows(by: Mapping[str, Iterable[Dropoffs]]) -> list[Plain]:
+    """Return a row for each point at which sessions ended, with what it is one of."""
+    return [{"by": name} | plain(each, "rate") for name, rows in by.items() for each in rows]
 
 
 def session_document(

@@ -6,7 +6,7 @@ from typing import Annotated, Final
 import typer
 
 from turntrace.cli import keeping, looking, playing, reporting
-from turntrace.cli.running import EXIT_CODES, OK, command
+from turntrace.cli.running import EXIT_CODES, OK, Command, command
 
 app = typer.Typer(
     name="turntrace",
@@ -24,7 +24,7 @@ COMMANDS: Final = (
     *(keeping.sweep, keeping.forget, keeping.export, keeping.doctor),
 )
 for _function in COMMANDS:
-    app.command()(command(_function))
+    app.command(cls=Command)(command(_function))
 
 
 def main() -> None:

@@ -1,6 +1,10 @@
 """The commands that make sessions: demo, replay."""
 
-from typing import Annotated
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Final
 
 import typer
 from rich.text import Text
@@ -9,6 +13,8 @@ from turntrace.cli.lists import sessions_table
 from turntrace.cli.render import SHORT_ID, safe, stdout, working
 from turntrace.cli.running import NOT_WELL, OK, LedgerOption
 from turntrace.cli.tree import session_tree
+
+_NAME: Final = "turntrace"
 
 
 def demo(ledger: LedgerOption = None) -> int:
@@ -32,16 +38,34 @@ def demo(ledger: LedgerOption = None) -> int:
         console.print()
         sessions_table(console, kept.sessions(ids=session_ids))
         console.print(Text(f"\nThe ledger: {safe(kept.url)}"), soft_wrap=True)
-        console.print(Text(f"Look again: turntrace sessions, turntrace show {shown[:SHORT_ID]}"), soft_wrap=True)
+        called, of_it = called_by(), "" if ledger is None or "***" in kept.url else f" --ledger {shlex.quote(kept.url)}"
+        for what, command in (
+            ("Look again:", "sessions"),
+            ("", f"show {shown[:SHORT_ID]}"),
+            ("", f"funnel {support_desk.JOURNEY}"),
+            ("As a page:", "report --serve"),
+        ):
+            console.print(Text(f"{what:<12}{safe(f'{called} {command}{of_it}')}"), soft_wrap=True)
         if tracker.target.to_outbox:
             hint = (
                 "To see it in Langfuse, set LANGFUSE_PUBLIC_KEY, LANGFUSE_SECRET_KEY and LANGFUSE_BASE_URL, then: "
-                "turntrace export"
+                f"{called} export{of_it}"
             )
         else:
             hint = "The spans go to Langfuse, whose keys are set: open its Sessions page."
         console.print(Text(hint))
     return OK
+
+
+def called_by() -> str:
+    """Return how this program is called from here: by its name where that is on the PATH, else by where it is."""
+    if shutil.which(_NAME):
+        return _NAME
+    for place in (Path(sys.argv[0]), Path(sys.executable).with_name(_NAME)):
+        if place.name == _NAME and place.exists():
+            found = place.absolute()
+            return shlex.quote(str(found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found))
+    return f"{shlex.quote(sys.executable)} -m turntrace.cli.main"
 
 
 def replay(

@@ -1,6 +1,7 @@
 """The commands that add many sessions up: funnel, dropoff, report."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,9 +12,10 @@ from turntrace import analytics
 from turntrace.cli import lists, machine, shares
 from turntrace.cli.choosing import Chosen, about_reported_sessions, about_sessions
 from turntrace.cli.links import langfuse_place
-from turntrace.cli.render import safe, stderr, stdout, working
-from turntrace.cli.running import OK, JsonOption
+from turntrace.cli.render import count, duration, safe, stderr, stdout, working
+from turntrace.cli.running import OK, CsvOption, JsonOption
 from turntrace.errors import ConfigurationError
+from turntrace.settings import read_settings
 
 if TYPE_CHECKING:
     from turntrace.report import ReportServer
@@ -24,21 +26,23 @@ def funnel(
     chosen: Chosen,
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Only the journey of this name.")] = None,
     as_json: JsonOption = False,
+    as_csv: CsvOption = False,
 ) -> int:
     """Show how far users come on journeys.
 
     How many entered each stage, what share of all that is, how long half of them stayed at most, and how many were
     converted.
     """
+    machine.check_one_form(as_json, as_csv)
     with working("Asking the ledger"):
         found = analytics.funnels(chosen.ledger, chosen.filters)
-    names = [each.name for each in found]
-    if name is not None and name not in names:
-        known = f"Those that are: {', '.join(names)}" if names else "turntrace demo makes a ledger to try this with"
-        raise ConfigurationError(f"No journey {name!r} was begun in these sessions. {known}.")
+    if name is not None and name not in [each.name for each in found]:
+        raise ConfigurationError(f"No journey {name!r} was begun in these sessions. {_journeys(chosen, found)}")
     wanted = [each for each in found if name in (None, each.name)]
     if as_json:
         machine.write_json([machine.plain(each, "rate") for each in wanted])
+    elif as_csv:
+        machine.write_csv(machine.STAGE_NAMES, machine.stage_rows(wanted))
     elif wanted:
         console = stdout()
         for number, each in enumerate(wanted):
@@ -46,17 +50,32 @@ def funnel(
                 console.print()
             shares.funnel_chart(console, each)
     else:
-        stdout().print("No journey was begun in these sessions: turn.journey(...) in the app begins one.")
+        for line in ("No journey was begun in these sessions.", _journeys(chosen, found), *chosen.wrong()):
+            stdout().print(Text(safe(line)), soft_wrap=True)
     return OK
 
 
+def _journeys(chosen: Chosen, found: Sequence[analytics.Funnel]) -> str:
+    """Return which journeys there are, or how one is begun."""
+    if found:
+        return f"Those that were: {', '.join(each.name for each in found)}."
+    everywhere = [] if chosen.is_all else [each.name for each in analytics.funnels(chosen.ledger)]
+    if everywhere:
+        return f"Those on record: {', '.join(everywhere)}, in sessions that are not like that: {chosen.said}."
+    return (
+        "None is on record: the app begins one with "
+        "turn.journey('onboarding', stages=['signup', 'done']).enter('signup')."
+    )
+
+
 @about_sessions
-def dropoff(chosen: Chosen, as_json: JsonOption = False) -> int:
+def dropoff(chosen: Chosen, as_json: JsonOption = False, as_csv: CsvOption = False) -> int:
     """Show where users drop off.
 
     That is after which turn, which intent, which action of the agent. A drop-off is a session that silence ended while
     something was open. Each rate is of the sessions that ended at the same point.
     """
+    machine.check_one_form(as_json, as_csv)
     with working("Asking the ledger"):
         turns = analytics.dropoff_by_turn(chosen.ledger, chosen.filters)
         intents = analytics.dropoff_by_intent(chosen.ledger, chosen.filters)
@@ -64,11 +83,27 @@ def dropoff(chosen: Chosen, as_json: JsonOption = False) -> int:
     if as_json:
         by = {"by_turn": turns, "by_intent": intents, "by_action": actions}
         machine.write_json({name: [machine.plain(each, "rate") for each in rows] for name, rows in by.items()})
+    elif as_csv:
+        rows = machine.dropoff_rows({"turn": turns, "intent": intents, "action": actions})
+        machine.write_csv(machine.DROPOFF_NAMES, rows)
     elif turns:
         shares.dropoff_charts(stdout(), turns, intents, actions)
     else:
-        lists.nothing(stdout(), chosen.filters, is_all=chosen.is_all, what="ended sessions")
+        _no_ended_sessions(chosen)
     return OK
+
+
+def _no_ended_sessions(chosen: Chosen) -> None:
+    lists.nothing(stdout(), chosen, "ended sessions")
+    still_open = analytics.totals(chosen.ledger, chosen.filters).open
+    if still_open:
+        are = f"{count(still_open, 'session')} {'is' if still_open == 1 else 'are'} open"
+        silence = duration(read_settings().idle_after * 1000)
+        words = (
+            f"{are}. Silence of {silence} ends a session: when its user comes back, or by turntrace sweep, which with "
+            "--idle-after SECONDS ends those that were silent for less."
+        )
+        stdout().print(Text(words), soft_wrap=True)
 
 
 @about_reported_sessions
@@ -99,7 +134,9 @@ def report(
         place = langfuse_place()
     if output is not None:
         with working("Making the report"):
-            write_report(chosen.ledger, output, chosen.filters, langfuse=place)
+            written = write_report(chosen.ledger, output, chosen.filters, langfuse=place)
+        if not written.totals.sessions:
+            lists.nothing(stderr(), chosen)
         stdout().print(Text(f"The report is in {safe(output)}"), soft_wrap=True)
         return OK
     try:

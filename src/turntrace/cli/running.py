@@ -3,10 +3,12 @@
 import os
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import wraps
 from typing import Annotated, Any, Final
 
 import typer
+from typer.core import TyperCommand
 
 from turntrace.cli import render
 from turntrace.errors import TurntraceError
@@ -33,6 +35,7 @@ Exit codes:
 TRACEBACK: Final = "TURNTRACE_TRACEBACK"
 """The environment variable with which a mistake of turntrace's own shows where it was made."""
 
+_ALIKE: Final = 0.7
 LedgerOption = Annotated[
     str | None,
     typer.Option(
@@ -45,6 +48,28 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON, with stabl
 CsvOption = Annotated[
     bool, typer.Option("--csv", help="Write CSV (RFC 4180), with a header; no cell is run by a spreadsheet.")
 ]
+
+
+class Command(TyperCommand):
+    """A command whose mistakes of use are said plainly."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        """Read the arguments; of what is wrong with them, leave out what would mislead."""
+        try:
+            return super().make_context(*args, **kwargs)
+        except Exception as error:
+            _say_plainly(error)
+            raise
+
+
+def _say_plainly(error: Any) -> None:
+    """Name only options that look like an unknown one, and none of pydantic's words."""
+    if isinstance(getattr(error, "message", None), str):
+        error.message = error.message.removeprefix("Value error, ")
+    if getattr(error, "possibilities", None):
+        alike = {each.lstrip("-"): each for each in error.possibilities}
+        unknown = str(getattr(error, "option_name", "")).lstrip("-")
+        error.possibilities = [alike[name] for name in get_close_matches(unknown, alike, cutoff=_ALIKE)]
 
 
 def command(function: Callable[..., int]) -> Callable[..., None]:

@@ -20,7 +20,7 @@ from turntrace.ledger.engine import Database
 from turntrace.ledger.opening import is_memory
 from turntrace.ledger.outbox import StoredOutbox
 from turntrace.ledger.tables import SCHEMA_VERSION, meta, sessions
-from turntrace.settings import LangfuseSettings, read_langfuse_settings, read_settings
+from turntrace.settings import LangfuseSettings, read_langfuse_settings, read_settings, unknown_variables
 from turntrace.waiting import OutboxStatus
 
 SKEW_NOTED_S: Final = 2.0
@@ -57,6 +57,7 @@ def run_checks(ledger_url: str | None = None, *, version_of: Callable[[str], str
         version_of: Returns the version of an installed package, as `importlib.metadata.version`.
     """
     yield from _langfuse()
+    yield from _variables()
     yield from _ledger(ledger_url)
     yield _encodings()
     yield from _versions(version_of or metadata.version)
@@ -84,6 +85,17 @@ def _langfuse() -> Iterator[Check]:
                 )
         finally:
             server.close()
+
+
+def _variables() -> Iterator[Check]:
+    """Name the variables that nothing reads: a typo in one leaves the default as it is, without a word."""
+    unknown = unknown_variables()
+    if unknown:
+        found = f"nothing reads {', '.join(name for name, _ in unknown)}"
+        meant = [f"{name} as {alike}" for name, alike in unknown if alike is not None]
+        known = "the README lists those that are read, under Settings"
+        todo = f"Unset them, or set {', '.join(meant)}." if meant else f"Unset them; {known}."
+        yield Check("variables", None, found, todo)
 
 
 def _keys(settings: LangfuseSettings) -> Check:

@@ -14,7 +14,7 @@ from sqlalchemy.exc import DatabaseError, DataError, IntegrityError, Programming
 from sqlalchemy.sql import ClauseElement
 
 from turntrace.errors import LedgerError
-from turntrace.ledger.opening import BUSY_TIMEOUT_MS, is_memory, open_engine
+from turntrace.ledger.opening import BUSY_TIMEOUT_MS, advice_on_postgresql, is_memory, open_engine
 
 logger = logging.getLogger("turntrace")
 
@@ -306,6 +306,8 @@ _BROKEN_OFF: Final = ("40P01", "40001")  # deadlock_detected, serialization_fail
 _TRIES: Final = 3
 _MOST_SCRUBBED: Final = 200_000_000
 """The largest file that is written anew, in bytes: about 100 MB a second, so others wait for less than they would."""
+_LONGEST: Final = 300
+_UNKNOWN: Final = "See whether the server is well."
 _MISTAKES: Final = (IntegrityError, ProgrammingError, DataError)
 
 
@@ -318,13 +320,20 @@ def _named_errors(engine: Engine) -> Iterator[None]:
     except (DatabaseError, driver.Error) as error:
         if isinstance(error, mistakes) or "syntax error" in str(getattr(error, "orig", error)):
             raise  # a mistake of ours: another try would fail again
-        raise _named(error, engine) from error
+        named, is_told = _named(error, engine)
+        raise named from None if is_told else error
 
 
-def _named(error: Exception, engine: Engine) -> LedgerError:
+def _named(error: Exception, engine: Engine) -> tuple[LedgerError, bool]:
+    """Return what is raised, and whether its message has all that there is to know."""
     where = engine.url.render_as_string(hide_password=True)
-    why = str(getattr(error, "orig", None) or error).splitlines()[0]
+    whole = str(getattr(error, "orig", None) or error)
+    if engine.dialect.name == "postgresql":
+        why = " ".join(whole.split("Is the server running")[0].split())[:_LONGEST].rstrip(".")
+        advice = advice_on_postgresql(whole)
+        others = "TURNTRACE_LEDGER_URL names another ledger."
+        return LedgerError(f"The ledger at {where} failed: {why}. {advice or _UNKNOWN} {others}"), advice is not None
     return LedgerError(
-        f"The ledger at {where} failed: {why}. Check that the place can be written and has room, "
+        f"The ledger at {where} failed: {whole.splitlines()[0]}. Check that the place can be written and has room, "
         "or set TURNTRACE_LEDGER_URL to another."
-    )
+    ), False

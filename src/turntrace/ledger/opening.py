@@ -1,5 +1,6 @@
 """Opening the engine of the ledger's database: SQLite as turntrace wants it, or PostgreSQL."""
 
+import re
 import sqlite3
 import time
 from pathlib import Path
@@ -17,9 +18,25 @@ BUSY_TIMEOUT_MS: Final = 2_000
 
 _SQLITE: Final = ("sqlite", "sqlite+pysqlite")
 _POSTGRESQL: Final = ("postgresql", "postgresql+psycopg")
+_FILE: Final = re.compile(r"([A-Za-z]:[\\/])?[\w ./\\~-]{1,200}")
+"""What a file is named by, and nothing with a user and a password."""
 _LOCK_POLL_S: Final = 0.01
 _CONNECT_S: Final = 10
 _RECYCLE_S: Final = 1800
+_ADVICE: Final = (
+    (r'database "([^"]*)" does not exist', "Make the database, as by: createdb {0}. Or correct its name in the URL."),
+    (r"password authentication failed|no password supplied", "Correct the user and the password in the URL."),
+    (r'role "([^"]*)" does not exist', "Make the user, as by: createuser {0}. Or correct it in the URL."),
+    (r"no pg_hba\.conf entry", "Have the server let this user and machine in: its pg_hba.conf says who may."),
+    (r"[Cc]onnection refused|No such file or directory", "Is the server running, at that host and port? Start it."),
+    (r"failed to resolve host|could not translate host", "Correct the host in the URL: its name is not known here."),
+    (
+        r"timeout expired|timed out|No route to host|unreachable",
+        "Does the host run, and can it be reached from here?",
+    ),
+    (r"too many clients|remaining connection slots", "Raise max_connections of the server, or use fewer processes."),
+)
+"""What to do about which error of PostgreSQL's, by what its client library says in English."""
 
 
 def open_engine(url: str | URL) -> Engine:
@@ -36,10 +53,7 @@ def open_engine(url: str | URL) -> Engine:
     try:
         parsed = make_url(url)
     except ArgumentError:
-        raise ConfigurationError(  # without the text: it may hold a password
-            "The ledger's place is not a database URL. Pass one like sqlite:////var/lib/app/turntrace.db, "
-            "or set TURNTRACE_LEDGER_URL to it."
-        ) from None
+        raise ConfigurationError(_no_url(url)) from None
     if parsed.drivername in _POSTGRESQL:
         return _open_postgresql(parsed)
     if parsed.drivername not in _SQLITE:
@@ -54,6 +68,18 @@ def open_engine(url: str | URL) -> Engine:
         engine = create_engine(parsed, connect_args={"check_same_thread": False})
     event.listen(engine, "connect", _prepare_sqlite)
     return engine
+
+
+def _no_url(given: object) -> str:
+    if isinstance(given, str | Path) and _FILE.fullmatch(str(given)):
+        return (
+            f"The ledger is {str(given)!r}, which is no database URL. Pass {f'sqlite:///{given}'!r} for a SQLite file "
+            "there, or set TURNTRACE_LEDGER_URL to it."
+        )
+    return (  # without the text: it may hold a password
+        "The ledger's place is not a database URL. Pass one like sqlite:////var/lib/app/turntrace.db, "
+        "or set TURNTRACE_LEDGER_URL to it."
+    )
 
 
 def is_memory(url: URL) -> bool:
@@ -72,6 +98,14 @@ def _open_postgresql(url: URL) -> Engine:
             "The ledger is to be on PostgreSQL, and its driver psycopg is not installed. "
             "Install it: pip install 'turntrace[postgres]'."
         ) from error
+
+
+def advice_on_postgresql(words: str) -> str | None:
+    """Return what to do about an error of a connection to PostgreSQL, by its words; None where they are not known."""
+    for pattern, advice in _ADVICE:
+        if (found := re.search(pattern, words)) is not None:
+            return advice.format(*found.groups())
+    return None
 
 
 def _make_folder(path: Path) -> None:

@@ -1,7 +1,7 @@
 """Beginning a turn: its number, the ids of its trace, and what its root is started with."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry import trace
 
