@@ -698,6 +698,33 @@ def test_days_in_a_row_are_an_axis_of_time_with_those_without_a_session() -> Non
     assert "Days without a session" not in found.text
 
 
+def test_one_day_of_users_is_a_point_that_stands_out_of_its_bar() -> None:
+    users = page_of(of_days("2026-11-25", "2026-11-25")).trace("sessions-over-time", 2)
+    assert (users["x"], users["y"]) == (["2026-11-25"], [2])
+    assert users["marker"]["size"] > 8
+    assert users["marker"]["color"] != "var(--gray)"
+    assert users["marker"]["line"] == {"color": "var(--surface)", "width": 2}
+
+
+def test_the_first_week_of_users_is_one_cell_of_many_and_says_what_comes() -> None:
+    found = page_of(of_days("2026-11-25"))
+    axis = found.figures["plot-retention-by-week-0"]["layout"]["xaxis"]
+    assert axis["range"] == [-0.5, 7.5]
+    assert "Who comes back is seen from the second week on." in found.text
+
+
+def test_cohorts_of_two_years_say_their_years_and_each_cell_its_share() -> None:
+    weeks = [f"2025-12-{day}" for day in (16, 22, 30)] + [f"2026-{month:02}-09" for month in range(1, 5)]
+    found = page_of(of_days(*weeks))
+    names = found.figures["plot-retention-by-week-0"]["layout"]["yaxis"]["ticktext"]
+    assert names[:3] == ["Dec 15, 2025 (1)", "Dec 22, 2025 (1)", "Dec 29, 2025 (1)"]
+    assert names[-1] == "Apr 6, 2026 (1)"
+    heat = found.trace("retention-by-week")
+    assert len(heat["x"]) == 17
+    assert heat["text"][0] == ["100%", *["0%"] * 16]
+    assert heat["texttemplate"] == "%{text}"
+
+
 # --- one file, no network ---------------------------------------------------------------------------------------------
 def test_nothing_is_loaded_from_elsewhere(page: Page) -> None:
     for tag, attributes in page.elements:

@@ -220,6 +220,16 @@ def test_without_scripts_the_tables_are_there(browser: Browser, address: str, re
         assert page.locator("#latency-by-turn tbody tr").count() == len(report.latency)
 
 
+def test_a_cell_of_retention_says_its_share_wherever_there_is_room(browser: Browser, address: str) -> None:
+    texts = "#plot-retention-by-week-0 .heatmap-label"
+    for width in (PHONE, DESK):
+        with opened(browser, address, width=width) as page:
+            assert page.locator(texts).first.text_content() == "100%"
+    with opened(browser, address, width=300) as page:
+        assert page.locator(texts).count() == 0
+        assert page.locator("#plot-retention-by-week-0 .colorbar").count() == 1
+
+
 # --- sessions ---------------------------------------------------------------------------------------------------------
 def test_the_filter_of_the_tables_works(browser: Browser, address: str, report: Report) -> None:
     with opened(browser, address) as page:

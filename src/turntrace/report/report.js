@@ -38,6 +38,7 @@
       plot.style.height = `${layout.height}px`;
     }
     if (isNarrow.matches) fitNarrow(data, layout);
+    fitCells(plot, data, layout);
     return Plotly.react(plot, data, { ...layout, ...more }, config);
   }
 
@@ -50,11 +51,17 @@
     }
     if (layout.meta) layout.yaxis.ticktext = layout.meta.names;
     if (layout.xaxis.nticks) layout.xaxis.nticks = Math.min(layout.xaxis.nticks, 5);
+  }
+
+  function fitCells(plot, data, layout) {
     for (const trace of data) {
-      if (trace.type === "heatmap" && trace.x.length > 5) {
-        delete trace.texttemplate; // there is no room for it in the cells
-        trace.showscale = true;
-      }
+      if (trace.type !== "heatmap") continue;
+      const columns = isNarrow.matches ? Math.max(trace.x.length, 5) : layout.xaxis.range[1] + 0.5;
+      layout.xaxis.range = [-0.5, columns - 0.5];
+      const room = (plot.clientWidth - (isNarrow.matches ? 100 : 150)) / columns; // beside the names of the rows
+      if (room > 32) continue;
+      delete trace.texttemplate; // there is no room for it in the cells
+      trace.showscale = true;
     }
   }
 

@@ -8,9 +8,11 @@ from turntrace.analytics import DayOfSessions, Length, SessionLengths
 from turntrace.report.collect import Report
 from turntrace.report.figures import (
     BLUE,
-    GRAY,
+    INK,
     ORANGE,
+    SURFACE,
     Chart,
+    Data,
     Plot,
     Section,
     Table,
@@ -54,7 +56,7 @@ def _over_time(days: Sequence[DayOfSessions]) -> Chart:
     data = [
         bars("sessions", on, sessions, BLUE, "%{y:,} sessions", width=width),
         bars("drop-offs", on, dropoffs, ORANGE, "%{y:,} drop-offs", width=width),
-        line("users", on, users, GRAY, "%{y:,} users", marker={"color": GRAY, "size": 4}),
+        line("users", on, users, INK, "%{y:,} users", marker=_points(on)),
     ]
     looks = layout(
         height=320,
@@ -85,6 +87,13 @@ def _over_time(days: Sequence[DayOfSessions]) -> Chart:
         without_gaps(on),
         is_wide=True,
     )
+
+
+def _points(on: Sequence[str]) -> Data:
+    """Return the points of a line, which stand out from the bars behind them where bars are wide."""
+    if not are_few_days(on):
+        return {"color": INK, "size": 4}
+    return {"color": INK, "size": 11, "line": {"color": SURFACE, "width": 2}}
 
 
 def _all_days(days: Sequence[DayOfSessions]) -> list[str]:
