@@ -512,7 +512,7 @@ def test_the_charts_hold_the_numbers_of_the_answers(report: Report, page: Page) 
     )
     assert {day: n for day, n in sessions_a_day.items() if n} == {day.day: day.sessions for day in report.days}
     assert len(sessions_a_day) == 42, "days without a session are there, with none"
-    p99, p95, p50, first = (page.trace("latency-by-turn", number) for number in range(4))
+    p50, p95, p99, first = (page.trace("latency-by-turn", number) for number in range(4))
     by_number = report.latency[1:]
     assert p50["x"] == [each.number for each in by_number]
     for trace, name in ((p50, "p50"), (p95, "p95"), (p99, "p99"), (first, "first_token_p50")):
@@ -523,7 +523,7 @@ def test_the_charts_hold_the_numbers_of_the_answers(report: Report, page: Page) 
     assert page.trace("dropoff-by-action", 1)["x"] == [each.dropoffs for each in report.dropoff_by_action]
     assert page.trace("outcome-by-intent", 0)["x"] == [each.successful for each in report.outcomes_by_intent]
     assert page.trace("usage-by-model", 0, plot=1)["x"] == [each.cost_usd for each in report.usage_by_model]
-    assert page.trace("context-fill", 2)["y"] == [pytest.approx(100 * each.p50) for each in report.windows]
+    assert page.trace("context-fill", 0)["y"] == [pytest.approx(100 * each.p50) for each in report.windows]
     assert sum(sum(trace["x"]) for trace in page.figures["plot-prunings-0"]["data"]) == sum(
         each.decisions for each in report.prunings
     )
@@ -723,6 +723,26 @@ def test_cohorts_of_two_years_say_their_years_and_each_cell_its_share() -> None:
     assert len(heat["x"]) == 17
     assert heat["text"][0] == ["100%", *["0%"] * 16]
     assert heat["texttemplate"] == "%{text}"
+
+
+@pytest.mark.parametrize("chart", ["latency-by-turn", "context-fill"])
+def test_lines_of_quantiles_that_are_equal_can_all_be_seen(page: Page, chart: str) -> None:
+    lines = [page.trace(chart, at) for at in range(3)]
+    assert [each["name"] for each in lines] == ["p50", "p95", "p99"], "the higher ones lie upon the lower ones"
+    assert len({each["line"]["color"] for each in lines}) == 3
+    assert [each["line"]["dash"] for each in lines] == ["solid", "dash", "dot"], "and leave gaps"
+    sizes = [each["marker"]["size"] for each in lines]
+    assert sizes == sorted(set(sizes), reverse=True)
+    assert {symbol.removesuffix("-open") for symbol in lines[1]["marker"]["symbol"]} == {"square"}
+    for n, symbol in zip(lines[0]["customdata"], lines[0]["marker"]["symbol"], strict=True):
+        assert symbol == ("circle" if n >= 20 else "circle-open")
+    assert "Of fewer than 100 turns p99 is the largest" in page.text
+
+
+def test_what_first_token_means_is_said_where_it_is_drawn(page: Page) -> None:
+    words = "First token, p50: half of the turns that stream"
+    assert words in page.text
+    assert words not in page_of(of_days("2026-11-25")).text
 
 
 # --- one file, no network ---------------------------------------------------------------------------------------------

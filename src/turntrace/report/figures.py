@@ -16,7 +16,8 @@ SOFT: Final = "var(--soft)"
 MIDDLE: Final = "var(--middle)"
 ORANGE: Final = "var(--orange)"
 GRAY: Final = "var(--gray)"
-"""The colours, told apart also by those who do not see red or green: blue for what is, orange for what went wrong."""
+"""The colours, told apart also by those who do not see red or green: blue for what is, orange for what went wrong or
+took long."""
 
 FEW: Final = 20
 """Points that stand for fewer are drawn hollow."""

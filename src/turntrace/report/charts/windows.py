@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from turntrace.analytics import EstimateError, Prunings, WindowOfTurn
-from turntrace.report.charts.exchanges import number_of_turn, turn_axis
+from turntrace.report.charts.exchanges import SAME, number_of_turn, quantile, turn_axis
 from turntrace.report.collect import Report
 from turntrace.report.figures import (
     BLUE,
@@ -18,7 +18,6 @@ from turntrace.report.figures import (
     first_ones,
     layout,
     left_out,
-    line,
     lying,
     lying_layout,
     of_names,
@@ -47,14 +46,13 @@ def window_section(report: Report) -> Section:
 def _fill(windows: Sequence[WindowOfTurn]) -> Chart:
     numbers, n = [each.number for each in windows], [each.n for each in windows]
 
-    def trace(name: str, shares: Sequence[float], color: str) -> dict[str, object]:
-        hover = f"{name}: %{{y:.1f}}% full (%{{customdata:,}} turns)"
-        return line(name, numbers, [round(100 * share, 1) for share in shares], color, hover, n=n)
-
+    shares = {"p50": [e.p50 for e in windows], "p95": [e.p95 for e in windows], "p99": [e.p99 for e in windows]}
     data = [
-        trace("p99", [each.p99 for each in windows], GRAY),
-        trace("p95", [each.p95 for each in windows], MIDDLE),
-        trace("p50", [each.p50 for each in windows], BLUE),
+        quantile(
+            *(name, numbers, [round(100 * share, 1) for share in of]),
+            *(f"{name}: %{{y:.1f}}% full (%{{customdata:,}} turns)", n),
+        )
+        for name, of in shares.items()
     ]
     looks = layout(
         height=320,
@@ -68,10 +66,11 @@ def _fill(windows: Sequence[WindowOfTurn]) -> Chart:
     return Chart(
         "context-fill",
         "Context fill by turn number",
-        "Of the turns with the same number, half filled at most p50 of their model's window, 95 of 100 at most p95; at "
-        f"100% a call fails, and a hollow point stands for fewer than {FEW} turns.",
+        "Of the turns with the same number, half filled at most p50 of their model's window, 95 of 100 at most p95, 99 "
+        f"of 100 at most p99; at 100% a call fails, and a hollow point stands for fewer than {FEW} turns.",
         [Plot(data, looks)],
         Table(("turn", "turns", "p50", "p95", "p99"), rows),
+        SAME,
         is_wide=True,
     )
 
