@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
 import pytest
-from sqlalchemy import insert
+from sqlalchemy import insert, update
 
 import postgres
 from turntrace import analytics
@@ -378,6 +378,7 @@ def page(report: Report) -> Page:
 ASKED: dict[str, Any] = {
     "days": analytics.sessions_over_time,
     "lengths": analytics.session_lengths,
+    "durations": analytics.session_durations,
     "latency": analytics.latency_by_turn,
     "errors": analytics.turn_errors,
     "usage_by_day": analytics.usage_by_day,
@@ -527,7 +528,7 @@ def test_the_charts_hold_the_numbers_of_the_answers(report: Report, page: Page) 
     assert sum(sum(trace["x"]) for trace in page.figures["plot-prunings-0"]["data"]) == sum(
         each.decisions for each in report.prunings
     )
-    assert sum(page.trace("session-minutes")["y"]) == report.totals.sessions
+    assert sum(page.trace("session-durations")["y"]) == report.totals.sessions
     assert sum(page.trace("session-turns")["y"]) == report.totals.sessions
     heat = page.trace("retention-by-week")
     assert heat["customdata"][0][1] == report.retention[0].active[1]
@@ -743,6 +744,35 @@ def test_what_first_token_means_is_said_where_it_is_drawn(page: Page) -> None:
     words = "First token, p50: half of the turns that stream"
     assert words in page.text
     assert words not in page_of(of_days("2026-11-25")).text
+
+
+@pytest.mark.parametrize(
+    ("lasted_ms", "ticks"),
+    [
+        (0, ["1<br>ms"]),
+        (6, [*("1<br>ms", "2<br>ms", "5<br>ms", "10<br>ms")]),
+        (9_000, ["1<br>s", "2<br>s", "5<br>s", "10<br>s"]),
+        (400_000, ["1<br>min", "2<br>min", "5<br>min", "10<br>min"]),
+        (7_000_000, [*(f"{n}<br>min" for n in (1, 2, 5, 10, 15, 20, 30, 45)), "1<br>h", "2<br>h"]),
+    ],
+)
+def test_the_scale_of_sessions_lengths_fits_them(lasted_ms: int, ticks: list[str]) -> None:
+    found = page_of(of_days("2026-11-23", "2026-11-24", "2026-11-25", lasted_ms=lasted_ms))
+    assert found.figures["plot-session-durations-0"]["layout"]["xaxis"]["ticktext"] == ticks
+    assert found.trace("session-durations")["y"] == [*[0] * (len(ticks) - 1), 3]
+    assert found.tables["Session length in time"][-1] == [f"up to {ticks[-1].replace('<br>', ' ')}", "3"]
+
+
+def test_the_longest_of_short_sessions_are_one_bar() -> None:
+    days = [f"2026-11-{day:02}" for day in range(1, 22)]
+    ledger = of_days(*days, lasted_ms=300)
+    with ledger.asking() as connection:
+        lasted = {"last_activity_ns": sessions.c.started_ns + 20 * DAY}
+        connection.execute(update(sessions).where(sessions.c.id == f"{3:032x}").values(lasted))
+        connection.commit()
+    found = page_of(ledger)
+    assert found.tables["Session length in time"][-1] == ["more than 500 ms", "1"]
+    assert sum(found.trace("session-durations")["y"]) == 21
 
 
 # --- one file, no network ---------------------------------------------------------------------------------------------

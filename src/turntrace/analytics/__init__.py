@@ -46,6 +46,13 @@ from turntrace.analytics.exchanges import (
 from turntrace.analytics.filters import ALL, Filters, day_of
 from turntrace.analytics.funnels import Funnel, FunnelStage, funnel, funnels
 from turntrace.analytics.returning import Cohort, UserFigures, retention, users
+from turntrace.analytics.scales import (
+    DURATION_EDGES_MS,
+    ContextOfTurn,
+    Lasted,
+    context_tokens_by_turn,
+    session_durations,
+)
 from turntrace.analytics.sittings import (
     ORDERS,
     DayOfSessions,
@@ -60,11 +67,13 @@ from turntrace.analytics.windows import Prunings, WindowOfTurn, prunings, window
 
 __all__ = [
     "ALL",
+    "DURATION_EDGES_MS",
     "MOST_LOOKED_INTO",
     "MOST_TURNS",
     "ORDERS",
     "Choices",
     "Cohort",
+    "ContextOfTurn",
     "DayOfSessions",
     "Dropoffs",
     "ErrorsAt",
@@ -74,6 +83,7 @@ __all__ = [
     "Funnel",
     "FunnelStage",
     "IntentOutcome",
+    "Lasted",
     "LatencyOfTurn",
     "Length",
     "Outcome",
@@ -88,6 +98,7 @@ __all__ = [
     "ask_together",
     "by_model",
     "choices",
+    "context_tokens_by_turn",
     "day_of",
     "dropoff_by_action",
     "dropoff_by_intent",
@@ -102,6 +113,7 @@ __all__ = [
     "outcomes_by_intent",
     "prunings",
     "retention",
+    "session_durations",
     "session_lengths",
     "sessions_by",
     "sessions_over_time",

@@ -26,6 +26,7 @@ class Report:
         choices: What the filters can be set to.
         days: The days on which sessions began.
         lengths: How long sessions are.
+        durations: How long sessions last, from milliseconds to a day.
         latency: How long turns take, for all and by their number.
         errors: Turns that failed or were abandoned.
         usage_by_day: Tokens and cost by day.
@@ -56,6 +57,7 @@ class Report:
     choices: analytics.Choices
     days: Sequence[analytics.DayOfSessions]
     lengths: analytics.SessionLengths
+    durations: Sequence[analytics.Lasted]
     latency: Sequence[analytics.LatencyOfTurn]
     errors: analytics.TurnErrors
     usage_by_day: Sequence[analytics.Usage]
@@ -119,6 +121,7 @@ _QUESTIONS: Final[Mapping[str, Callable[[Ledger, Filters], Any]]] = {
     "prunings": analytics.prunings,
     "retention": analytics.retention,
     "lengths": analytics.session_lengths,
+    "durations": analytics.session_durations,
     "days": analytics.sessions_over_time,
     "usage_by_day": analytics.usage_by_day,
     "usage_by_tier": analytics.usage_by_tier,

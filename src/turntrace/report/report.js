@@ -43,13 +43,14 @@
   }
 
   function fitNarrow(data, layout) {
-    if (layout.xaxis.type === "category" && layout.xaxis.tickvals.length > 5) {
+    const mayThin = layout.xaxis.type === "category" || layout.meta?.thin;
+    if (mayThin && layout.xaxis.tickvals.length > 5) {
       const last = layout.xaxis.tickvals.length - 1; // every second label, the last one too
       const kept = (_, at) => (last - at) % 2 === 0;
       layout.xaxis.tickvals = layout.xaxis.tickvals.filter(kept);
       layout.xaxis.ticktext = layout.xaxis.ticktext.filter(kept);
     }
-    if (layout.meta) layout.yaxis.ticktext = layout.meta.names;
+    if (layout.meta?.names) layout.yaxis.ticktext = layout.meta.names;
     if (layout.xaxis.nticks) layout.xaxis.nticks = Math.min(layout.xaxis.nticks, 5);
   }
 
