@@ -394,6 +394,7 @@ ASKED: dict[str, Any] = {
     "outcomes_by_intent": analytics.outcomes_by_intent,
     "retention": analytics.retention,
     "windows": analytics.window_by_turn,
+    "context_tokens": lambda ledger, filters: [],  # since its windows are not nearly empty
     "prunings": analytics.prunings,
     "estimate_errors": analytics.estimate_errors,
     "failing": analytics.sessions_with_errors,
@@ -773,6 +774,17 @@ def test_the_longest_of_short_sessions_are_one_bar() -> None:
     found = page_of(ledger)
     assert found.tables["Session length in time"][-1] == ["more than 500 ms", "1"]
     assert sum(found.trace("session-durations")["y"]) == 21
+
+
+def test_windows_that_are_nearly_empty_are_told_in_tokens() -> None:
+    found = page_of(of_days("2026-11-24", "2026-11-25", context_tokens=120, context_limit=128_000))
+    assert [found.trace("context-fill", at)["y"] for at in range(3)] == [[120], [120], [120]]
+    assert found.figures["plot-context-fill-0"]["layout"]["yaxis"]["title"]["text"] == "tokens"
+    assert found.tables["Context by turn number, in tokens"][1] == ["1", "2", "120", "120", "120"]
+    assert "which is less than 0.1% of the windows" in found.text
+    fuller = page_of(of_days("2026-11-25", context_tokens=4_000, context_limit=128_000))
+    assert fuller.trace("context-fill")["y"] == [3.1]
+    assert "Context by turn number, in tokens" not in fuller.tables
 
 
 # --- one file, no network ---------------------------------------------------------------------------------------------

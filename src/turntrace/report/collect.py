@@ -13,6 +13,8 @@ from turntrace.summaries import SessionSummary
 _AT_ONCE: Final = 2
 _SHOWN: Final = 10
 _LATEST: Final = 15
+_NEARLY_EMPTY: Final = 0.02
+"""Shares of windows, which are in thousandths, say too little below it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,7 @@ class Report:
         outcomes_by_intent: How sessions came out, by what users wanted.
         retention: Weekly cohorts of users.
         windows: How full the models' windows were, by the number of the turn.
+        context_tokens: The same in tokens, where windows are nearly empty; else nothing.
         prunings: What was pruned by which strategy.
         estimate_errors: How good our counts of tokens are, by model.
         failing: The sessions with failed turns that began last.
@@ -73,6 +76,7 @@ class Report:
     outcomes_by_intent: Sequence[analytics.IntentOutcome]
     retention: Sequence[analytics.Cohort]
     windows: Sequence[analytics.WindowOfTurn]
+    context_tokens: Sequence[analytics.ContextOfTurn]
     prunings: Sequence[analytics.Prunings]
     estimate_errors: Sequence[analytics.EstimateError]
     failing: Sequence[SessionSummary]
@@ -102,7 +106,11 @@ def collect(ledger: Ledger, filters: Filters = ALL, *, now_ns: int) -> Report:
     questions = {name: partial(question, ledger, filters) for name, question in _QUESTIONS.items()}
     answers: dict[str, Any] = analytics.ask_together(questions, threads=_AT_ONCE)
     usage, errors = answers.pop("by_model")
-    return Report(at_ns=now_ns, filters=filters, usage_by_model=usage, estimate_errors=errors, **answers)
+    of_model = {"usage_by_model": usage, "estimate_errors": errors}
+    windows: Sequence[analytics.WindowOfTurn] = answers["windows"]
+    is_nearly_empty = windows and max(each.p99 for each in windows) < _NEARLY_EMPTY
+    tokens = analytics.context_tokens_by_turn(ledger, filters) if is_nearly_empty else []
+    return Report(at_ns=now_ns, filters=filters, context_tokens=tokens, **of_model, **answers)
 
 
 def _sessions(by: Any, limit: int) -> Callable[[Ledger, Filters], Any]:
