@@ -567,7 +567,7 @@ def test_sessions_with_failed_turns_are_looked_at_first(report: Report, page: Pa
     captions = list(page.tables)
     assert captions.index("Sessions with failed turns") == captions.index("Latest sessions") - 1
     rows = page.tables["Sessions with failed turns"][1:]
-    assert [row[4] for row in rows] == [f"{each.total_turns} {each.failed_turns} failed" for each in report.failing]
+    assert [row[4:6] for row in rows] == [[str(each.total_turns), str(each.failed_turns)] for each in report.failing]
     assert all(each.failed_turns for each in report.failing)
 
 
@@ -626,8 +626,20 @@ def test_a_session_has_its_command_and_its_page_in_langfuse(report: Report) -> N
     assert links[25]["href"] == place.session_url(slowest.id)
     assert len(links) == 55
     assert {link["rel"] for link in links} == {"noopener noreferrer"}
-    assert linked.tables["Slowest sessions"][1][-1] == f"turntrace show {slowest.id}"
+    assert linked.tables["Slowest sessions"][1][-1] == f"turntrace show {slowest.id[:8]}"
     assert not [link for link in Page(render(report)).of("a") if link.get("target")]
+
+
+def test_the_command_of_a_row_is_short_and_finds_its_session(six_weeks: Ledger, report: Report, page: Page) -> None:
+    for session, row in zip(report.latest, page.tables["Latest sessions"][1:], strict=True):
+        begins = row[-1].removeprefix("turntrace show ")
+        assert begins == row[0]
+        assert [each.id for each in six_weeks.sessions(id_begins=begins)] == [session.id]
+    chosen = Ledger("sqlite://")
+    nasty(chosen)
+    commands = [row[-1] for row in page_of(chosen).tables["Latest sessions"][1:]]
+    whole = {each.id for each in collect(chosen, now_ns=NOW).latest}
+    assert {shlex.split(command)[-1] for command in commands} == whole, "an id that somebody chose is whole"
 
 
 @pytest.mark.parametrize("url", ["javascript:alert(1)", "langfuse.example.com", "", "file:///etc", "http://[x"])

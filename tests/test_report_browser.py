@@ -255,7 +255,11 @@ def test_a_row_leads_to_langfuse_and_to_the_terminal(browser: Browser, address: 
     with opened(browser, address) as page:
         row = page.locator("#dearest tbody tr").first
         assert row.locator("a").get_attribute("href") == PLACE.session_url(report.dearest[0].id)
-        assert row.locator("code").text_content() == f"turntrace show {report.dearest[0].id}"
+        command = row.locator("code")
+        assert command.text_content() == f"turntrace show {report.dearest[0].id[:8]}"
+        assert command.evaluate("code => code.scrollWidth <= code.clientWidth"), "all of it can be read"
+        scrolled = page.locator("#dearest .scroll")
+        assert scrolled.evaluate("each => each.scrollWidth <= each.clientWidth"), "no column is cut off"
 
 
 def test_on_a_phone_rows_are_blocks_that_can_be_read(browser: Browser, address: str) -> None:
