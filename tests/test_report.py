@@ -799,6 +799,16 @@ def test_windows_that_are_nearly_empty_are_told_in_tokens() -> None:
     assert "Context by turn number, in tokens" not in fuller.tables
 
 
+def test_open_sessions_are_said_to_be_of_unknown_outcome(page: Page) -> None:
+    assert "Of all others it is unknown, and of those that are open." in page.text
+
+
+def test_ticks_of_figures_are_never_slanted(page: Page) -> None:
+    lying = [each["layout"]["xaxis"] for each in page.figures.values() if each["data"][0].get("orientation") == "h"]
+    assert lying
+    assert all(axis["tickangle"] == 0 for axis in lying)
+
+
 # --- one file, no network ---------------------------------------------------------------------------------------------
 def test_nothing_is_loaded_from_elsewhere(page: Page) -> None:
     for tag, attributes in page.elements:
@@ -1139,7 +1149,9 @@ def test_filters_stand_in_the_address(six_weeks: Ledger) -> None:
         chosen = [each["value"] for each in found.of("option") if "selected" in each]
         assert chosen == ["web", "free", "orders"]
         given = {each["name"]: each.get("value") for each in found.of("input") if "name" in each}
-        assert (given["since"], given["until"], given["user"]) == ("2025-10-20", "2025-11-10", None)
+        assert (given["since"], given["until"], given["user"]) == ("2025-10-20T00:00", "2025-11-10T00:00", None)
+        kinds = {each["name"]: each["type"] for each in found.of("input") if "name" in each}
+        assert kinds["since"] == kinds["until"] == "datetime-local"
         values = [each["value"] for each in found.of("option")]
         for known in ("slack", "enterprise", "globex", "billing", "gpt-4o", "handoff", "open"):
             assert known in values
@@ -1158,6 +1170,37 @@ def test_filters_of_the_command_hold_until_they_are_taken_away(six_weeks: Ledger
         assert Page(ask(server, clear)[1]).tiles["Sessions"][0] == sessions_of()
         unknown = f"/?channel=&org={quote('(not known)')}&tier="
         assert Page(ask(server, unknown)[1]).tiles["Sessions"][0] == sessions_of(org_id="")
+
+
+def fields_of(found: Page) -> dict[str | None, str | None]:
+    return {each["name"]: each.get("value") for each in found.of("input") if "name" in each}
+
+
+def test_a_time_of_a_day_can_be_chosen(six_weeks: Ledger) -> None:
+    noon = MONDAY + 20 * DAY + 12 * 3600 * SECOND
+    with served(six_weeks) as server:
+        found = Page(ask(server, "/?since=2025-11-02T12:00&until=")[1])
+        assert found.tiles["Sessions"][0] == str(collect(six_weeks, Filters(since_ns=noon), now_ns=NOW).totals.sessions)
+        assert fields_of(found)["since"] == "2025-11-02T12:00"
+
+
+def test_a_user_is_found_by_the_beginning_of_the_hash_and_one_that_is_none_is_said(
+    six_weeks: Ledger, report: Report
+) -> None:
+    user = str(report.latest[0].user_id)
+    with served(six_weeks) as server:
+        of_user = collect(six_weeks, Filters(user_id=user), now_ns=NOW).totals.sessions
+        assert of_user > 0
+        for begins in (user, user[:8]):
+            found = Page(ask(server, f"/?user={begins}")[1])
+            assert found.tiles["Sessions"][0] == str(of_user)
+            assert fields_of(found)["user"] == user
+        answer, body = ask(server, "/?user=zzz")
+        assert answer.status == 400
+        assert "No user has a hash that begins with &#x27;zzz&#x27;" in body
+        several = ask(server, f"/?user={user[0]}")[1]
+        assert "Several users have hashes that begin with" in several
+        assert ask(server, "/?user=%25")[0].status == 400, "no pattern"
 
 
 @pytest.mark.parametrize(

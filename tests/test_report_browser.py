@@ -275,6 +275,19 @@ def test_on_a_phone_rows_are_blocks_that_can_be_read(browser: Browser, address: 
         )
 
 
+def test_on_a_phone_a_table_that_goes_on_has_a_shadow_and_breaks_no_word(browser: Browser, address: str) -> None:
+    with opened(browser, address, width=PHONE, has_touch=True) as page:
+        page.locator("#dropoff-by-reason summary").click()
+        cell = page.locator("#dropoff-by-reason tbody th", has_text="inactive_timeout")
+        assert cell.evaluate("each => each.clientHeight") < 40, "one line"
+        page.locator("#usage-by-model summary").click()
+        scrolled = page.locator("#usage-by-model .scroll")
+        assert scrolled.evaluate("each => each.scrollWidth > each.clientWidth")
+        background = scrolled.evaluate("each => getComputedStyle(each).background")
+        assert background.count("linear-gradient") == 4
+        assert background.count("local") == 2
+
+
 # --- texts from outside -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("width", [PHONE, DESK])
 def test_nothing_from_outside_runs_or_breaks_the_page(browser: Browser, folder: Path, width: int) -> None:
@@ -317,11 +330,11 @@ def test_the_form_of_the_served_page_works(browser: Browser, ledger: Ledger, fol
         assert not is_too_wide(page)
         page.select_option("#filters [name=channel]", "web")
         page.select_option("#filters [name=end_reason]", "inactive_timeout")
-        page.fill("#filters [name=since]", "2025-11-03")
+        page.fill("#filters [name=since]", "2025-11-03T00:00")
         page.click("#filters button")
         page.wait_for_selector("html[data-ready]", state="attached")
         asked = parse_qs(urlsplit(page.url).query)
-        assert asked == {"channel": ["web"], "end_reason": ["inactive_timeout"], "since": ["2025-11-03"]}
+        assert asked == {"channel": ["web"], "end_reason": ["inactive_timeout"], "since": ["2025-11-03T00:00"]}
         wanted = Filters(channel="web", end_reason="inactive_timeout", since_ns=MONDAY + 21 * DAY)
         expected = collect(ledger, wanted, now_ns=NOW)
         assert page.locator(".tile .figure").first.text_content() == f"{expected.totals.sessions:,}" != "0"
