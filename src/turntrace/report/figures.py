@@ -255,7 +255,9 @@ def lying_layout(names: Sequence[str], title: str, *, most: float | None = None,
     height = 96 + _ROW_PX * max(1, len(names))
     beside = named([label(name) for name in names], autorange="reversed", fixedrange=True)
     narrow = {"names": [label(name, length=_NARROW) for name in names]}  # for a phone
-    return layout(height=height, xaxis=titled(title, nticks=6, **whole(most)), yaxis=beside, meta=narrow, **more)
+    return layout(
+        height=height, xaxis=titled(title, nticks=6, tickangle=0, **whole(most)), yaxis=beside, meta=narrow, **more
+    )
 
 
 def of_names(names: Sequence[str], unknown: str = "not known") -> list[str]:

@@ -10,7 +10,7 @@ from turntrace.report.words import beginning, count, duration, moment, money, sh
 from turntrace.summaries import SessionSummary
 
 OPEN: Final = "open"
-_SHORT: Final = 12
+_SHORT: Final = 24
 _COLUMNS: Final = (
     *(
         "session",
