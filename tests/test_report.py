@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
 
 import pytest
-from sqlalchemy import insert
+from sqlalchemy import insert, update
 
 import postgres
 from turntrace import analytics
@@ -378,6 +378,7 @@ def page(report: Report) -> Page:
 ASKED: dict[str, Any] = {
     "days": analytics.sessions_over_time,
     "lengths": analytics.session_lengths,
+    "durations": analytics.session_durations,
     "latency": analytics.latency_by_turn,
     "errors": analytics.turn_errors,
     "usage_by_day": analytics.usage_by_day,
@@ -393,6 +394,7 @@ ASKED: dict[str, Any] = {
     "outcomes_by_intent": analytics.outcomes_by_intent,
     "retention": analytics.retention,
     "windows": analytics.window_by_turn,
+    "context_tokens": lambda ledger, filters: [],  # since its windows are not nearly empty
     "prunings": analytics.prunings,
     "estimate_errors": analytics.estimate_errors,
     "failing": analytics.sessions_with_errors,
@@ -512,7 +514,7 @@ def test_the_charts_hold_the_numbers_of_the_answers(report: Report, page: Page) 
     )
     assert {day: n for day, n in sessions_a_day.items() if n} == {day.day: day.sessions for day in report.days}
     assert len(sessions_a_day) == 42, "days without a session are there, with none"
-    p99, p95, p50, first = (page.trace("latency-by-turn", number) for number in range(4))
+    p50, p95, p99, first = (page.trace("latency-by-turn", number) for number in range(4))
     by_number = report.latency[1:]
     assert p50["x"] == [each.number for each in by_number]
     for trace, name in ((p50, "p50"), (p95, "p95"), (p99, "p99"), (first, "first_token_p50")):
@@ -523,11 +525,11 @@ def test_the_charts_hold_the_numbers_of_the_answers(report: Report, page: Page) 
     assert page.trace("dropoff-by-action", 1)["x"] == [each.dropoffs for each in report.dropoff_by_action]
     assert page.trace("outcome-by-intent", 0)["x"] == [each.successful for each in report.outcomes_by_intent]
     assert page.trace("usage-by-model", 0, plot=1)["x"] == [each.cost_usd for each in report.usage_by_model]
-    assert page.trace("context-fill", 2)["y"] == [pytest.approx(100 * each.p50) for each in report.windows]
+    assert page.trace("context-fill", 0)["y"] == [pytest.approx(100 * each.p50) for each in report.windows]
     assert sum(sum(trace["x"]) for trace in page.figures["plot-prunings-0"]["data"]) == sum(
         each.decisions for each in report.prunings
     )
-    assert sum(page.trace("session-minutes")["y"]) == report.totals.sessions
+    assert sum(page.trace("session-durations")["y"]) == report.totals.sessions
     assert sum(page.trace("session-turns")["y"]) == report.totals.sessions
     heat = page.trace("retention-by-week")
     assert heat["customdata"][0][1] == report.retention[0].active[1]
@@ -565,7 +567,7 @@ def test_sessions_with_failed_turns_are_looked_at_first(report: Report, page: Pa
     captions = list(page.tables)
     assert captions.index("Sessions with failed turns") == captions.index("Latest sessions") - 1
     rows = page.tables["Sessions with failed turns"][1:]
-    assert [row[4] for row in rows] == [f"{each.total_turns} {each.failed_turns} failed" for each in report.failing]
+    assert [row[4:6] for row in rows] == [[str(each.total_turns), str(each.failed_turns)] for each in report.failing]
     assert all(each.failed_turns for each in report.failing)
 
 
@@ -624,8 +626,20 @@ def test_a_session_has_its_command_and_its_page_in_langfuse(report: Report) -> N
     assert links[25]["href"] == place.session_url(slowest.id)
     assert len(links) == 55
     assert {link["rel"] for link in links} == {"noopener noreferrer"}
-    assert linked.tables["Slowest sessions"][1][-1] == f"turntrace show {slowest.id}"
+    assert linked.tables["Slowest sessions"][1][-1] == f"turntrace show {slowest.id[:8]}"
     assert not [link for link in Page(render(report)).of("a") if link.get("target")]
+
+
+def test_the_command_of_a_row_is_short_and_finds_its_session(six_weeks: Ledger, report: Report, page: Page) -> None:
+    for session, row in zip(report.latest, page.tables["Latest sessions"][1:], strict=True):
+        begins = row[-1].removeprefix("turntrace show ")
+        assert begins == row[0]
+        assert [each.id for each in six_weeks.sessions(id_begins=begins)] == [session.id]
+    chosen = Ledger("sqlite://")
+    nasty(chosen)
+    commands = [row[-1] for row in page_of(chosen).tables["Latest sessions"][1:]]
+    whole = {each.id for each in collect(chosen, now_ns=NOW).latest}
+    assert {shlex.split(command)[-1] for command in commands} == whole, "an id that somebody chose is whole"
 
 
 @pytest.mark.parametrize("url", ["javascript:alert(1)", "langfuse.example.com", "", "file:///etc", "http://[x"])
@@ -696,6 +710,103 @@ def test_days_in_a_row_are_an_axis_of_time_with_those_without_a_session() -> Non
     assert found.figures["plot-sessions-over-time-0"]["layout"]["xaxis"]["type"] == "date"
     assert found.trace("sessions-over-time")["y"].count(0) == 9
     assert "Days without a session" not in found.text
+
+
+def test_one_day_of_users_is_a_point_that_stands_out_of_its_bar() -> None:
+    users = page_of(of_days("2026-11-25", "2026-11-25")).trace("sessions-over-time", 2)
+    assert (users["x"], users["y"]) == (["2026-11-25"], [2])
+    assert users["marker"]["size"] > 8
+    assert users["marker"]["color"] != "var(--gray)"
+    assert users["marker"]["line"] == {"color": "var(--surface)", "width": 2}
+
+
+def test_the_first_week_of_users_is_one_cell_of_many_and_says_what_comes() -> None:
+    found = page_of(of_days("2026-11-25"))
+    axis = found.figures["plot-retention-by-week-0"]["layout"]["xaxis"]
+    assert axis["range"] == [-0.5, 7.5]
+    assert "Who comes back is seen from the second week on." in found.text
+
+
+def test_cohorts_of_two_years_say_their_years_and_each_cell_its_share() -> None:
+    weeks = [f"2025-12-{day}" for day in (16, 22, 30)] + [f"2026-{month:02}-09" for month in range(1, 5)]
+    found = page_of(of_days(*weeks))
+    names = found.figures["plot-retention-by-week-0"]["layout"]["yaxis"]["ticktext"]
+    assert names[:3] == ["Dec 15, 2025 (1)", "Dec 22, 2025 (1)", "Dec 29, 2025 (1)"]
+    assert names[-1] == "Apr 6, 2026 (1)"
+    heat = found.trace("retention-by-week")
+    assert len(heat["x"]) == 17
+    assert heat["text"][0] == ["100%", *["0%"] * 16]
+    assert heat["texttemplate"] == "%{text}"
+
+
+@pytest.mark.parametrize("chart", ["latency-by-turn", "context-fill"])
+def test_lines_of_quantiles_that_are_equal_can_all_be_seen(page: Page, chart: str) -> None:
+    lines = [page.trace(chart, at) for at in range(3)]
+    assert [each["name"] for each in lines] == ["p50", "p95", "p99"], "the higher ones lie upon the lower ones"
+    assert len({each["line"]["color"] for each in lines}) == 3
+    assert [each["line"]["dash"] for each in lines] == ["solid", "dash", "dot"], "and leave gaps"
+    sizes = [each["marker"]["size"] for each in lines]
+    assert sizes == sorted(set(sizes), reverse=True)
+    assert {symbol.removesuffix("-open") for symbol in lines[1]["marker"]["symbol"]} == {"square"}
+    for n, symbol in zip(lines[0]["customdata"], lines[0]["marker"]["symbol"], strict=True):
+        assert symbol == ("circle" if n >= 20 else "circle-open")
+    assert "Of fewer than 100 turns p99 is the largest" in page.text
+
+
+def test_what_first_token_means_is_said_where_it_is_drawn(page: Page) -> None:
+    words = "First token, p50: half of the turns that stream"
+    assert words in page.text
+    assert words not in page_of(of_days("2026-11-25")).text
+
+
+@pytest.mark.parametrize(
+    ("lasted_ms", "ticks"),
+    [
+        (0, ["1<br>ms"]),
+        (6, [*("1<br>ms", "2<br>ms", "5<br>ms", "10<br>ms")]),
+        (9_000, ["1<br>s", "2<br>s", "5<br>s", "10<br>s"]),
+        (400_000, ["1<br>min", "2<br>min", "5<br>min", "10<br>min"]),
+        (7_000_000, [*(f"{n}<br>min" for n in (1, 2, 5, 10, 15, 20, 30, 45)), "1<br>h", "2<br>h"]),
+    ],
+)
+def test_the_scale_of_sessions_lengths_fits_them(lasted_ms: int, ticks: list[str]) -> None:
+    found = page_of(of_days("2026-11-23", "2026-11-24", "2026-11-25", lasted_ms=lasted_ms))
+    assert found.figures["plot-session-durations-0"]["layout"]["xaxis"]["ticktext"] == ticks
+    assert found.trace("session-durations")["y"] == [*[0] * (len(ticks) - 1), 3]
+    assert found.tables["Session length in time"][-1] == [f"up to {ticks[-1].replace('<br>', ' ')}", "3"]
+
+
+def test_the_longest_of_short_sessions_are_one_bar() -> None:
+    days = [f"2026-11-{day:02}" for day in range(1, 22)]
+    ledger = of_days(*days, lasted_ms=300)
+    with ledger.asking() as connection:
+        lasted = {"last_activity_ns": sessions.c.started_ns + 20 * DAY}
+        connection.execute(update(sessions).where(sessions.c.id == f"{3:032x}").values(lasted))
+        connection.commit()
+    found = page_of(ledger)
+    assert found.tables["Session length in time"][-1] == ["more than 500 ms", "1"]
+    assert sum(found.trace("session-durations")["y"]) == 21
+
+
+def test_windows_that_are_nearly_empty_are_told_in_tokens() -> None:
+    found = page_of(of_days("2026-11-24", "2026-11-25", context_tokens=120, context_limit=128_000))
+    assert [found.trace("context-fill", at)["y"] for at in range(3)] == [[120], [120], [120]]
+    assert found.figures["plot-context-fill-0"]["layout"]["yaxis"]["title"]["text"] == "tokens"
+    assert found.tables["Context by turn number, in tokens"][1] == ["1", "2", "120", "120", "120"]
+    assert "which is less than 0.1% of the windows" in found.text
+    fuller = page_of(of_days("2026-11-25", context_tokens=4_000, context_limit=128_000))
+    assert fuller.trace("context-fill")["y"] == [3.1]
+    assert "Context by turn number, in tokens" not in fuller.tables
+
+
+def test_open_sessions_are_said_to_be_of_unknown_outcome(page: Page) -> None:
+    assert "Of all others it is unknown, and of those that are open." in page.text
+
+
+def test_ticks_of_figures_are_never_slanted(page: Page) -> None:
+    lying = [each["layout"]["xaxis"] for each in page.figures.values() if each["data"][0].get("orientation") == "h"]
+    assert lying
+    assert all(axis["tickangle"] == 0 for axis in lying)
 
 
 # --- one file, no network ---------------------------------------------------------------------------------------------
@@ -1038,7 +1149,9 @@ def test_filters_stand_in_the_address(six_weeks: Ledger) -> None:
         chosen = [each["value"] for each in found.of("option") if "selected" in each]
         assert chosen == ["web", "free", "orders"]
         given = {each["name"]: each.get("value") for each in found.of("input") if "name" in each}
-        assert (given["since"], given["until"], given["user"]) == ("2025-10-20", "2025-11-10", None)
+        assert (given["since"], given["until"], given["user"]) == ("2025-10-20T00:00", "2025-11-10T00:00", None)
+        kinds = {each["name"]: each["type"] for each in found.of("input") if "name" in each}
+        assert kinds["since"] == kinds["until"] == "datetime-local"
         values = [each["value"] for each in found.of("option")]
         for known in ("slack", "enterprise", "globex", "billing", "gpt-4o", "handoff", "open"):
             assert known in values
@@ -1057,6 +1170,37 @@ def test_filters_of_the_command_hold_until_they_are_taken_away(six_weeks: Ledger
         assert Page(ask(server, clear)[1]).tiles["Sessions"][0] == sessions_of()
         unknown = f"/?channel=&org={quote('(not known)')}&tier="
         assert Page(ask(server, unknown)[1]).tiles["Sessions"][0] == sessions_of(org_id="")
+
+
+def fields_of(found: Page) -> dict[str | None, str | None]:
+    return {each["name"]: each.get("value") for each in found.of("input") if "name" in each}
+
+
+def test_a_time_of_a_day_can_be_chosen(six_weeks: Ledger) -> None:
+    noon = MONDAY + 20 * DAY + 12 * 3600 * SECOND
+    with served(six_weeks) as server:
+        found = Page(ask(server, "/?since=2025-11-02T12:00&until=")[1])
+        assert found.tiles["Sessions"][0] == str(collect(six_weeks, Filters(since_ns=noon), now_ns=NOW).totals.sessions)
+        assert fields_of(found)["since"] == "2025-11-02T12:00"
+
+
+def test_a_user_is_found_by_the_beginning_of_the_hash_and_one_that_is_none_is_said(
+    six_weeks: Ledger, report: Report
+) -> None:
+    user = str(report.latest[0].user_id)
+    with served(six_weeks) as server:
+        of_user = collect(six_weeks, Filters(user_id=user), now_ns=NOW).totals.sessions
+        assert of_user > 0
+        for begins in (user, user[:8]):
+            found = Page(ask(server, f"/?user={begins}")[1])
+            assert found.tiles["Sessions"][0] == str(of_user)
+            assert fields_of(found)["user"] == user
+        answer, body = ask(server, "/?user=zzz")
+        assert answer.status == 400
+        assert "No user has a hash that begins with &#x27;zzz&#x27;" in body
+        several = ask(server, f"/?user={user[0]}")[1]
+        assert "Several users have hashes that begin with" in several
+        assert ask(server, "/?user=%25")[0].status == 400, "no pattern"
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,16 @@ def test_without_scripts_the_tables_are_there(browser: Browser, address: str, re
         assert page.locator("#latency-by-turn tbody tr").count() == len(report.latency)
 
 
+def test_a_cell_of_retention_says_its_share_wherever_there_is_room(browser: Browser, address: str) -> None:
+    texts = "#plot-retention-by-week-0 .heatmap-label"
+    for width in (PHONE, DESK):
+        with opened(browser, address, width=width) as page:
+            assert page.locator(texts).first.text_content() == "100%"
+    with opened(browser, address, width=300) as page:
+        assert page.locator(texts).count() == 0
+        assert page.locator("#plot-retention-by-week-0 .colorbar").count() == 1
+
+
 # --- sessions ---------------------------------------------------------------------------------------------------------
 def test_the_filter_of_the_tables_works(browser: Browser, address: str, report: Report) -> None:
     with opened(browser, address) as page:
@@ -245,7 +255,11 @@ def test_a_row_leads_to_langfuse_and_to_the_terminal(browser: Browser, address: 
     with opened(browser, address) as page:
         row = page.locator("#dearest tbody tr").first
         assert row.locator("a").get_attribute("href") == PLACE.session_url(report.dearest[0].id)
-        assert row.locator("code").text_content() == f"turntrace show {report.dearest[0].id}"
+        command = row.locator("code")
+        assert command.text_content() == f"turntrace show {report.dearest[0].id[:8]}"
+        assert command.evaluate("code => code.scrollWidth <= code.clientWidth"), "all of it can be read"
+        scrolled = page.locator("#dearest .scroll")
+        assert scrolled.evaluate("each => each.scrollWidth <= each.clientWidth"), "no column is cut off"
 
 
 def test_on_a_phone_rows_are_blocks_that_can_be_read(browser: Browser, address: str) -> None:
@@ -259,6 +273,19 @@ def test_on_a_phone_rows_are_blocks_that_can_be_read(browser: Browser, address: 
             first.evaluate("row => getComputedStyle(row.querySelector('td:nth-child(3)'), '::before').content")
             != "none"
         )
+
+
+def test_on_a_phone_a_table_that_goes_on_has_a_shadow_and_breaks_no_word(browser: Browser, address: str) -> None:
+    with opened(browser, address, width=PHONE, has_touch=True) as page:
+        page.locator("#dropoff-by-reason summary").click()
+        cell = page.locator("#dropoff-by-reason tbody th", has_text="inactive_timeout")
+        assert cell.evaluate("each => each.clientHeight") < 40, "one line"
+        page.locator("#usage-by-model summary").click()
+        scrolled = page.locator("#usage-by-model .scroll")
+        assert scrolled.evaluate("each => each.scrollWidth > each.clientWidth")
+        background = scrolled.evaluate("each => getComputedStyle(each).background")
+        assert background.count("linear-gradient") == 4
+        assert background.count("local") == 2
 
 
 # --- texts from outside -----------------------------------------------------------------------------------------------
@@ -303,11 +330,11 @@ def test_the_form_of_the_served_page_works(browser: Browser, ledger: Ledger, fol
         assert not is_too_wide(page)
         page.select_option("#filters [name=channel]", "web")
         page.select_option("#filters [name=end_reason]", "inactive_timeout")
-        page.fill("#filters [name=since]", "2025-11-03")
+        page.fill("#filters [name=since]", "2025-11-03T00:00")
         page.click("#filters button")
         page.wait_for_selector("html[data-ready]", state="attached")
         asked = parse_qs(urlsplit(page.url).query)
-        assert asked == {"channel": ["web"], "end_reason": ["inactive_timeout"], "since": ["2025-11-03"]}
+        assert asked == {"channel": ["web"], "end_reason": ["inactive_timeout"], "since": ["2025-11-03T00:00"]}
         wanted = Filters(channel="web", end_reason="inactive_timeout", since_ns=MONDAY + 21 * DAY)
         expected = collect(ledger, wanted, now_ns=NOW)
         assert page.locator(".tile .figure").first.text_content() == f"{expected.totals.sessions:,}" != "0"

@@ -46,6 +46,13 @@ from turntrace.analytics.exchanges import (
 from turntrace.analytics.filters import ALL, Filters
 from turntrace.analytics.funnels import Funnel, FunnelStage, funnel, funnels
 from turntrace.analytics.returning import Cohort, UserFigures, retention, users
+from turntrace.analytics.scales import (
+    DURATION_EDGES_MS,
+    ContextOfTurn,
+    Lasted,
+    context_tokens_by_turn,
+    session_durations,
+)
 from turntrace.analytics.sittings import (
     ORDERS,
     DayOfSessions,
@@ -61,11 +68,13 @@ from turntrace.analytics.windows import Prunings, WindowOfTurn, prunings, window
 
 __all__ = [
     "ALL",
+    "DURATION_EDGES_MS",
     "MOST_LOOKED_INTO",
     "MOST_TURNS",
     "ORDERS",
     "Choices",
     "Cohort",
+    "ContextOfTurn",
     "DayOfSessions",
     "Dropoffs",
     "ErrorsAt",
@@ -75,6 +84,7 @@ __all__ = [
     "Funnel",
     "FunnelStage",
     "IntentOutcome",
+    "Lasted",
     "LatencyOfTurn",
     "Length",
     "Outcome",
@@ -89,6 +99,7 @@ __all__ = [
     "ask_together",
     "by_model",
     "choices",
+    "context_tokens_by_turn",
     "day_of",
     "dropoff_by_action",
     "dropoff_by_intent",
@@ -103,6 +114,7 @@ __all__ = [
     "outcomes_by_intent",
     "prunings",
     "retention",
+    "session_durations",
     "session_lengths",
     "sessions_by",
     "sessions_over_time",

@@ -13,6 +13,8 @@ from turntrace.summaries import SessionSummary
 _AT_ONCE: Final = 2
 _SHOWN: Final = 10
 _LATEST: Final = 15
+_NEARLY_EMPTY: Final = 0.02
+"""Shares of windows, which are in thousandths, say too little below it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,7 @@ class Report:
         choices: What the filters can be set to.
         days: The days on which sessions began.
         lengths: How long sessions are.
+        durations: How long sessions last, from milliseconds to a day.
         latency: How long turns take, for all and by their number.
         errors: Turns that failed or were abandoned.
         usage_by_day: Tokens and cost by day.
@@ -41,6 +44,7 @@ class Report:
         outcomes_by_intent: How sessions came out, by what users wanted.
         retention: Weekly cohorts of users.
         windows: How full the models' windows were, by the number of the turn.
+        context_tokens: The same in tokens, where windows are nearly empty; else nothing.
         prunings: What was pruned by which strategy.
         estimate_errors: How good our counts of tokens are, by model.
         failing: The sessions with failed turns that began last.
@@ -56,6 +60,7 @@ class Report:
     choices: analytics.Choices
     days: Sequence[analytics.DayOfSessions]
     lengths: analytics.SessionLengths
+    durations: Sequence[analytics.Lasted]
     latency: Sequence[analytics.LatencyOfTurn]
     errors: analytics.TurnErrors
     usage_by_day: Sequence[analytics.Usage]
@@ -71,6 +76,7 @@ class Report:
     outcomes_by_intent: Sequence[analytics.IntentOutcome]
     retention: Sequence[analytics.Cohort]
     windows: Sequence[analytics.WindowOfTurn]
+    context_tokens: Sequence[analytics.ContextOfTurn]
     prunings: Sequence[analytics.Prunings]
     estimate_errors: Sequence[analytics.EstimateError]
     failing: Sequence[SessionSummary]
@@ -100,7 +106,11 @@ def collect(ledger: Ledger, filters: Filters = ALL, *, now_ns: int) -> Report:
     questions = {name: partial(question, ledger, filters) for name, question in _QUESTIONS.items()}
     answers: dict[str, Any] = analytics.ask_together(questions, threads=_AT_ONCE)
     usage, errors = answers.pop("by_model")
-    return Report(at_ns=now_ns, filters=filters, usage_by_model=usage, estimate_errors=errors, **answers)
+    of_model = {"usage_by_model": usage, "estimate_errors": errors}
+    windows: Sequence[analytics.WindowOfTurn] = answers["windows"]
+    is_nearly_empty = windows and max(each.p99 for each in windows) < _NEARLY_EMPTY
+    tokens = analytics.context_tokens_by_turn(ledger, filters) if is_nearly_empty else []
+    return Report(at_ns=now_ns, filters=filters, context_tokens=tokens, **of_model, **answers)
 
 
 def _sessions(by: Any, limit: int) -> Callable[[Ledger, Filters], Any]:
@@ -119,6 +129,7 @@ _QUESTIONS: Final[Mapping[str, Callable[[Ledger, Filters], Any]]] = {
     "prunings": analytics.prunings,
     "retention": analytics.retention,
     "lengths": analytics.session_lengths,
+    "durations": analytics.session_durations,
     "days": analytics.sessions_over_time,
     "usage_by_day": analytics.usage_by_day,
     "usage_by_tier": analytics.usage_by_tier,

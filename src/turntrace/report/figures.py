@@ -16,7 +16,8 @@ SOFT: Final = "var(--soft)"
 MIDDLE: Final = "var(--middle)"
 ORANGE: Final = "var(--orange)"
 GRAY: Final = "var(--gray)"
-"""The colours, told apart also by those who do not see red or green: blue for what is, orange for what went wrong."""
+"""The colours, told apart also by those who do not see red or green: blue for what is, orange for what went wrong or
+took long."""
 
 FEW: Final = 20
 """Points that stand for fewer are drawn hollow."""
@@ -254,7 +255,9 @@ def lying_layout(names: Sequence[str], title: str, *, most: float | None = None,
     height = 96 + _ROW_PX * max(1, len(names))
     beside = named([label(name) for name in names], autorange="reversed", fixedrange=True)
     narrow = {"names": [label(name, length=_NARROW) for name in names]}  # for a phone
-    return layout(height=height, xaxis=titled(title, nticks=6, **whole(most)), yaxis=beside, meta=narrow, **more)
+    return layout(
+        height=height, xaxis=titled(title, nticks=6, tickangle=0, **whole(most)), yaxis=beside, meta=narrow, **more
+    )
 
 
 def of_names(names: Sequence[str], unknown: str = "not known") -> list[str]:

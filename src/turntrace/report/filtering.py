@@ -3,8 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+from sqlalchemy import select
+
 from turntrace.analytics import Choices, Filters, day_of
-from turntrace.errors import ConfigurationError
+from turntrace.errors import ConfigurationError, IdentityError
+from turntrace.ledger import Ledger
+from turntrace.ledger.tables import sessions
 from turntrace.report.markup import Markup, element
 from turntrace.report.words import day_or_moment, shortened, visible
 
@@ -58,6 +62,30 @@ def filters_of(asked: Mapping[str, Sequence[str]], base: Filters) -> Filters:
     return base.of(**changed)
 
 
+def with_whole_user(filters: Filters, ledger: Ledger) -> Filters:
+    """Return filters whose user is a hash on record, where they name the beginning of one.
+
+    Raises:
+        IdentityError: If no user has such a hash, or several have.
+    """
+    begins = filters.user_id
+    if not begins:
+        return filters
+    query = select(sessions.c.user_id).where(sessions.c.user_id.startswith(begins, autoescape=True)).distinct()
+    with ledger.asking() as connection:
+        found = list(connection.execute(query.order_by(sessions.c.user_id).limit(2)).scalars())
+    if begins in found:
+        return filters
+    if not found:
+        raise IdentityError(
+            f"No user has a hash that begins with {begins!r}. Leave the field empty for all users; the tables of "
+            "sessions show the beginnings of their users' hashes."
+        )
+    if len(found) > 1:
+        raise IdentityError(f"Several users have hashes that begin with {begins!r}: type more of it.")
+    return filters.of(user_id=found[0])
+
+
 def _value(name: str, value: str) -> str | int | None:
     if not value.strip():
         return None
@@ -81,8 +109,8 @@ def applied(filters: Filters) -> Markup:
 def filter_form(filters: Filters, choices: Choices) -> Markup:
     """Return the form of the served page."""
     fields = (
-        _day("since", filters),
-        _day("until", filters),
+        _time("since", filters),
+        _time("until", filters),
         _choice("channel", filters, choices.channel),
         _choice("tier", filters, choices.tier),
         _choice("org", filters, choices.org_id),
@@ -104,13 +132,15 @@ def _cleared() -> str:
 
 def _label(name: str, field: Markup) -> Markup:
     words = _WORDS.get(name, name)
-    return element("label", words[0].upper() + words[1:], field)
+    zone = " (UTC)" if name in ("since", "until") else ""
+    return element("label", words[0].upper() + words[1:] + zone, field)
 
 
-def _day(name: str, filters: Filters) -> Markup:
+def _time(name: str, filters: Filters) -> Markup:
+    """Return a field for a day and a time, in which a browser writes nothing but both."""
     value = _shown(filters, name)
-    kind = "datetime-local" if value is not None and "T" in value else "date"
-    return _label(name, element("input", type=kind, name=name, value=value))
+    at = value if value is None or "T" in value else f"{value}T00:00"
+    return _label(name, element("input", type="datetime-local", name=name, value=at))
 
 
 def _choice(name: str, filters: Filters, values: Sequence[str]) -> Markup:

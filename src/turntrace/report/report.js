@@ -38,23 +38,31 @@
       plot.style.height = `${layout.height}px`;
     }
     if (isNarrow.matches) fitNarrow(data, layout);
+    fitCells(plot, data, layout);
     return Plotly.react(plot, data, { ...layout, ...more }, config);
   }
 
   function fitNarrow(data, layout) {
-    if (layout.xaxis.type === "category" && layout.xaxis.tickvals.length > 5) {
+    const mayThin = layout.xaxis.type === "category" || layout.meta?.thin;
+    if (mayThin && layout.xaxis.tickvals.length > 5) {
       const last = layout.xaxis.tickvals.length - 1; // every second label, the last one too
       const kept = (_, at) => (last - at) % 2 === 0;
       layout.xaxis.tickvals = layout.xaxis.tickvals.filter(kept);
       layout.xaxis.ticktext = layout.xaxis.ticktext.filter(kept);
     }
-    if (layout.meta) layout.yaxis.ticktext = layout.meta.names;
+    if (layout.meta?.names) layout.yaxis.ticktext = layout.meta.names;
     if (layout.xaxis.nticks) layout.xaxis.nticks = Math.min(layout.xaxis.nticks, 5);
+  }
+
+  function fitCells(plot, data, layout) {
     for (const trace of data) {
-      if (trace.type === "heatmap" && trace.x.length > 5) {
-        delete trace.texttemplate; // there is no room for it in the cells
-        trace.showscale = true;
-      }
+      if (trace.type !== "heatmap") continue;
+      const columns = isNarrow.matches ? Math.max(trace.x.length, 5) : layout.xaxis.range[1] + 0.5;
+      layout.xaxis.range = [-0.5, columns - 0.5];
+      const room = (plot.clientWidth - (isNarrow.matches ? 100 : 150)) / columns; // beside the names of the rows
+      if (room > 32) continue;
+      delete trace.texttemplate; // there is no room for it in the cells
+      trace.showscale = true;
     }
   }
 

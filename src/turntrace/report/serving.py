@@ -10,10 +10,10 @@ from typing import Final
 from urllib.parse import parse_qs, urlsplit
 
 from turntrace.analytics import ALL, Filters
-from turntrace.errors import ConfigurationError, TurntraceError
+from turntrace.errors import ConfigurationError, IdentityError, TurntraceError
 from turntrace.ledger import Ledger
 from turntrace.report.collect import collect
-from turntrace.report.filtering import filters_of
+from turntrace.report.filtering import filters_of, with_whole_user
 from turntrace.report.langfuse import LangfusePlace
 from turntrace.report.markup import element
 from turntrace.report.page import policy, render
@@ -77,6 +77,7 @@ class ReportServer:
 
         Raises:
             ConfigurationError: If its filters cannot be used.
+            IdentityError: If it names a user of whom nothing is on record.
             LedgerError: If the ledger cannot be read.
         """
         try:
@@ -84,6 +85,8 @@ class ReportServer:
         except ValueError:
             raise ConfigurationError(f"The address has too many fields. Allowed are {_MOST_FIELDS}.") from None
         filters = filters_of(asked, self._filters)
+        if "user" in asked:
+            filters = with_whole_user(filters, self._ledger)
         with self._making:  # one page at a time: each asks in two threads
             report = collect(self._ledger, filters, now_ns=self._clock())
         return render(report, langfuse=self._langfuse, refresh_s=self._refresh_s)
@@ -168,7 +171,7 @@ class _Handler(BaseHTTPRequestHandler):
             return HTTPStatus.NOT_FOUND, _words("There is nothing at this address: the report is at /.")
         try:
             return HTTPStatus.OK, self.server.page(query)
-        except ConfigurationError as error:
+        except (ConfigurationError, IdentityError) as error:
             return HTTPStatus.BAD_REQUEST, _words(str(error))
         except TurntraceError as error:
             logger.warning("turntrace: the report could not be made: %s", error)

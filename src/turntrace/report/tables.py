@@ -6,13 +6,26 @@ from typing import Final
 from turntrace.report.figures import Table
 from turntrace.report.langfuse import LangfusePlace
 from turntrace.report.markup import Markup, element, joined
-from turntrace.report.words import count, duration, moment, money, short_id, show_command, times, visible
+from turntrace.report.words import beginning, count, duration, moment, money, short_id, show_command, times, visible
 from turntrace.summaries import SessionSummary
 
 OPEN: Final = "open"
-_SHORT: Final = 12
+_SHORT: Final = 24
 _COLUMNS: Final = (
-    *("session", "began", "user", "channel", "turns", "tokens", "cost", "lasted", "mean turn", "ended", "look again"),
+    *(
+        "session",
+        "began",
+        "user",
+        "channel",
+        "turns",
+        "failed",
+        "tokens",
+        "cost",
+        "lasted",
+        "mean turn",
+        "ended",
+        "look again",
+    ),
 )
 _TEXTS: Final = ("began", "user", "channel", "ended", "look again")
 
@@ -83,13 +96,14 @@ def _row(session: SessionSummary, langfuse: LangfusePlace | None) -> Markup:
         moment(session.started_ns),
         _user(session),
         element("bdi", visible(session.channel)),
-        _turns(session),
+        count(session.total_turns),
+        _failed(session),
         count(session.total_tokens),
         money(session.total_cost_usd),
         duration(session.duration_ms),
         duration(session.avg_turn_latency_ms),
         _end(session, end),
-        element("code", element("bdi", visible(show_command(session.id)))),
+        element("code", element("bdi", visible(show_command(beginning(session.id)))), title=visible(session.id)),
     )
     return element(
         "tr",
@@ -125,10 +139,9 @@ def _user(session: SessionSummary) -> Markup:
     return element("span", element("bdi", short_id(session.user_id)), title=visible(session.user_id))
 
 
-def _turns(session: SessionSummary) -> Markup:
-    if not session.failed_turns:
-        return joined(count(session.total_turns))
-    return joined(count(session.total_turns), " ", element("span", f"{session.failed_turns:,} failed", class_="badge"))
+def _failed(session: SessionSummary) -> Markup:
+    failed = count(session.failed_turns)
+    return element("strong", failed, class_="wrong") if session.failed_turns else joined(failed)
 
 
 def _end(session: SessionSummary, end: str) -> Markup:

@@ -99,11 +99,16 @@ def label(text: str, unknown: str = "not known", length: int = _SHORT) -> str:
     return html.escape(shortened(visible(text), length), quote=False) if text else unknown
 
 
+def beginning(an_id: str) -> str:
+    """Return the beginning of an id that nobody chose, by which it is found; one that somebody chose is whole."""
+    is_random = len(an_id) in (32, 64) and set(an_id) <= set("0123456789abcdef")
+    return an_id[:_SHORT_ID] if is_random else an_id
+
+
 def short_id(an_id: str) -> str:
     """Return the beginning of an id that nobody chose; one that somebody chose is shortened in its middle."""
-    if len(an_id) in (32, 64) and set(an_id) <= set("0123456789abcdef"):
-        return an_id[:_SHORT_ID]
-    return shortened(visible(an_id), 22)
+    begins = beginning(an_id)
+    return begins if begins != an_id else shortened(visible(an_id), 22)
 
 
 def show_command(session_id: str) -> str:

@@ -147,7 +147,8 @@ def outcome_section(report: Report) -> Section:
         (
             "The outcome of a session that has ended is decided by the first of these that is known. Feedback: a mean "
             "of at least 0.5 is success. The journey that it took the last step of: converted is success. Its end: "
-            "completed is success, error is not. A drop-off is not. Of all others it is unknown.",
+            "completed is success, error is not. A drop-off is not. Of all others it is unknown, "
+            "and of those that are open.",
         ),
     )
 

@@ -7,9 +7,9 @@ from turntrace.report.collect import Report
 from turntrace.report.figures import (
     BLUE,
     FEW,
-    GRAY,
     INK,
     MIDDLE,
+    ORANGE,
     SOFT,
     Chart,
     Data,
@@ -60,20 +60,39 @@ def turn_axis(numbers: Sequence[int]) -> Data:
     return found | {"labelalias": {str(MOST_TURNS + 1): f">{MOST_TURNS}"}}
 
 
+SAME = "Of fewer than 100 turns p99 is the largest, and of fewer than 20 p95 is: then their lines are one."
+_QUANTILES = {
+    "p50": (BLUE, "solid", "circle", 9),
+    "p95": (ORANGE, "dash", "square", 6),
+    "p99": (INK, "dot", "circle", 4),
+}
+
+
+def quantile(name: str, x: Sequence[int], y: Sequence[float | None], hover: str, n: Sequence[int]) -> Data:
+    """Return the line of a quantile: those of higher ones lie upon it and leave gaps, so equal ones are all seen."""
+    color, dash, symbol, size = _QUANTILES[name]
+    trace = line(name, x, y, color, hover, n=n, dash=dash)
+    symbols = [symbol if each >= FEW else f"{symbol}-open" for each in n]
+    return trace | {"marker": {"color": color, "size": size, "symbol": symbols}}
+
+
 def _latency(all_turns: Sequence[LatencyOfTurn], by_number: Sequence[LatencyOfTurn]) -> Chart:
     numbers = [each.number for each in by_number]
     n = [each.n for each in by_number]
     unit, length = unit_of_ms(max(each.p99 for each in by_number))
-    data = [
-        line("p99", numbers, in_unit([e.p99 for e in by_number], length), GRAY, _hover("p99", unit), n=n),
-        line("p95", numbers, in_unit([e.p95 for e in by_number], length), MIDDLE, _hover("p95", unit), n=n),
-        line("p50", numbers, in_unit([e.p50 for e in by_number], length), BLUE, _hover("p50", unit), n=n),
-    ]
+    quantiles = {
+        "p50": [e.p50 for e in by_number],
+        "p95": [e.p95 for e in by_number],
+        "p99": [e.p99 for e in by_number],
+    }
+    data = [quantile(name, numbers, in_unit(ms, length), _hover(name, unit), n) for name, ms in quantiles.items()]
+    first_token = ""
     if any(each.streamed for each in by_number):
         first = in_unit([each.first_token_p50 for each in by_number], length)
         streamed = [each.streamed for each in by_number]
         hover = f"first token, p50: %{{y:,}} {unit} (%{{customdata:,}} streamed)"
-        data.append(line("first token, p50", numbers, first, INK, hover, n=streamed, dash="dot"))
+        data.append(line("first token, p50", numbers, first, MIDDLE, hover, n=streamed, dash="dashdot"))
+        first_token = " First token, p50: half of the turns that stream their answer had its first token by then."
     looks = layout(
         height=340,
         hovermode="x unified",
@@ -97,11 +116,12 @@ def _latency(all_turns: Sequence[LatencyOfTurn], by_number: Sequence[LatencyOfTu
     return Chart(
         "latency-by-turn",
         "Turn latency by turn number",
-        "Of the turns with the same number in their conversation, half took at most p50, 95 of 100 at most p95; a line "
-        f"that rises says that long conversations get slow, and a hollow point stands for fewer than {FEW} turns.",
+        "Of the turns with the same number in their conversation, half took at most p50, 95 of 100 at most p95, 99 of "
+        "100 at most p99; a line that rises says that long conversations get slow, and a hollow point stands for fewer "
+        f"than {FEW} turns.",
         [Plot(data, looks)],
         Table(names, rows),
-        note="The time that a turn waited for a person is not in it.",
+        note=f"The time that a turn waited for a person is not in it. {SAME}{first_token}",
         is_wide=True,
     )
 

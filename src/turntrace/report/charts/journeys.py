@@ -23,7 +23,7 @@ from turntrace.report.figures import (
 from turntrace.report.words import NONE, between, count, duration, percent, times, visible
 
 _MOST_WEEKS: Final = 26
-_MOST_TEXTS: Final = 9
+_LEAST_WEEKS: Final = 8
 
 
 # --- journeys ---------------------------------------------------------------------------------------------------------
@@ -122,20 +122,22 @@ def _retention(cohorts: Sequence[Cohort]) -> Chart:
         "hoverongaps": False,
         "colorscale": [[0, "var(--heat-0)"], [1, "var(--heat-1)"]],
         "colorbar": {"ticksuffix": "%", "thickness": 10, "outlinewidth": 0, "tickvals": [0, 50, 100], "len": 0.9},
-        "showscale": len(columns) > _MOST_TEXTS,
+        "showscale": False,
+        "text": [["" if share is None else f"{share:.0f}%" for share in row] for row in shares],
+        "texttemplate": "%{text}",
+        "textfont": {"size": 11},
         "hovertemplate": "%{x} weeks later: %{customdata:,} users, %{z:.0f}%<extra></extra>",
     }
-    if len(columns) <= _MOST_TEXTS:
-        texts = [["" if share is None else f"{share:.0f}%" for share in row] for row in shares]
-        trace |= {"text": texts, "texttemplate": "%{text}", "textfont": {"size": 11}}
-    names = [f"{date.fromisoformat(c.week):%b %-d} ({c.users:,})" for c in shown]
+    names = [f"{_day(c.week)} ({c.users:,})" for c in shown]
     looks = layout(
         height=90 + 30 * len(shown),
         xaxis=named([str(w) for w in columns], title={"text": "weeks later", "font": {"size": 12}}, side="bottom"),
         yaxis=named(names, autorange="reversed", fixedrange=True),
         hoverlabel={"bgcolor": SURFACE, "font": {"color": INK}, "align": "left"},
         margin={"l": 8, "r": 8, "t": 8, "b": 8},
+        meta={"names": [_day(c.week) for c in shown]},  # for a phone
     )
+    looks["xaxis"]["range"] = [-0.5, max(len(columns), _LEAST_WEEKS) - 0.5]  # so that few weeks do not grow wide
     if len(columns) > 12:
         looks["xaxis"] |= {"tickvals": list(columns)[::4], "ticktext": [str(w) for w in columns][::4]}
     return Chart(
@@ -145,6 +147,17 @@ def _retention(cohorts: Sequence[Cohort]) -> Chart:
         "who had a session so many weeks later; rows that stay strong in colour to the right are users who come back.",
         [Plot([trace], looks)],
         Table(("week from", "users", *(f"week {w}" for w in weeks)), rows),
-        note=f"The chart shows the last {_MOST_WEEKS} weeks." if len(cohorts) > _MOST_WEEKS else "",
+        note=_retention_note(cohorts, len(weeks)),
         is_wide=True,
     )
+
+
+def _day(week: str) -> str:
+    monday = date.fromisoformat(week)
+    return f"{monday:%b} {monday.day}, {monday.year}"
+
+
+def _retention_note(cohorts: Sequence[Cohort], weeks: int) -> str:
+    if weeks == 1:
+        return "Who comes back is seen from the second week on."
+    return f"The chart shows the last {_MOST_WEEKS} weeks." if len(cohorts) > _MOST_WEEKS else ""

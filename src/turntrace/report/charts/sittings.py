@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from datetime import date, timedelta
 from typing import Final
 
-from turntrace.analytics import DayOfSessions, Length, SessionLengths
+from turntrace.analytics import DURATION_EDGES_MS, DayOfSessions, Lasted, SessionLengths
 from turntrace.report.collect import Report
 from turntrace.report.figures import (
     BLUE,
-    GRAY,
+    INK,
     ORANGE,
+    SURFACE,
     Chart,
+    Data,
     Plot,
     Section,
     Table,
@@ -30,16 +32,19 @@ from turntrace.report.words import count, duration, money, times
 
 _MOST_DAYS: Final = 1_100
 _MOST_BARS: Final = 60
-_EDGES: Final = (0, 1, 2, 5, 10, 15, 20, 30, 45, 60, 120, 240, 480, 1440)
-"""Minutes at which the bars of the sessions' lengths end."""
+_MOST_EDGES: Final = 14
+_MINUTE_MS: Final = 60_000
+_BEGINS: Final = ((1, 2_000), (1_000, 5 * _MINUTE_MS))
+"""The end of the first bar of the sessions' durations, and below how much 95 of 100 are for it."""
+_UNITS: Final = ((3_600_000, "h"), (_MINUTE_MS, "min"), (1_000, "s"), (1, "ms"))
 
 
 def sessions_section(report: Report) -> Section:
     """Return the section about sessions."""
     charts = [_over_time(report.days)] if report.days else []
     lengths = report.lengths
-    if lengths.n and lengths.turns and lengths.minutes:  # each was asked at its own time
-        charts += [_turns(lengths), _minutes(lengths)]
+    if lengths.n and lengths.turns and report.durations:  # each was asked at its own time
+        charts += [_turns(lengths), _durations(lengths, report.durations)]
     return Section("sessions", "Sessions", charts, "turntrace demo records five of them.")
 
 
@@ -54,7 +59,7 @@ def _over_time(days: Sequence[DayOfSessions]) -> Chart:
     data = [
         bars("sessions", on, sessions, BLUE, "%{y:,} sessions", width=width),
         bars("drop-offs", on, dropoffs, ORANGE, "%{y:,} drop-offs", width=width),
-        line("users", on, users, GRAY, "%{y:,} users", marker={"color": GRAY, "size": 4}),
+        line("users", on, users, INK, "%{y:,} users", marker=_points(on)),
     ]
     looks = layout(
         height=320,
@@ -85,6 +90,13 @@ def _over_time(days: Sequence[DayOfSessions]) -> Chart:
         without_gaps(on),
         is_wide=True,
     )
+
+
+def _points(on: Sequence[str]) -> Data:
+    """Return the points of a line, which stand out from the bars behind them where bars are wide."""
+    if not are_few_days(on):
+        return {"color": INK, "size": 4}
+    return {"color": INK, "size": 11, "line": {"color": SURFACE, "width": 2}}
 
 
 def _all_days(days: Sequence[DayOfSessions]) -> list[str]:
@@ -122,40 +134,51 @@ def _turns(lengths: SessionLengths) -> Chart:
     )
 
 
-def _minutes(lengths: SessionLengths) -> Chart:
-    names, sums = _binned(lengths.minutes)
-    short = [name.rpartition("\N{EN DASH}")[2] for name in names]
+def _durations(lengths: SessionLengths, found: Sequence[Lasted]) -> Chart:
+    names, sums, is_longer = _binned(found, lengths.p95_ms or 0)
+    edges = [(0, ""), *(_parts(edge) for edge in names)]
+    ticks = [f"{number}<br>{unit}" for number, unit in edges[1:]]
+    spoken = [f"up to {number} {unit}" for number, unit in edges[1:]]
+    if is_longer:
+        number, unit = edges[-1]
+        ticks.append("longer")
+        spoken.append(f"more than {number} {unit}")
     looks = layout(
-        xaxis=named(short, range=roomy(0, len(short) - 1, 6), title={"text": "minutes, up to", "font": {"size": 12}}),
-        yaxis=titled("sessions", nticks=6, tickformat=",d"),
+        xaxis=named(ticks, range=roomy(0, len(ticks) - 1, 6), title={"text": "up to", "font": {"size": 12}}),
+        yaxis=titled("sessions", nticks=6, tickformat=",d", **whole(max(sums))),
         showlegend=False,
+        meta={"thin": True},
     )
-    trace = bars(
-        "sessions", list(range(len(names))), sums, BLUE, "%{customdata} min: %{y:,} sessions", customdata=names
-    )
+    looks["xaxis"] |= {"tickangle": 0}
+    hover = "%{customdata}: %{y:,} sessions"
+    trace = bars("sessions", list(range(len(sums))), sums, BLUE, hover, customdata=spoken)
     return Chart(
-        "session-minutes",
-        "Session length in minutes",
-        "Each bar is the sessions that lasted so long, from the first to the last activity: half of all at most "
-        f"{duration(lengths.p50_ms)}, "
-        f"95 of 100 at most {duration(lengths.p95_ms)}.",
+        "session-durations",
+        "Session length in time",
+        "Each bar is the sessions that lasted at most so long and longer than the bar before, from the first to the "
+        f"last activity: half of all at most {duration(lengths.p50_ms)}, 95 of 100 at most {duration(lengths.p95_ms)}.",
         [Plot([trace], looks)],
-        Table(
-            ("up to minutes", "sessions"),
-            [(count(each.length), count(each.sessions)) for each in lengths.minutes],
-        ),
-        note=f"Of {times(lengths.n, 'session')}; those of a day and longer are counted as one day.",
+        Table(("lasted", "sessions"), [(name, count(n)) for name, n in zip(spoken, sums, strict=True)]),
+        note=f"Of {times(sum(sums), 'session')}.",
     )
 
 
-def _binned(minutes: Sequence[Length]) -> tuple[list[str], list[int]]:
-    """Return bars of growing width, since most sessions are short and some are very long."""
-    most = minutes[-1].length
-    edges = [edge for at, edge in enumerate(_EDGES) if at == 0 or _EDGES[at - 1] < max(1, most)]
-    names, sums = [], []
-    for below, edge in zip((-1, *edges), edges, strict=False):
-        found = sum(each.sessions for each in minutes if below < each.length <= edge)
-        if edge > 0 or found:
-            names.append("0" if edge == 0 else f"{below}\N{EN DASH}{edge}")
-            sums.append(found)
-    return names, sums
+def _binned(found: Sequence[Lasted], p95_ms: int) -> tuple[list[int], list[int], bool]:
+    """Return bars on a scale that fits most sessions: their edges, how many, and whether the last one is all longer.
+
+    It begins with a millisecond, a second or a minute; bars grow in width, as few sessions are very long.
+    """
+    first = next((at for at, most in _BEGINS if p95_ms < most), _MINUTE_MS)
+    by_edge = {each.upto_ms: each.sessions for each in found}
+    used = [edge for edge in by_edge if edge is not None]
+    last = max([first, *used])
+    edges = [edge for edge in DURATION_EDGES_MS if first <= edge <= last][:_MOST_EDGES]
+    sums = [sum(n for upto, n in by_edge.items() if upto is not None and upto <= edges[0])]
+    sums += [by_edge.get(edge, 0) for edge in edges[1:]]
+    longer = sum(by_edge.values()) - sum(sums)
+    return edges, [*sums, longer] if longer else sums, longer > 0
+
+
+def _parts(ms: int) -> tuple[int, str]:
+    """Return a time as a whole number of the largest unit."""
+    return next((ms // length, unit) for length, unit in _UNITS if ms >= length)

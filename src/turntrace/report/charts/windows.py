@@ -1,9 +1,9 @@
 """The context window: how full it is, what is pruned, and how good our counts are."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from turntrace.analytics import EstimateError, Prunings, WindowOfTurn
-from turntrace.report.charts.exchanges import number_of_turn, turn_axis
+from turntrace.analytics import ContextOfTurn, EstimateError, Prunings, WindowOfTurn
+from turntrace.report.charts.exchanges import SAME, number_of_turn, quantile, turn_axis
 from turntrace.report.collect import Report
 from turntrace.report.figures import (
     BLUE,
@@ -12,13 +12,13 @@ from turntrace.report.figures import (
     MIDDLE,
     SOFT,
     Chart,
+    Data,
     Plot,
     Section,
     Table,
     first_ones,
     layout,
     left_out,
-    line,
     lying,
     lying_layout,
     of_names,
@@ -30,7 +30,9 @@ from turntrace.report.words import NONE, count, label, percent, visible
 def window_section(report: Report) -> Section:
     """Return the section about the models' windows."""
     charts = []
-    if report.windows:
+    if report.context_tokens and report.windows:
+        charts.append(_tokens(report.context_tokens, report.windows))
+    elif report.windows:
         charts.append(_fill(report.windows))
     if report.prunings:
         charts.append(_prunings(report.prunings))
@@ -45,35 +47,53 @@ def window_section(report: Report) -> Section:
 
 
 def _fill(windows: Sequence[WindowOfTurn]) -> Chart:
-    numbers, n = [each.number for each in windows], [each.n for each in windows]
-
-    def trace(name: str, shares: Sequence[float], color: str) -> dict[str, object]:
-        hover = f"{name}: %{{y:.1f}}% full (%{{customdata:,}} turns)"
-        return line(name, numbers, [round(100 * share, 1) for share in shares], color, hover, n=n)
-
-    data = [
-        trace("p99", [each.p99 for each in windows], GRAY),
-        trace("p95", [each.p95 for each in windows], MIDDLE),
-        trace("p50", [each.p50 for each in windows], BLUE),
-    ]
-    looks = layout(
-        height=320,
-        hovermode="x unified",
-        xaxis=turn_axis(numbers),
-        yaxis=titled("of the window", nticks=6, ticksuffix="%"),
-    )
     rows = [
         (number_of_turn(e.number), count(e.n), percent(e.p50, 1), percent(e.p95, 1), percent(e.p99, 1)) for e in windows
     ]
-    return Chart(
-        "context-fill",
-        "Context fill by turn number",
-        "Of the turns with the same number, half filled at most p50 of their model's window, 95 of 100 at most p95; at "
-        f"100% a call fails, and a hollow point stands for fewer than {FEW} turns.",
-        [Plot(data, looks)],
-        Table(("turn", "turns", "p50", "p95", "p99"), rows),
-        is_wide=True,
+    reading = (
+        "Of the turns with the same number, half filled at most p50 of their model's window, 95 of 100 at most p95, 99 "
+        f"of 100 at most p99; at 100% a call fails, and a hollow point stands for fewer than {FEW} turns."
     )
+    return _by_turn(
+        *("Context fill by turn number", reading, windows, rows),
+        *(titled("of the window", nticks=6, ticksuffix="%"), "%{y:.1f}% full"),
+        values=lambda name: [round(100 * getattr(each, name), 1) for each in windows],
+    )
+
+
+def _tokens(contexts: Sequence[ContextOfTurn], windows: Sequence[WindowOfTurn]) -> Chart:
+    rows = [(number_of_turn(e.number), count(e.n), count(e.p50), count(e.p95), count(e.p99)) for e in contexts]
+    most = max(each.p99 for each in windows)
+    filled = f"at most {percent(most, 1)}" if most else "less than 0.1%"
+    reading = (
+        "Of the turns with the same number, half gave their model at most p50 tokens, 95 of 100 at most p95, 99 of 100 "
+        f"at most p99, which is {filled} of the windows; a hollow point stands for fewer than {FEW} turns."
+    )
+    return _by_turn(
+        *("Context by turn number, in tokens", reading, contexts, rows),
+        *(titled("tokens", nticks=6, tickformat=","), "%{y:,} tokens"),
+        values=lambda name: [getattr(each, name) for each in contexts],
+    )
+
+
+def _by_turn(
+    title: str,
+    reading: str,
+    found: Sequence[WindowOfTurn] | Sequence[ContextOfTurn],
+    rows: Sequence[Sequence[str]],
+    values_axis: Data,
+    hover: str,
+    *,
+    values: Callable[[str], list[float | None]],
+) -> Chart:
+    numbers, n = [each.number for each in found], [each.n for each in found]
+    data = [
+        quantile(name, numbers, values(name), f"{name}: {hover} (%{{customdata:,}} turns)", n)
+        for name in ("p50", "p95", "p99")
+    ]
+    looks = layout(height=320, hovermode="x unified", xaxis=turn_axis(numbers), yaxis=values_axis)
+    table = Table(("turn", "turns", "p50", "p95", "p99"), rows)
+    return Chart("context-fill", title, reading, [Plot(data, looks)], table, SAME, is_wide=True)
 
 
 def _prunings(found: Sequence[Prunings]) -> Chart:
