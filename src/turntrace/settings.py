@@ -15,6 +15,8 @@ S = TypeVar("S", bound=BaseSettings)
 MAX_IDLE_S: Final = 10 * 366 * 86_400.0
 """Longest idle time, in seconds: ten years."""
 
+MAX_TIMEOUT_S: Final = 86_400.0
+"""Longest that a request may take, in seconds: a day."""
 
 LANGFUSE_CLOUD: Final = "https://cloud.langfuse.com"
 """The server where ``LANGFUSE_BASE_URL`` says none, as Langfuse's SDK has it."""
@@ -62,7 +64,7 @@ class LangfuseSettings(BaseSettings):
     release: str | None = None
     tracing_enabled: bool = True
     sample_rate: float = Field(default=1.0, ge=0.0, le=1.0)
-    timeout: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+    timeout: float = Field(default=5.0, gt=0, le=MAX_TIMEOUT_S, allow_inf_nan=False)
     otel_traces_export_path: str = "api/public/otel/v1/traces"
 
     @property
@@ -101,8 +103,22 @@ def read_langfuse_settings() -> LangfuseSettings:
 
 def _read(kind: type[S]) -> S:
     try:
-        return kind()
+        found = kind()
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         name = f"{kind.model_config.get('env_prefix')}{first['loc'][0]}".upper()
         raise ConfigurationError(f"The environment variable {name} cannot be used: {first['msg']}.") from None
+    for field, value in found:
+        text = value.get_secret_value() if isinstance(value, SecretStr) else value
+        if isinstance(text, str) and field not in _ANY_BYTES and not _is_utf8(text):
+            name = f"{kind.model_config.get('env_prefix')}{field}".upper()
+            raise ConfigurationError(f"The environment variable {name} cannot be used: it is not UTF-8. Set it anew.")
+    return found
+
+
+_ANY_BYTES: Final = ("ledger_url", "user_hash_key")
+"""What may hold bytes that are not UTF-8: the name of a file, a key."""
+
+
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -17,6 +17,14 @@ _LAST_NS: Final = 2**63 - 1
 """What a database holds, which is until the year 2262."""
 
 
+_TIMES: Final = ("since_ns", "until_ns")
+
+
+def _is_kept(text: str) -> bool:
+    """Tell whether a database can hold a text."""
+    return "\x00" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 @dataclass(frozen=True, slots=True)
 class Filters:
     """Which sessions and turns a question is about.
@@ -35,6 +43,9 @@ class Filters:
         model: Turns whose last call was of this model, and sessions with such turns.
         end_reason: Why they ended; ``open`` for those that have not.
         user_id: Hash of their user's id.
+
+    Raises:
+        ConfigurationError: If a value is of another type, or one that no database holds.
     """
 
     since_ns: int | None = None
@@ -46,6 +57,24 @@ class Filters:
     model: str | None = None
     end_reason: str | None = None
     user_id: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if name in _TIMES:
+                if isinstance(value, bool) or not isinstance(value, int) or not _FIRST_NS <= value <= _LAST_NS:
+                    raise ConfigurationError(
+                        f"The filter {name} is {value!r:.40}. Allowed is a time in nanoseconds since 1970, as "
+                        f'day_of("2026-11-25") returns it: Filters({name}=day_of("2026-11-25")).'
+                    )
+            elif not isinstance(value, str) or not _is_kept(value):
+                shown = f"{value!r:.40}" if isinstance(value, str) else f"a {type(value).__name__}"
+                raise ConfigurationError(
+                    f"The filter {name} is {shown}. Allowed is a text without lone surrogates and U+0000: "
+                    f'Filters({name}="...").'
+                )
 
     def __str__(self) -> str:
         times = {"since_ns": "since", "until_ns": "until"}

@@ -37,7 +37,9 @@ class UserOrder(StrEnum):
     MOST_DROPOFFS = "most-dropoffs"
 
 
-LimitOption = Annotated[int, typer.Option("--limit", metavar="N", min=1, help="How many to show at most.")]
+LimitOption = Annotated[
+    int, typer.Option("--limit", metavar="N", min=1, max=1_000_000_000, help="How many to show at most.")
+]
 
 
 @about_sessions

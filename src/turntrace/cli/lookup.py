@@ -33,7 +33,7 @@ def open_existing(url: str | None) -> Ledger:
     chosen = url or read_settings().ledger
     try:
         parsed = make_url(chosen)
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         return Ledger(chosen)  # which says what is wrong with it
     file = parsed.database
     if parsed.get_backend_name() == "sqlite" and file not in (None, "", ":memory:") and not Path(str(file)).exists():
@@ -47,10 +47,11 @@ def find_session(ledger: Ledger, session_id: str) -> SessionSummary:
     Raises:
         IdentityError: If there is none, or more than one.
     """
-    found = ledger.session(session_id)
+    can_be_one = session_id.isascii() and session_id.isprintable()  # a database cannot even be asked for others
+    found = ledger.session(session_id) if can_be_one else None
     if found is not None:
         return found
-    matches = [session.id for session in ledger.sessions(limit=_ALL, id_begins=session_id)]
+    matches = [each.id for each in ledger.sessions(limit=_ALL, id_begins=session_id)] if can_be_one else []
     if not matches:
         raise IdentityError(f"No session has an id that begins with {session_id!r}. turntrace sessions lists them.")
     if len(matches) > 1:
@@ -68,8 +69,10 @@ def find_user(ledger: Ledger, begins: str) -> str:
         IdentityError: If there is none, or more than one.
     """
     query = select(sessions.c.user_id).where(sessions.c.user_id.startswith(begins, autoescape=True)).distinct()
-    with ledger.asking() as connection:
-        found = list(connection.execute(query.limit(2)).scalars())
+    found: list[str] = []
+    if begins.isascii() and begins.isprintable():
+        with ledger.asking() as connection:
+            found = list(connection.execute(query.limit(2)).scalars())
     if begins in found:
         return begins
     if not found:

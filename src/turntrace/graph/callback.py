@@ -12,7 +12,7 @@ from langchain_core.tracers.context import register_configure_hook
 from turntrace import boundary
 from turntrace.boundary import never_breaks
 from turntrace.current import current_scope
-from turntrace.graph.reading import Reading, checked_describer, checked_key
+from turntrace.graph.reading import Reading, checked_describer, checked_key, checked_tracker
 from turntrace.graph.runs import RunRegistry
 from turntrace.lifecycle import SessionTracker, Turn, default_tracker
 
@@ -55,7 +55,7 @@ class SessionCallbackHandler(GraphCallbackHandler):
         describe_output: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__()
-        self.tracker = tracker if tracker is not None else default_tracker()
+        self.tracker = default_tracker() if tracker is None else checked_tracker(tracker)
         reads = Reading(
             checked_key(messages_key),
             checked_describer(describe_input, "describe_input"),

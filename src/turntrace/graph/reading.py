@@ -7,6 +7,7 @@ from typing import Any
 from turntrace.boundary import never_breaks
 from turntrace.errors import ConfigurationError
 from turntrace.graph import extract
+from turntrace.lifecycle import SessionTracker
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,20 @@ def checked_key(key: Any) -> str:
     raise ConfigurationError(
         f"messages_key is {key!r:.40}. It is the name of the state's field that holds the messages: "
         'SessionCallbackHandler(messages_key="messages").'
+    )
+
+
+def checked_tracker(tracker: Any) -> SessionTracker:
+    """Return the tracker.
+
+    Raises:
+        ConfigurationError: If it is none.
+    """
+    if isinstance(tracker, SessionTracker):
+        return tracker
+    raise ConfigurationError(
+        f"SessionCallbackHandler takes a SessionTracker and got a {type(tracker).__name__}: pass "
+        "SessionCallbackHandler(SessionTracker(...)), or nothing for the tracker of the process."
     )
 
 

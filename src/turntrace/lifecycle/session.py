@@ -164,7 +164,7 @@ class Conversation:
             LedgerError: If the ledger cannot be written.
         """
         if role not in ("user", "assistant"):
-            raise StateError(f"The role of a turn cannot be {role!r}. Allowed are user and assistant.")
+            raise StateError(f"The role of a turn cannot be {role!r:.40}. Allowed are user and assistant.")
         return self.session.tracker.start_turn(self, message, role=role)
 
     def turn(self, message: Any = None, *, role: str = "user") -> "TurnBlock":

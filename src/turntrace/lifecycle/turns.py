@@ -120,7 +120,7 @@ class Turns:
             LedgerError: If the ledger cannot be written.
         """
         turn_id = carrier.get(TURN_ID_KEY) if isinstance(carrier, Mapping) else None
-        if not isinstance(turn_id, str) or not turn_id:
+        if not isinstance(turn_id, str) or not turn_id.isascii() or not turn_id.isprintable() or not turn_id:
             raise StateError(
                 f"The carrier of a turn is what turn.carrier() returned, and this has no {TURN_ID_KEY!r}: "
                 f"{carrier!r:.80}. Pass it on as it is: tracker.resume_turn(job['turn'])."
@@ -129,7 +129,7 @@ class Turns:
         found = self.ledger.resume_turn(turn_id)
         if found is None:
             raise StateError(
-                f"The turn {turn_id!r} does not wait: it has ended, another worker goes on with it, or it is in "
+                f"The turn {turn_id!r:.80} does not wait: it has ended, another worker goes on with it, or it is in "
                 f"another ledger than {self.ledger.url}."
             )
         return self._went_on(resumed_turn(self._tracker, found))
