@@ -460,5 +460,5 @@ def test_a_key_that_is_none_says_what_to_type(key: Any, capture: Capture) -> Non
 
 def test_a_tracker_that_is_none_says_what_to_pass() -> None:
     given: Any = "x"
-    with pytest.raises(ConfigurationError, match=r"was given a str as its tracker. Pass a SessionTracker"):
+    with pytest.raises(ConfigurationError, match=r"takes a SessionTracker and got a str: pass SessionCallbackHandler"):
         SessionCallbackHandler(given)

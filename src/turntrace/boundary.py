@@ -74,21 +74,22 @@ def caught(doing: str, error: Exception) -> None:
     """Count an error of ours and log it, the first time with what to do; raise it when `strict` says so."""
     if _strict:
         raise error
-    kind = f"{doing}: {type(error).__name__}"
+    doing, name = one_line(doing), one_line(type(error).__name__)
+    kind = f"{doing}: {name}"
     with _lock:
         failures[kind] += 1
         first = failures[kind] == 1
     if not first:
-        logger.debug("turntrace: %s failed again (%s)", doing, type(error).__name__)
+        logger.debug("turntrace: %s failed again (%s)", doing, name)
     elif isinstance(error, TurntraceError):
-        logger.warning("turntrace: %s failed; the app goes on. %s", doing, error)
+        logger.warning("turntrace: %s failed; the app goes on. %s", doing, one_line(str(error)))
     else:
         # Only the class: the text of an unexpected error may hold what a user wrote.
         logger.warning(
             "turntrace: %s failed with %s; the app goes on, this part is not tracked. It is logged once: "
             "run with logging at DEBUG for its traceback, and please report it.",
             doing,
-            type(error).__name__,
+            name,
         )
         logger.debug("turntrace: %s failed:\n%s", doing, traceback_of(error))
 
@@ -103,6 +104,11 @@ def traceback_of(error: BaseException) -> str:
         parts.insert(0, "".join([*traceback.format_tb(above.__traceback__), type(above).__name__]))
         above = above.__cause__ or (None if above.__suppress_context__ else above.__context__)
     return "\n".join(parts)
+
+
+def one_line(text: str) -> str:
+    """Return a text as a log can hold it: what would break the line or change a terminal is replaced."""
+    return text if text.isprintable() else "".join(each if each.isprintable() else "\ufffd" for each in text)
 
 
 def off_watched_loop(function: Callable[[], R]) -> R:

@@ -48,7 +48,7 @@ class ContentPolicy:
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
             raise ConfigurationError(
-                f"content level {self.level!r} is unknown. Allowed are {', '.join(LEVELS)}: "
+                f"content level {self.level!r:.40} is unknown. Allowed are {', '.join(LEVELS)}: "
                 'ContentPolicy("turn") records what was said in a turn, ContentPolicy() records none of it.'
             )
         if self.redact is not None and not callable(self.redact):

@@ -21,6 +21,8 @@ MAX_IDLE_S: Final = 10 * 366 * 86_400.0
 _PREFIX: Final = "TURNTRACE_"
 _READ_ELSEWHERE: Final = ("TRACEBACK",)
 _ALIKE: Final = 0.5
+MAX_TIMEOUT_S: Final = 86_400.0
+"""Longest that a request may take, in seconds: a day."""
 
 LANGFUSE_CLOUD: Final = "https://cloud.langfuse.com"
 """The server where ``LANGFUSE_BASE_URL`` says none, as Langfuse's SDK has it."""
@@ -76,7 +78,7 @@ class LangfuseSettings(BaseSettings):
     release: str | None = None
     tracing_enabled: bool = True
     sample_rate: float = Field(default=1.0, ge=0.0, le=1.0)
-    timeout: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+    timeout: float = Field(default=5.0, gt=0, le=MAX_TIMEOUT_S, allow_inf_nan=False)
     otel_traces_export_path: str = "api/public/otel/v1/traces"
 
     allowed: ClassVar[Mapping[str, str]] = {
@@ -132,7 +134,7 @@ def unknown_variables() -> list[tuple[str, str | None]]:
 
 def _read(kind: type[S]) -> S:
     try:
-        return kind()
+        found = kind()
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = str(first["loc"][0])
@@ -143,3 +145,17 @@ def _read(kind: type[S]) -> S:
         raise ConfigurationError(
             f"The environment variable {name} is {first['input']!r:.40}. Allowed {allowed[field]}."
         ) from None
+    for field, value in found:
+        text = value.get_secret_value() if isinstance(value, SecretStr) else value
+        if isinstance(text, str) and field not in _ANY_BYTES and not _is_utf8(text):
+            name = f"{kind.model_config.get('env_prefix')}{field}".upper()
+            raise ConfigurationError(f"The environment variable {name} cannot be used: it is not UTF-8. Set it anew.")
+    return found
+
+
+_ANY_BYTES: Final = ("ledger_url", "user_hash_key")
+"""What may hold bytes that are not UTF-8: the name of a file, a key."""
+
+
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -13,6 +13,11 @@ _TIMES: Final = {"since_ns": "since", "until_ns": "until"}
 _OF_TURNS: Final = ("topic", "model", "conversation_id", "error", "failed")
 
 
+def _is_kept(text: str) -> bool:
+    """Tell whether a database can hold a text."""
+    return "\x00" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 @dataclass(frozen=True, slots=True)
 class Filters:
     """Which sessions and turns a question is about.
@@ -40,7 +45,7 @@ class Filters:
         failed: True for turns that failed or were abandoned, and sessions with such turns.
 
     Raises:
-        ConfigurationError: If one of them cannot be used.
+        ConfigurationError: If a value is of another type, or one that no database holds.
     """
 
     since_ns: int | None = None
@@ -107,6 +112,8 @@ def _check(name: str, value: object) -> None:
             raise ConfigurationError(f"failed is {value!r:.40}. Allowed are True, and False or None for any.")
     elif not isinstance(value, str):
         raise ConfigurationError(f"{name} is {value!r:.40}. Allowed are a text, as {name}='...', and None for any.")
+    elif not _is_kept(value):
+        raise ConfigurationError(f"{name} is {value!r:.40}. Allowed is a text without lone surrogates and U+0000.")
 
 
 ALL: Final = Filters()

@@ -15,6 +15,7 @@ request for each value, and the values must be known. What it cannot answer at a
 Its quantiles are estimates of the database below Langfuse (ClickHouse), its costs those of Langfuse's price table.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -27,7 +28,7 @@ from turntrace.analytics.exchanges import LatencyOfTurn
 from turntrace.analytics.filters import ALL, Filters
 from turntrace.analytics.langfuse_answers import WHY_NOT, CallsUsage, Counted, LatencyOfDay, Measured, ScoreFigures
 from turntrace.analytics.times import DAY_NS, NS
-from turntrace.errors import ConfigurationError
+from turntrace.errors import ConfigurationError, DeliveryError
 from turntrace.export import LangfuseServer
 
 __all__ = [
@@ -224,7 +225,7 @@ class LangfuseMetrics:
     def _words(self, name: str, filters: Filters) -> list[Counted]:
         by_word = [{"field": "stringValue"}]
         rows = self._scores("scores-categorical", filters, ["count_count"], name, dimensions=by_word)
-        found = [Counted(row.get("stringValue") or "", _whole(row, "count_count")) for row in rows]
+        found = [Counted(str(row.get("stringValue") or ""), _whole(row, "count_count")) for row in rows]
         return sorted(found, key=lambda each: (-each.n, each.of))
 
     def _first_by(self, field: str, measure: str, filters: Filters, limit: int) -> list[Measured]:
@@ -305,7 +306,7 @@ def _first(field: str, alias: str, limit: int) -> Query:
 
 
 def _measured(rows: Iterable[Row], field: str, alias: str, limit: int) -> list[Measured]:
-    return [Measured(row[field], _number(row, alias) or 0.0) for row in rows if row.get(field)][:limit]
+    return [Measured(str(row[field]), _number(row, alias) or 0.0) for row in rows if row.get(field)][:limit]
 
 
 def _usage(of: str, row: Row) -> CallsUsage:
@@ -323,12 +324,20 @@ def _latency(row: Row) -> tuple[int, float, float, float]:
 
 
 def _day(row: Row) -> str:
-    return str(row["time_dimension"])[:10]
+    return str(row.get("time_dimension", ""))[:10]
 
 
 def _number(row: Row, name: str) -> float | None:
     value = row.get(name)
-    return None if value is None else float(value)
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise DeliveryError(f"Langfuse's Metrics API answers {name} with what is no number. Check LANGFUSE_BASE_URL.")
+    return number
 
 
 def _whole(row: Row, name: str) -> int:

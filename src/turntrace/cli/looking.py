@@ -50,7 +50,11 @@ _SESSIONS_SHOWN: Final = 5
 LimitOption = Annotated[
     int | None,
     typer.Option(
-        "--limit", metavar="N", min=1, help=f"How many to show at most. Default: {_SHOWN}; in JSON and CSV all."
+        "--limit",
+        metavar="N",
+        min=1,
+        max=1_000_000_000,
+        help=f"How many to show at most. Default: {_SHOWN}; in JSON and CSV all.",
     ),
 ]
 

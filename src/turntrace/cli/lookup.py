@@ -34,7 +34,7 @@ def open_existing(url: str | None) -> Ledger:
     chosen = url or read_settings().ledger
     try:
         parsed = make_url(chosen)
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         return Ledger(chosen)  # which says what is wrong with it
     file = parsed.database
     if parsed.get_backend_name() == "sqlite" and file not in (None, "", ":memory:") and not Path(str(file)).exists():
@@ -63,7 +63,7 @@ def find_session(ledger: Ledger, session_id: str) -> SessionSummary:
     Raises:
         IdentityError: If there is none, or more than one.
     """
-    found = _session(ledger, session_id)
+    found = ledger.session(_kept(session_id))
     if found is not None:
         return found
     return session_of(ledger, _only_that_begins(ledger, session_id))
@@ -75,10 +75,11 @@ def find_named(ledger: Ledger, given: str) -> Named:
     Raises:
         IdentityError: If there is none, or several sessions begin so.
     """
-    found = _session(ledger, given)
+    kept = _kept(given)
+    found = ledger.session(kept)
     if found is not None:
         return Named([found.id])
-    named = _turn(ledger, given) or _conversation(ledger, given)
+    named = _turn(ledger, kept) or _conversation(ledger, kept)
     nor = ", and no conversation, turn or trace has that id"
     return named or Named([_only_that_begins(ledger, given, nor)])
 
@@ -93,11 +94,6 @@ def session_of(ledger: Ledger, session_id: str) -> SessionSummary:
     if found is None:
         raise IdentityError(f"The session {session_id!r} was erased meanwhile.")
     return found
-
-
-def _session(ledger: Ledger, given: str) -> SessionSummary | None:
-    """Return the session of an id, or of what was kept for one that could not be used."""
-    return ledger.session(given) or (None if (kept := _kept(given)) == given else ledger.session(kept))
 
 
 def _kept(given: str) -> str:
@@ -116,19 +112,18 @@ def _turn(ledger: Ledger, given: str) -> Named | None:
 
 
 def _conversation(ledger: Ledger, given: str) -> Named | None:
-    kept = _kept(given)
     began: dict[str, int] = {}
     with ledger.asking() as connection:
         for table in (turns, open_turns):
             first = select(table.c.session_id, func.min(table.c.started_ns).label("began"))
-            query = first.where(table.c.conversation_id == kept).group_by(table.c.session_id)
+            query = first.where(table.c.conversation_id == given).group_by(table.c.session_id)
             for row in connection.execute(query):
                 began[row.session_id] = min(row.began, began.get(row.session_id, row.began))
-    return Named(sorted(began, key=lambda session_id: began[session_id]), conversation_id=kept) if began else None
+    return Named(sorted(began, key=lambda session_id: began[session_id]), conversation_id=given) if began else None
 
 
 def _only_that_begins(ledger: Ledger, begins: str, nor: str = "") -> str:
-    matches = [session.id for session in ledger.sessions(limit=_ALL, id_begins=begins)]
+    matches = [session.id for session in ledger.sessions(limit=_ALL, id_begins=_kept(begins))]
     if not matches:
         nothing = f"No session has an id that begins with {begins!r}{nor}"
         raise IdentityError(f"{nothing}. turntrace sessions lists the sessions.")
@@ -144,8 +139,10 @@ def find_user(ledger: Ledger, begins: str) -> str:
         IdentityError: If there is none, or more than one.
     """
     query = select(sessions.c.user_id).where(sessions.c.user_id.startswith(begins, autoescape=True)).distinct()
-    with ledger.asking() as connection:
-        found = list(connection.execute(query.limit(2)).scalars())
+    found: list[str] = []
+    if begins.isascii() and begins.isprintable():
+        with ledger.asking() as connection:
+            found = list(connection.execute(query.limit(2)).scalars())
     if begins in found:
         return begins
     if not found:

@@ -23,6 +23,7 @@ from turntrace.identity import check_text
 logger = logging.getLogger("turntrace")
 
 _SHOWN: Final = 3
+_MOST_TOKENS: Final = 10**12
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,9 +343,10 @@ def _window_of(model: str) -> int:
 
 
 def _checked_tokens(value: Any, name: str, *, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST_TOKENS:
         raise ConfigurationError(
-            f"{name} is {value!r:.40}. Allowed is a whole number of tokens, at least {least}: {name}=4000."
+            f"{name} is {value!r:.40}. Allowed is a whole number of tokens from {least} to {_MOST_TOKENS:,}: "
+            f"{name}=4000."
         )
     return value
 

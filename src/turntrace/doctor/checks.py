@@ -230,7 +230,7 @@ def _missing(url: str) -> Check | None:
     """Say that there is none, where opening it would make one."""
     try:
         parsed = make_url(url)
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         return None
     if parsed.get_backend_name() != "sqlite":
         return None

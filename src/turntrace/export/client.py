@@ -19,6 +19,7 @@ from opentelemetry.sdk.trace.sampling import Decision, TraceIdRatioBased
 from turntrace.attributes import SCOPE_NAME, AttributeValue
 from turntrace.boundary import caught
 from turntrace.current import Scope
+from turntrace.errors import ConfigurationError
 from turntrace.export.exporter import OutboxExporter, what_to_queue
 from turntrace.export.processor import SERVING, TurnSpanProcessor, processor_of
 from turntrace.export.server import LangfuseServer
@@ -260,7 +261,14 @@ def _with_langfuse(
         return found, None
     # Without a provider the client makes one, with the environment, release and sample rate as it reads them.
     given = found if isinstance(found, TracerProvider) else None
-    client = Langfuse(tracer_provider=given, span_exporter=OutboxExporter(), should_export_span=what_to_queue())
+    try:
+        client = Langfuse(tracer_provider=given, span_exporter=OutboxExporter(), should_export_span=what_to_queue())
+    except (ValueError, TypeError) as error:  # without its text, which may hold a key
+        raise ConfigurationError(
+            f"Langfuse's client cannot be made of the environment variables LANGFUSE_* ({type(error).__name__}). It "
+            "takes whole numbers of seconds as LANGFUSE_TIMEOUT=5, numbers above 0 as LANGFUSE_FLUSH_AT=512 and "
+            "LANGFUSE_FLUSH_INTERVAL=5: set or unset them."
+        ) from None
     # A client that the app had made before keeps its provider and exporter, and names them nowhere else.
     resources = getattr(client, "_resources", None)
     listening = getattr(resources, "tracer_provider", None)

@@ -69,7 +69,7 @@ class LangfuseServer:
 
     def __init__(self, settings: LangfuseSettings) -> None:
         secret = settings.secret_key.get_secret_value() if settings.secret_key is not None else ""
-        keys = base64.b64encode(f"{settings.public_key}:{secret}".encode()).decode("ascii")
+        keys = base64.b64encode(f"{settings.public_key}:{secret}".encode("utf-8", "replace")).decode("ascii")
         self.url = settings.server
         self.timeout_s = settings.timeout
         self._spans_url = f"{self.url}/{settings.otel_traces_export_path.lstrip('/')}"
@@ -77,7 +77,7 @@ class LangfuseServer:
             "Authorization": f"Basic {keys}",
             "x-langfuse-sdk-name": "turntrace",
             "x-langfuse-sdk-version": version("turntrace"),
-            "x-langfuse-public-key": str(settings.public_key),
+            "x-langfuse-public-key": str(settings.public_key).encode("ascii", "replace").decode(),  # it takes no others
         }
         self._client: httpx.Client | None = None
         self._lock = threading.Lock()
@@ -101,12 +101,10 @@ class LangfuseServer:
         return self._post(f"{self.url}/api/public/scores", body, {"Content-Type": "application/json"})
 
     def _post(self, url: str, body: bytes, headers: Mapping[str, str]) -> Answer:
-        import httpx
-
         try:
             response = self._request("POST", url, content=body, headers=headers)
-        except (httpx.TransportError, httpx.InvalidURL, httpx.DecodingError) as error:
-            return Answer(Outcome.LATER, f"{type(error).__name__}: {error}"[:_WORDS_LENGTH])
+        except _no_answer() as error:
+            return Answer(Outcome.LATER, _shown(f"{type(error).__name__}: {error}"))
         return _read_answer(response)
 
     def _request(self, method: str, url: str, **request: Any) -> "httpx.Response":
@@ -145,12 +143,12 @@ class LangfuseServer:
         """
         before = time.time()
         response = self._get("/api/public/health", {})
-        said = response.headers.get("Date")
+        said = _time_of(response.headers.get("Date"))
         # Its clock is told in whole seconds: the middle of that second against the middle of the request.
-        there = parsedate_to_datetime(said).timestamp() + 0.5 if said else before
+        there = before if said is None else said + 0.5
         try:
-            return str(response.json()["version"]), there - (before + time.time()) / 2
-        except (ValueError, KeyError, TypeError):
+            return _shown(str(response.json()["version"])), there - (before + time.time()) / 2
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise DeliveryError(
                 f"What answers at {self.url} is not a Langfuse. Set LANGFUSE_BASE_URL to its address, "
                 f"as {self.url.split('//')[0]}//localhost:3000."
@@ -162,8 +160,8 @@ class LangfuseServer:
         Raises:
             DeliveryError: If the keys open none, or there is no answer.
         """
-        found = self._json("/api/public/projects", {})["data"]
-        return str(found[0].get("name") or found[0].get("id")) if found else "without a name"
+        found = self._rows("/api/public/projects", {})
+        return _shown(str(found[0].get("name") or found[0].get("id"))) if found else "without a name"
 
     def project_id(self) -> str | None:
         """Return the id of the project that the keys open, which stands in the address of its pages; None without one.
@@ -171,7 +169,7 @@ class LangfuseServer:
         Raises:
             DeliveryError: If the keys open none, or there is no answer.
         """
-        found = self._json("/api/public/projects", {})["data"]
+        found = self._rows("/api/public/projects", {})
         return str(found[0]["id"]) if found and found[0].get("id") else None
 
     def metrics(self, query: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -183,8 +181,7 @@ class LangfuseServer:
         Raises:
             DeliveryError: If it is not answered.
         """
-        found: list[dict[str, Any]] = self._json("/api/public/v2/metrics", {"query": json.dumps(query)})["data"]
-        return found
+        return self._rows("/api/public/v2/metrics", {"query": json.dumps(query)})
 
     def observations(self, session_id: str) -> Iterator[dict[str, Any]]:
         """Give the observations of a session, as ``GET /api/public/v2/observations`` returns them.
@@ -209,34 +206,53 @@ class LangfuseServer:
         )
 
     def _pages(self, path: str, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        cursor = None
+        cursors: list[str] = []
         while True:
-            page = self._json(path, asked if cursor is None else {**asked, "cursor": cursor})
-            yield from page["data"]
-            cursor = page.get("meta", {}).get("cursor")
+            page = self._json(path, {**asked, "cursor": cursors[-1]} if cursors else asked)
+            yield from self._rows_in(page, path)
+            meta = page.get("meta")
+            cursor = meta.get("cursor") if isinstance(meta, dict) else None
             if not cursor:
                 return
+            if not isinstance(cursor, str) or cursor in cursors:
+                raise DeliveryError(f"{self.url}{path} gives the same page again and again: is it a Langfuse?")
+            cursors.append(cursor)
+
+    def _rows(self, path: str, asked: Mapping[str, Any]) -> list[dict[str, Any]]:
+        return self._rows_in(self._json(path, asked), path)
+
+    def _rows_in(self, page: Any, path: str) -> list[dict[str, Any]]:
+        rows = page.get("data") if isinstance(page, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise DeliveryError(f"{self.url}{path} does not answer as a Langfuse. Check LANGFUSE_BASE_URL.")
+        return rows
 
     def _json(self, path: str, asked: Mapping[str, Any]) -> Any:
         try:
             return self._get(path, asked).json()
-        except ValueError:
+        except (ValueError, RecursionError):
             raise DeliveryError(f"{self.url}{path} does not answer in JSON: is it a Langfuse?") from None
 
     def _get(self, path: str, asked: Mapping[str, Any]) -> "httpx.Response":
-        import httpx
-
         try:
             response = self._request("GET", f"{self.url}{path}", params=asked)
-        except (httpx.TransportError, httpx.InvalidURL, httpx.DecodingError) as error:
+        except _no_answer() as error:
             raise DeliveryError(
-                f"Langfuse at {self.url} cannot be reached ({type(error).__name__}: {error}). "
+                f"Langfuse at {self.url} cannot be reached ({type(error).__name__}: {_shown(str(error))}). "
                 "Check LANGFUSE_BASE_URL and the network."
             ) from error
         answer = _read_answer(response)
         if answer.outcome is not Outcome.ACCEPTED:
             raise DeliveryError(f"Langfuse at {self.url} answers {path} with {answer.words}.")
         return response
+
+
+def _no_answer() -> tuple[type[Exception], ...]:
+    """Return the errors that mean that no answer came, or none that can be read."""
+    import httpx
+
+    # A name of a host that cannot be one (http://a..b) comes as an error of its encoding.
+    return httpx.TransportError, httpx.InvalidURL, httpx.DecodingError, UnicodeError
 
 
 def several(scores: Sequence[bytes]) -> bytes:
@@ -249,8 +265,14 @@ def _read_answer(response: "httpx.Response") -> Answer:
     if response.is_success and status != _SOME_REFUSED:
         return Answer(Outcome.ACCEPTED)
     outcome = _MEANINGS.get(status, Outcome.LATER if status >= 500 else Outcome.CLOSED)
-    words = f"{status}: {' '.join(response.text.split())}"[:_WORDS_LENGTH]
+    words = _shown(f"{status}: {response.content[: 4 * _WORDS_LENGTH].decode('utf-8', 'replace')}")
     return Answer(outcome, words, _seconds(response.headers.get("Retry-After")))
+
+
+def _shown(words: str) -> str:
+    """Return what a stranger said as a log or a terminal can show it: in one line, without codes, not too long."""
+    line = " ".join(words[: 4 * _WORDS_LENGTH].split())
+    return "".join(each if each.isprintable() else "\ufffd" for each in line)[:_WORDS_LENGTH]
 
 
 def _seconds(retry_after: str | None) -> float:
@@ -260,8 +282,13 @@ def _seconds(retry_after: str | None) -> float:
     try:
         return max(0.0, float(retry_after))
     except ValueError:
-        pass
+        until = _time_of(retry_after)
+        return 0.0 if until is None else max(0.0, until - time.time())
+
+
+def _time_of(date: str | None) -> float | None:
+    """Return a date of HTTP in seconds since 1970, or None where it is none."""
     try:
-        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except ValueError:
-        return 0.0
+        return None if date is None else parsedate_to_datetime(date).timestamp()
+    except (ValueError, TypeError, IndexError, OverflowError, OSError):
+        return None

@@ -12,8 +12,7 @@ from langchain_core.tracers.context import register_configure_hook
 from turntrace import boundary
 from turntrace.boundary import never_breaks
 from turntrace.current import current_scope
-from turntrace.errors import ConfigurationError
-from turntrace.graph.reading import Reading, checked_describer, checked_key
+from turntrace.graph.reading import Reading, checked_describer, checked_key, checked_tracker
 from turntrace.graph.runs import RunRegistry
 from turntrace.lifecycle import SessionTracker, Turn, default_tracker
 
@@ -21,15 +20,6 @@ try:
     from langgraph.callbacks import GraphCallbackHandler
 except ImportError:  # an older langgraph tells of an interrupt only by the error of the node
     GraphCallbackHandler = BaseCallbackHandler  # type: ignore[assignment, misc]
-
-
-def _checked(tracker: Any) -> SessionTracker:
-    if isinstance(tracker, SessionTracker):
-        return tracker
-    raise ConfigurationError(
-        f"SessionCallbackHandler was given a {type(tracker).__name__} as its tracker. Pass a SessionTracker: "
-        "SessionCallbackHandler(SessionTracker()), or nothing for one with settings from the environment."
-    )
 
 
 class SessionCallbackHandler(GraphCallbackHandler):
@@ -69,7 +59,7 @@ class SessionCallbackHandler(GraphCallbackHandler):
         describe_output: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__()
-        self.tracker = _checked(tracker) if tracker is not None else default_tracker()
+        self.tracker = default_tracker() if tracker is None else checked_tracker(tracker)
         reads = Reading(
             checked_key(messages_key, "messages_key"),
             None if intent_key is None else checked_key(intent_key, "intent_key"),

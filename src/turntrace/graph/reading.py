@@ -10,6 +10,7 @@ from langgraph.types import Command
 from turntrace.boundary import never_breaks
 from turntrace.errors import ConfigurationError
 from turntrace.graph import extract
+from turntrace.lifecycle import SessionTracker
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,20 @@ def checked_key(key: Any, name: str) -> str:
     raise ConfigurationError(
         f"{name} is {key!r:.40}. It is the name of a field of the graph's state: "
         f'SessionCallbackHandler({name}="{name.removesuffix("_key")}").'
+    )
+
+
+def checked_tracker(tracker: Any) -> SessionTracker:
+    """Return the tracker.
+
+    Raises:
+        ConfigurationError: If it is none.
+    """
+    if isinstance(tracker, SessionTracker):
+        return tracker
+    raise ConfigurationError(
+        f"SessionCallbackHandler takes a SessionTracker and got a {type(tracker).__name__}: pass "
+        "SessionCallbackHandler(SessionTracker(...)), or nothing for the tracker of the process."
     )
 
 

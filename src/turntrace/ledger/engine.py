@@ -318,7 +318,8 @@ def _named_errors(engine: Engine) -> Iterator[None]:
     try:
         yield
     except (DatabaseError, driver.Error) as error:
-        if isinstance(error, mistakes) or "syntax error" in str(getattr(error, "orig", error)):
+        is_of_url = getattr(error, "statement", "") is None  # nothing was asked yet: an option of the URL is none
+        if (isinstance(error, mistakes) and not is_of_url) or "syntax error" in str(getattr(error, "orig", error)):
             raise  # a mistake of ours: another try would fail again
         named, is_told = _named(error, engine)
         raise named from None if is_told else error

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.pool import StaticPool
@@ -52,7 +53,7 @@ def open_engine(url: str | URL) -> Engine:
     """
     try:
         parsed = make_url(url)
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # the latter for a port that is no number
         raise ConfigurationError(_no_url(url)) from None
     if parsed.drivername in _POSTGRESQL:
         return _open_postgresql(parsed)
@@ -61,6 +62,13 @@ def open_engine(url: str | URL) -> Engine:
             f"The ledger cannot use {parsed.drivername!r}. Allowed are sqlite and postgresql+psycopg: pass a URL like "
             "sqlite:////var/lib/app/turntrace.db or postgresql+psycopg://user@host/database."
         )
+    try:
+        SQLiteDialect_pysqlite().create_connect_args(parsed)
+    except (ArgumentError, ValueError):
+        raise ConfigurationError(
+            "The ledger's URL of SQLite cannot be used: it names a host, or an option with a value that is none. Pass "
+            "one like sqlite:////var/lib/app/turntrace.db, or set TURNTRACE_LEDGER_URL to it."
+        ) from None
     if is_memory(parsed):
         engine = create_engine(parsed, poolclass=StaticPool, connect_args={"check_same_thread": False})
     else:

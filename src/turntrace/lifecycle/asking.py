@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from turntrace.errors import StateError
 from turntrace.identity import check_id
 from turntrace.ledger import Ledger
-from turntrace.lifecycle.checks import idle_ns_of
+from turntrace.lifecycle.checks import checked_time, idle_ns_of
 from turntrace.lifecycle.erasing import Forgotten, forget_before, forget_user
 from turntrace.lifecycle.feedback import FEEDBACK_NAME, PutFeedback
 from turntrace.lifecycle.sweep import Swept, sweep
@@ -30,8 +30,12 @@ class Afterwards:
 
     # --- summaries ----------------------------------------------------------------------------------------------------
     def session_summary(self, session_id: str) -> SessionSummary | None:
-        """Return what the ledger knows of a session, once all that has ended is written down; None if it has none."""
-        return self.ledger.session(session_id)
+        """Return what the ledger knows of a session, once all that has ended is written down; None if it has none.
+
+        Raises:
+            IdentityError: If it is no id that a session can have.
+        """
+        return self.ledger.session(check_id(session_id, "session_id"))
 
     async def asession_summary(self, session_id: str) -> SessionSummary | None:
         """Return what `session_summary` returns, without blocking the event loop."""
@@ -106,11 +110,11 @@ class Afterwards:
             idle_after: Silence in seconds, or a `timedelta`. Default: the tracker's.
 
         Raises:
-            ConfigurationError: If the idle time cannot be used.
+            ConfigurationError: If the time or the idle time cannot be used.
             LedgerError: If the ledger cannot be written.
         """
         idle_ns = self.idle_ns if idle_after is None else idle_ns_of(idle_after)
-        return sweep(cast("SessionTracker", self), self.clock() if now is None else now, idle_ns)
+        return sweep(cast("SessionTracker", self), self.clock() if now is None else checked_time(now), idle_ns)
 
     async def asweep(self, now: int | None = None, *, idle_after: float | timedelta | None = None) -> Swept:
         """Do what `sweep` does, without blocking the event loop."""

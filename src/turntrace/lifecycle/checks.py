@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, Final, TypeVar
+
+from opentelemetry import trace
 
 from turntrace.errors import ConfigurationError
 from turntrace.identity import check_text, hash_user
@@ -12,6 +14,9 @@ from turntrace.settings import MAX_IDLE_S
 SESSION_TYPES: Final = ("chat", "api", "batch")
 
 _HASHES_REMEMBERED: Final = 10_000
+_YEAR_S: Final = 366 * 86_400.0
+_LAST_NS: Final = 2**63 - 1 - int(MAX_IDLE_S * 1_000_000_000)
+T = TypeVar("T")
 
 
 class UserHasher:
@@ -40,7 +45,9 @@ class UserHasher:
 def checked_type(session_type: str) -> str:
     """Return the type of a session, or say why it cannot be one."""
     if session_type not in SESSION_TYPES:
-        raise ConfigurationError(f"session_type {session_type!r} is unknown. Allowed are {', '.join(SESSION_TYPES)}.")
+        raise ConfigurationError(
+            f"session_type {session_type!r:.40} is unknown. Allowed are {', '.join(SESSION_TYPES)}."
+        )
     return session_type
 
 
@@ -69,13 +76,80 @@ def checked_dropoff(rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return rule
 
 
+def checked_flag(value: Any, name: str) -> bool:
+    """Return a yes or no, or say why it cannot be one: a text as "no" would count as yes.
+
+    Raises:
+        ConfigurationError: If it is neither True nor False.
+    """
+    if isinstance(value, bool):
+        return value
+    raise ConfigurationError(
+        f"{name} is a {type(value).__name__}. Allowed are True and False: SessionTracker({name}=True)."
+    )
+
+
+def checked_function(value: Callable[..., T], name: str, what: str) -> Callable[..., T]:
+    """Return a function, or say why it cannot be one.
+
+    Raises:
+        ConfigurationError: If it cannot be called.
+    """
+    if callable(value):
+        return value
+    raise ConfigurationError(f"{name} is a {type(value).__name__}, which cannot be called. Pass a function {what}.")
+
+
+def checked_provider(provider: Any) -> trace.TracerProvider | None:
+    """Return a provider of spans or None, or say why it cannot be one.
+
+    Raises:
+        ConfigurationError: If it is none of OpenTelemetry's.
+    """
+    if provider is None or isinstance(provider, trace.TracerProvider):
+        return provider
+    raise ConfigurationError(
+        f"tracer_provider is a {type(provider).__name__}. Allowed is a TracerProvider of OpenTelemetry: "
+        "tracer_provider=opentelemetry.trace.get_tracer_provider()."
+    )
+
+
+def checked_timeout(seconds: Any) -> float | None:
+    """Return how long to wait, at most a year; None for as long as it takes.
+
+    Raises:
+        ConfigurationError: If it is no number of seconds.
+    """
+    if seconds is None:
+        return None
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or seconds != seconds:  # not a number
+        raise ConfigurationError(
+            f"timeout is {seconds!r:.40}. Allowed is a number of seconds, or None to wait as long as it takes: "
+            "flush(timeout=30)."
+        )
+    return min(max(0.0, seconds), _YEAR_S)
+
+
+def checked_time(at_ns: Any) -> int:
+    """Return a time in nanoseconds since 1970.
+
+    Raises:
+        ConfigurationError: If it is none that a database holds.
+    """
+    if isinstance(at_ns, bool) or not isinstance(at_ns, int) or not 0 <= at_ns < _LAST_NS:
+        raise ConfigurationError(
+            f"now is {at_ns!r:.40}. Allowed is a time in nanoseconds since 1970: now=time.time_ns()."
+        )
+    return at_ns
+
+
 def idle_ns_of(idle_after: float | timedelta) -> int:
     """Return an idle time in nanoseconds, or say why it cannot be one."""
     seconds = idle_after.total_seconds() if isinstance(idle_after, timedelta) else idle_after
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= MAX_IDLE_S:
         raise ConfigurationError(
-            f"idle_after is {idle_after!r}. Allowed is a positive number of seconds or a timedelta, at most ten years: "
-            "idle_after=1800."
+            f"idle_after is {idle_after!r:.40}. Allowed is a positive number of seconds or a timedelta, at most ten "
+            "years: idle_after=1800."
         )
     return int(seconds * 1_000_000_000)
 
@@ -95,10 +169,12 @@ def outbox_bytes_of(megabytes: float) -> int:
 
 def hash_key_of(given: str | bytes | None, from_environment: Any, ledger: Ledger) -> bytes:
     """Return the key for hashing users: the given one, that of the environment, or the one that the ledger keeps."""
-    key = given if given is not None else from_environment and from_environment.get_secret_value()
+    key = given
+    if key is None and from_environment is not None:
+        key = from_environment.get_secret_value()
     if key is None:
         return ledger.hash_key()
-    encoded = key.encode() if isinstance(key, str) else key
+    encoded = key.encode("utf-8", "surrogatepass") if isinstance(key, str) else key
     if not isinstance(encoded, bytes):
         raise ConfigurationError(
             f"user_hash_key is a {type(key).__name__}. Allowed is a string or bytes of at least 16 bytes: pass the key "

@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from turntrace.boundary import caught
@@ -47,6 +47,13 @@ class Evaluators:
     """
 
     def __init__(self, tracker: "SessionTracker", evaluators: Sequence[Evaluator], limit_s: float) -> None:
+        given: Any = evaluators
+        if callable(given) or not isinstance(given, Iterable):
+            raise ConfigurationError(
+                f"evaluators is a {type(given).__name__}. Allowed is a list of functions from a SessionSummary to "
+                "scores: evaluators=[lambda session: {'long': session.total_turns > 20}]."
+            )
+        evaluators = tuple(evaluators)
         for evaluator in evaluators:
             if not callable(evaluator):
                 raise ConfigurationError(
@@ -59,7 +66,7 @@ class Evaluators:
                 "evaluator_timeout=10."
             )
         self._tracker = tracker
-        self._evaluators = tuple(evaluators)
+        self._evaluators = evaluators
         self._limit_s = limit_s
         self._begin_anew()
         weak_self = weakref.ref(self)

@@ -1,6 +1,6 @@
 """A journey: the stages that a user passes on the way to a conversion, over as many sessions as it takes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry import trace
@@ -142,6 +142,18 @@ class _CountSpans:
     def write(self, ledger: LedgerWriter) -> None:
         """Add them."""
         ledger.add_to_turn(self._turn.words, {"spans": self._spans})
+
+
+def checked_journeys(journeys: Any) -> dict[str, tuple[str, ...]]:
+    """Return the stages of journeys by their names, or say why they cannot be ones."""
+    if journeys is None:
+        return {}
+    if not isinstance(journeys, Mapping):
+        raise ConfigurationError(
+            f"journeys is a {type(journeys).__name__}. Allowed is a mapping from their names to their stages: "
+            'journeys={"onboarding": ["signup", "connect", "done"]}.'
+        )
+    return {check_text(name, "name"): checked_stages(name, stages) for name, stages in journeys.items()}
 
 
 def checked_stages(name: str, stages: Any) -> tuple[str, ...]:

@@ -76,7 +76,7 @@ class Sending:
         if self.sender is not None and not self._is_stopped:
             try:
                 self.sender.drain(timeout)
-            except LedgerError as error:
+            except Exception as error:
                 caught("sending what waits in the outbox", error)
         return written
 

@@ -166,7 +166,7 @@ class Conversation:
             StateError: If the role is neither.
         """
         if role not in ("user", "assistant"):
-            raise StateError(f"The role of a turn cannot be {role!r}. Allowed are user and assistant.")
+            raise StateError(f"The role of a turn cannot be {role!r:.40}. Allowed are user and assistant.")
         return self.session.tracker.start_turn(self, message, role=role)
 
     def turn(self, message: Any = None, *, role: str = "user") -> "TurnBlock":

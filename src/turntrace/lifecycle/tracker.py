@@ -23,6 +23,10 @@ from turntrace.lifecycle.checks import (
     UserHasher,
     checked_classifier,
     checked_dropoff,
+    checked_flag,
+    checked_function,
+    checked_provider,
+    checked_timeout,
     checked_type,
     hash_key_of,
     idle_ns_of,
@@ -31,7 +35,7 @@ from turntrace.lifecycle.checks import (
 )
 from turntrace.lifecycle.dropoff import DropoffFacts, is_dropoff
 from turntrace.lifecycle.evaluating import Evaluator, Evaluators
-from turntrace.lifecycle.journey import checked_stages
+from turntrace.lifecycle.journey import checked_journeys, checked_stages
 from turntrace.lifecycle.sending import Sending
 from turntrace.lifecycle.session import Session, SessionBlock
 from turntrace.lifecycle.sittings import Sittings
@@ -115,19 +119,23 @@ class SessionTracker(Turns, Afterwards):
         ids: Callable[[], str] = new_id,
     ) -> None:
         settings = read_settings()
-        self.content = content if isinstance(content, ContentPolicy) else ContentPolicy(content or settings.content)
+        level = settings.content if content is None else content
+        self.content = level if isinstance(level, ContentPolicy) else ContentPolicy(level)
         self.idle_ns = idle_ns_of(settings.idle_after if idle_after is None else idle_after)
-        self.channel = check_text(settings.channel if channel is None else channel, "channel")
-        self.propagate = settings.propagate if propagate is None else bool(propagate)
+        named = (settings.channel, "TURNTRACE_CHANNEL") if channel is None else (channel, "channel")
+        self.channel = check_text(*named)
+        self.propagate = settings.propagate if propagate is None else checked_flag(propagate, "propagate")
         self.classify = checked_classifier(classify)
         self._dropoff = checked_dropoff(dropoff)
-        self._stages = {name: checked_stages(name, stages) for name, stages in (journeys or {}).items()}
-        self.clock = clock
-        self.new_id = ids
+        self._stages = checked_journeys(journeys)
+        self.clock = checked_function(clock, "clock", "without arguments that returns nanoseconds since 1970")
+        self.new_id = checked_function(ids, "ids", "without arguments that returns an id of 32 hexadecimal digits")
         self.ledger = off_watched_loop(lambda: Ledger(settings.ledger if ledger is None else ledger))
         hash_key = off_watched_loop(lambda: hash_key_of(user_hash_key, settings.user_hash_key, self.ledger))
         self._hasher = UserHasher(hash_key)
-        self.target: SpanTarget = off_watched_loop(lambda: open_target(tracer_provider, outbox=outbox))
+        to_outbox = None if outbox is None else checked_flag(outbox, "outbox")
+        provider = checked_provider(tracer_provider)
+        self.target: SpanTarget = off_watched_loop(lambda: open_target(provider, outbox=to_outbox))
         max_bytes = outbox_bytes_of(settings.outbox_max_mb if outbox_max_mb is None else outbox_max_mb)
         self._sending = Sending(self.ledger, self.target, max_bytes, pace)
         self._writer = self._sending.writer
@@ -297,7 +305,11 @@ class SessionTracker(Turns, Afterwards):
 
         Returns:
             Whether all is in the ledger; what cannot be sent waits there.
+
+        Raises:
+            ConfigurationError: If the timeout is no number of seconds.
         """
+        timeout = checked_timeout(timeout)
         written = self._writer.drain(timeout)
         if self._evaluators.drain(timeout):
             written = self._writer.drain(timeout) and written

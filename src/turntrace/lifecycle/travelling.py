@@ -25,6 +25,7 @@ from turntrace.records import SessionFacts, TurnTags
 if TYPE_CHECKING:
     from turntrace.lifecycle.tracker import SessionTracker
 
+_MOST_TURNS: Final = 2**31 - 1
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
 
 
@@ -67,13 +68,21 @@ def _tags(carried: Mapping[str, object]) -> TurnTags:
         session_id=check_id(carried[a.SESSION_ID], "session_id"),
         turn_id=check_id(carried[a.TURN_ID], "turn_id"),
         conversation_id=check_id(carried[a.CONVERSATION_ID], "conversation_id"),
-        number=int(str(carried[a.TURN_NUMBER])),
+        number=_turn_number(str(carried[a.TURN_NUMBER])),
         user_id=user_id if user_id is not None and _HASH.fullmatch(user_id) else None,
         channel=text(a.SESSION_CHANNEL),
         tier=text(a.USER_TIER),
         org_id=text(a.USER_ORG_ID),
         topic=text(a.CONVERSATION_TOPIC),
     )
+
+
+def _turn_number(text: str) -> int:
+    """Return the number of a turn, or raise ValueError: what no turn can have, no database holds either."""
+    number = int(text)
+    if not 1 <= number <= _MOST_TURNS:
+        raise ValueError(text)
+    return number
 
 
 def visited(tracker: "SessionTracker", tags: TurnTags, called_by: trace.SpanContext) -> "VisitingTurn":

@@ -104,7 +104,7 @@ class Turn(RunningTurn):
             StateError: If the status is none of these.
         """
         if status not in _STATUSES:
-            raise StateError(f"A turn cannot end as {status!r}. Allowed are {', '.join(_STATUSES)}.")
+            raise StateError(f"A turn cannot end as {status!r:.40}. Allowed are {', '.join(_STATUSES)}.")
         ended_ns = self.leave(error)
         if ended_ns is not None:
             if error is not None:

@@ -153,7 +153,7 @@ class Turns:
             LedgerError: If the ledger cannot be written.
         """
         turn_id = carrier.get(TURN_ID_KEY) if isinstance(carrier, Mapping) else None
-        if not isinstance(turn_id, str) or not turn_id:
+        if not isinstance(turn_id, str) or not turn_id.isascii() or not turn_id.isprintable() or not turn_id:
             raise StateError(
                 f"The carrier of a turn is what turn.carrier() returned, and this has no {TURN_ID_KEY!r}: "
                 f"{carrier!r:.80}. Pass it on as it is: tracker.resume_turn(job['turn'])."
@@ -162,8 +162,8 @@ class Turns:
         found = self.ledger.resume_turn(turn_id, now_ns=self.clock())
         if found is None:
             raise StateError(
-                f"The ledger {self.ledger.url} has no turn {turn_id!r}: it is in another ledger, or was erased. Give "
-                "the tracker that goes on the ledger of the one that called turn.carrier()."
+                f"The ledger {self.ledger.url} has no turn {turn_id!r:.80}: it is in another ledger, or was erased. "
+                "Give the tracker that goes on the ledger of the one that called turn.carrier()."
             )
         return self._went_on(resumed_turn(self._tracker, found))
 
