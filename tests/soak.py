@@ -216,7 +216,7 @@ def run(plan: Plan, folder: Path, url: str) -> Result:
 
 def _share(count: int, worker: int, workers: int) -> range:
     """Return the conversations of a worker: those of one user are in one."""
-    return range(count * worker // workers // 10 * 10, count * (worker + 1) // workers // 10 * 10)
+    return range(count * worker // workers // 2 * 2, count * (worker + 1) // workers // 2 * 2)
 
 
 def _start(target: Any, *arguments: Any) -> Any:
