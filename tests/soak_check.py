@@ -324,9 +324,10 @@ def _of_other_spans(
 ) -> Iterator[str]:
     counted: Counter[tuple[str, str]] = Counter()
     for span in others:
+        if span.name == a.JOURNEY_STAGE:
+            continue
         if span.name not in (a.SPAN_SESSION_START, a.SPAN_SESSION_END):
             yield f"the span {span.name} ({span.span_id}) is in no turn: {span.attributes}"
-            continue
         counted[span.name, str(span.attributes.get(a.SESSION_ID))] += 1
     expected = {(name, row["id"]): 1 for row in sessions for name in (a.SPAN_SESSION_START, a.SPAN_SESSION_END)}
     for key in counted.keys() | expected.keys():
@@ -346,7 +347,7 @@ def _of_other_spans(
     )
     events: Counter[tuple[Any, ...]] = Counter(
         (said.get(a.SESSION_ID), said.get(a.JOURNEY_STAGE), said.get(a.JOURNEY_CONVERTED))
-        for own in by_turn.values()
+        for own in (others, *by_turn.values())
         for span in own
         if span.name == a.JOURNEY_STAGE and (said := span.attributes)
     )

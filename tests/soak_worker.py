@@ -406,6 +406,8 @@ class _Worker:
                 graph.invoke(turn.input, talk.thread)
                 done.extra["journey"] = self._step(talk, turn)
             self.journal.add("exit", session=session.id)
+        if self.chance.random() < 0.5:  # it may go on after the end
+            session.journey(JOURNEY).convert()
 
     async def _ablock(self, talk: Talk, tally: Tally, done: Done) -> None:
         graph = self.graphs.get("own", is_async=True)
