@@ -34,7 +34,7 @@ MODEL_PRICE = (0.15e-6, 0.6e-6)
 """US dollars for a token that goes into gpt-4o-mini, and for one that comes out."""
 _KEY = re.compile(r"\[k=([^\]]+)\]")
 _FAST = RetryPolicy(initial_interval=0.001, jitter=False, max_attempts=3, retry_on=LookupError)
-_DELAYS = {"slow": 0.02, "hangs": 300.0, "sleeps": 8.0}
+_DELAYS = {"slow": 0.02, "takes_long": 1.5, "hangs": 300.0, "sleeps": 8.0}
 
 
 # --- what happened, as the app saw it ---------------------------------------------------------------------------------

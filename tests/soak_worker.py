@@ -48,6 +48,7 @@ KINDS: dict[str, float] = {
     "stream left": 4,
     "astream left": 4,
     "cancelled": 4,
+    "takes long": 8,
     "answered": 5,
     "aanswered": 5,
     "answered elsewhere": 4,
@@ -363,9 +364,10 @@ class _Worker:
             with self._part(talk, kind) as (tally, done):
                 done.status, done.exact = "abandoned", False
                 await self._cancel(talk, tally)
-        elif kind == "outlives the sweep":
+        elif kind in ("takes long", "outlives the sweep"):
+            name = "sleeps" if kind == "outlives the sweep" else "takes_long"
             with self._part(talk, kind) as (tally, _):
-                await self._run("sleeps", "ainvoke", tally, talk.config(), is_async=True)
+                await self._run(name, "ainvoke", tally, talk.config(), is_async=True)
         elif plain in ("answered", "unanswered", "answered elsewhere", "answered twice", "answered late", _UNWRITTEN):
             with self._part(talk, kind) as (tally, done):
                 done.status, done.waits = "interrupted", True

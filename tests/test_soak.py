@@ -12,7 +12,7 @@ from pathlib import Path
 from soak import Plan, soak
 from turntrace import attributes as a
 
-SHORT = Plan(seconds=24, conversations=80, workers=3, seed=1, rate=20, kills=2)
+SHORT = Plan(seconds=20, conversations=80, workers=3, seed=1, rate=20, kills=2)
 
 
 def test_in_the_end_of_a_short_soak_the_workers_the_ledger_the_spans_and_the_scores_agree(tmp_path: Path) -> None:
