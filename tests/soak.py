@@ -48,6 +48,7 @@ class Plan:
         kills: How often a worker is killed and started again.
         races: Whether to have two processes at one turn at the same moment, too.
         without: Kinds of turns to leave out.
+        only: The kinds of turns to take, where it is not to be all.
         is_postgres: Whether the ledger is a PostgreSQL.
         score_arrays: Whether the server takes scores as arrays, as newer ones do.
     """
@@ -60,6 +61,7 @@ class Plan:
     kills: int = 3
     races: bool = False
     without: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
     is_postgres: bool = False
     score_arrays: bool = True
 
@@ -150,8 +152,8 @@ def run(plan: Plan, folder: Path, url: str) -> Result:
     began = time.monotonic()
     server = LangfuseServer(score_arrays=plan.score_arrays).start()
     outages = Outages(server, plan.seed, plan.seconds)
-    kinds = {name: weight for name, weight in KINDS.items() if name not in plan.without}
-    kinds |= {name: weight for name, weight in RACES.items() if plan.races and name not in plan.without}
+    kinds = KINDS | (RACES if plan.races else {})
+    kinds = {name: kinds[name] for name in plan.only or kinds if name not in plan.without}
     until = time.time() + plan.seconds
     tasks = [
         Task(
@@ -283,6 +285,7 @@ def main() -> int:
     parser.add_argument("--scores-one-by-one", action="store_true", help="the server takes no arrays of scores")
     parser.add_argument("--races", action="store_true", help=f"also: {', '.join(RACES)}")
     parser.add_argument("--without", default="", help=f"kinds to leave out, with commas between: {', '.join(KINDS)}")
+    parser.add_argument("--only", default="", help="kinds to take, and no others")
     parser.add_argument("--json", type=Path, help="a file for the table and the differences")
     parser.add_argument("--keep", type=Path, help="a folder to leave the ledger and the journals in")
     given = parser.parse_args()
@@ -295,6 +298,7 @@ def main() -> int:
         kills=given.kills,
         races=given.races,
         without=tuple(filter(None, given.without.split(","))),
+        only=tuple(filter(None, given.only.split(","))),
         is_postgres=given.postgres,
         score_arrays=not given.scores_one_by_one,
     )

@@ -33,8 +33,11 @@ SUMS = {
 COUNTS = {"calls": "llm_calls", "input_tokens": "input_tokens", "output_tokens": "output_tokens", "tools": "tool_calls"}
 """What the app counted, and the columns of a turn."""
 
-ALLOWED_WORDS = ("cannot take anything now", "takes what is sent again")
-"""What may be logged: that the server was away, and that it is back."""
+ALLOWED_WORDS = (
+    *("cannot take anything now", "takes what is sent again"),
+    *("stays in memory until it can be written", "the ledger can be written again", "Sending waits for it"),
+)
+"""What may be logged: that the server was away, or the ledger locked for too long, and that they are back."""
 
 
 # --- what the workers saw ---------------------------------------------------------------------------------------------
@@ -110,6 +113,9 @@ def read_journals(folder: Path) -> Seen:
 
 def _add_part(seen: Seen, line: Row, is_sure: bool) -> None:
     seen.kinds[line["kind"], line["status"]] += 1
+    if not line["turn"]:  # a second answer to what does not wait any more runs no node, or one that is none of its own
+        seen.begun_only += 1
+        return
     turn = seen.turns[line["turn"]]
     turn.kinds.append(line["kind"])
     turn.exact &= is_sure and line["exact"]
@@ -189,7 +195,7 @@ def _of_turns(seen: Seen, rows: list[Row], still_open: list[Row]) -> Iterator[st
             yield f"{what}: status {row['status']} in the ledger, {sorted(turn.statuses)} by the journal"
         for name, column in COUNTS.items():
             counted, there = turn.counts[name], row[column]
-            if counted != there if turn.exact else counted < there:
+            if counted != there if turn.exact else counted < there and "answered twice" not in turn.kinds:
                 yield f"{what}: {column} {there} in the ledger, {counted} by the app (exact: {turn.exact})"
         cost = sum(
             row[side] * price for side, price in zip(("input_tokens", "output_tokens"), MODEL_PRICE, strict=True)

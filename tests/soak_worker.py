@@ -108,7 +108,7 @@ class Journal:
 
     def __init__(self, task: Task) -> None:
         name = f"journal-{task.worker}-{task.life}"
-        self._file = os.open(task.folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._file = os.open(task.folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._lock = threading.RLock()
         self.lines = 0
 
@@ -189,6 +189,8 @@ def work(task: Task) -> None:
     logged = logging.FileHandler(task.folder / f"log-{task.worker}-{task.life}", delay=True)
     logged.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
     logging.getLogger("turntrace").addHandler(logged)
+    # LangGraph's own, of nodes that end after their stream was left.
+    logging.getLogger("concurrent.futures").setLevel(logging.CRITICAL + 1)
     journal = Journal(task)
     with boundary.strict():
         try:
@@ -254,8 +256,8 @@ class _Worker:
     def _lines_of(self, life: int) -> Iterator[dict[str, Any]]:
         yield from lines_of(self.task.folder / f"journal-{self.task.worker}-{life}")
 
-    def _go_on(self, talk: Talk) -> None:
-        going = asyncio.create_task(self._converse(talk))
+    def _go_on(self, talk: Talk, *, to_keep: bool = True) -> None:
+        going = asyncio.create_task(self._converse(talk) if to_keep else self._answer_too(talk))
         self.running.add(going)
         going.add_done_callback(self.running.discard)
 
@@ -263,9 +265,11 @@ class _Worker:
         while not self._is_over():
             for path in sorted(self.inbox.glob("*.json")):
                 found = json.loads(path.read_text(encoding="utf-8"))
-                self.journal.add("adopt", talk=found["number"], waits=found["waits"])
+                talk, to_keep = Talk(**found["talk"]), found["to_keep"]
+                if to_keep:
+                    self.journal.add("adopt", talk=talk.number, waits=talk.waits)
                 path.unlink()
-                self._go_on(Talk(**found))
+                self._go_on(talk, to_keep=to_keep)
             await asyncio.sleep(0.05)
 
     async def _mark_written(self) -> None:
@@ -286,6 +290,13 @@ class _Worker:
             self.journal.add("sweep", sessions=swept.sessions, turns=swept.turns)
 
     # --- a conversation -----------------------------------------------------------------------------------------------
+    async def _answer_too(self, talk: Talk) -> None:
+        """Answer what another worker answers at the same time."""
+        try:
+            await self._answer(talk, is_async=False, exact=False)
+        except Exception:
+            self.journal.add("broken", what=traceback.format_exc(), talk=talk.number)
+
     async def _converse(self, talk: Talk) -> None:
         kinds, weights = list(self.task.kinds), list(self.task.kinds.values())
         try:
@@ -324,7 +335,7 @@ class _Worker:
         finally:
             TALLIES.drop(tally)
         talk.waits = tally.turn if done.waits else None
-        talk.seen = (tally.turn, tally.session)
+        talk.seen = (tally.turn, tally.session) if tally.turn else None
         ended = {"status": done.status, "exact": done.exact, "waits": done.waits, **done.extra}
         self.journal.add("end", key=tally.key, talk=talk.number, kind=kind, **tally.words(), **ended)
 
@@ -468,14 +479,19 @@ class _Worker:
         await asyncio.sleep(min(self._left_s(), self.task.idle_s * self.chance.uniform(least, most)))
         if kind == "answered twice":  # by somebody who pressed the button again
             again = Talk(talk.number, waits=talk.waits)
-            await asyncio.gather(*(self._answer(each, is_async=is_async) for each in (talk, again)))
+            if self.chance.random() < 0.5:  # and was connected with another worker then
+                self._send(again, to_keep=False)
+                await self._answer(talk, is_async=is_async, exact=False)
+            else:
+                await asyncio.gather(self._answer(talk, is_async=is_async, exact=False), self._answer_too(again))
             return False
         await self._answer(talk, is_async=is_async)
         return False
 
-    async def _answer(self, talk: Talk, *, is_async: bool) -> None:
+    async def _answer(self, talk: Talk, *, is_async: bool, exact: bool = True) -> None:
         asked = talk.waits
         with self._part(talk, "answer") as (tally, done):
+            done.exact = exact
             command: Any = Command(resume=says(tally.key, "yes"))
             done.extra["asked"] = asked
             await self._run("asks", "invoke", tally, talk.config(), is_async=is_async, given=command)
@@ -510,18 +526,22 @@ class _Worker:
 
     def _hand_over(self, talk: Talk) -> None:
         """Let another worker go on with a conversation; this one too, when there is no other."""
+        self._send(talk, to_keep=True)
+
+    def _send(self, talk: Talk, *, to_keep: bool) -> None:
         others = [each for each in range(self.task.workers) if each != self.task.worker] or [self.task.worker]
         inbox = self.task.folder / f"inbox-{self.chance.choice(others)}"
         inbox.mkdir(exist_ok=True)
         words = {"number": talk.number, "waits": talk.waits, "carrier": talk.carrier, "carried": talk.carried}
         path = inbox / f"{talk.number}-{time.time_ns()}"
-        path.write_text(json.dumps(words), encoding="utf-8")
-        self.journal.add("hand", talk=talk.number)
+        path.write_text(json.dumps({"talk": words, "to_keep": to_keep}), encoding="utf-8")
+        if to_keep:
+            self.journal.add("hand", talk=talk.number)
         path.rename(path.with_suffix(".json"))
 
     # --- between turns ------------------------------------------------------------------------------------------------
     async def _afterwards(self, talk: Talk) -> None:
-        if talk.seen is None or not all(talk.seen):
+        if talk.seen is None or not talk.seen[1]:
             return
         chance = self.chance.random()
         turn_id, session_id = talk.seen

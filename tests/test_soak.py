@@ -2,8 +2,8 @@
 
 That takes eleven minutes, with four workers and three kills (``--workers``, ``--kills``), thirty turns a second where
 the machine can (``--rate``), and ``--seed N`` for another chance. ``--postgres`` has the ledger on PostgreSQL,
-``--races`` adds turns at which two processes are at the same moment, ``--without`` leaves kinds of turns out, and
-``--json`` and ``--keep`` leave behind what to look at.
+``--races`` adds turns at which two processes are at the same moment, ``--only`` and ``--without`` choose among the
+kinds of turns, and ``--json`` and ``--keep`` leave behind what to look at.
 """
 
 from dataclasses import replace
