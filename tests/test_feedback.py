@@ -328,6 +328,24 @@ def test_an_end_that_is_said_again_is_told_under_the_same_ids(tracker: SessionTr
     assert {score["name"]: score["value"] for score in again}["session.end_reason"] == "handoff"
 
 
+def test_an_intent_that_was_told_and_holds_no_longer_does_not_stay_in_langfuse(tracker: SessionTracker) -> None:
+    session = tracker.start_session(session_id="s1")
+    with session.conversation("c1").turn("Hello") as turn:
+        turn.set_intent("greet")
+    late = session.conversation("c1").start_turn("And now?")  # nobody says what is wanted in it
+    session.end()
+    assert by_name(tracker.ledger)["dropoff.last_intent"]["value"] == "greet"
+    late.end()
+    assert session.summary().last_intent is None
+    assert by_name(tracker.ledger)["dropoff.last_intent"]["value"] == "unknown"
+    session.feedback(True)  # which has the totals sent again
+    tracker.flush()
+    assert [score["value"] for score in scores(tracker.ledger) if score["name"] == "dropoff.last_intent"] == [
+        "greet",
+        "unknown",
+    ]
+
+
 def test_every_score_has_one_subject(tracker: SessionTracker) -> None:
     with tracker.session(user_id="alice") as session, session.conversation("c1").turn("Hello") as turn:
         turn.feedback(True)

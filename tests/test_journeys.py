@@ -1,6 +1,7 @@
 """Journeys: stages on the way to a conversion, in turns and outside of them, over sessions, by workers side by side."""
 
 import asyncio
+import json
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -223,6 +224,20 @@ def test_a_step_outside_of_a_turn_is_in_the_session(capture: Capture, tracker: S
     assert second.attributes[a.JOURNEY_CONVERSION_TIME_MS] == 5000
     summary = session.summary()
     assert (summary.journey_name, summary.journey_stage, summary.journey_converted) == ("onboarding", "signup", True)
+
+
+def test_a_step_after_the_end_of_its_session_is_told_with_the_session(tracker: SessionTracker) -> None:
+    with tracker.session(user_id="alice") as session, session.conversation("c1").turn("Hello"):
+        session.journey("onboarding", STAGES).enter("signup")
+    session.journey("onboarding").enter("done")
+    session.journey("onboarding").convert()
+    tracker.flush()
+    ends = [span.attributes for span in outbox_spans(tracker.ledger) if span.name == "session.end"]
+    assert (ends[0][a.JOURNEY_STAGE], ends[0][a.JOURNEY_CONVERTED]) == ("signup", False)
+    assert (ends[-1][a.JOURNEY_STAGE], ends[-1][a.JOURNEY_CONVERTED]) == ("done", True)
+    sent = [json.loads(item.body) for item in tracker.ledger.outbox() if item.kind == "score"]
+    latest = {score["name"]: score["value"] for score in sent}
+    assert (latest["journey.stage"], latest["journey.converted"]) == ("done", 1)
 
 
 def test_the_rows_of_turns_count_the_events_among_their_spans(tmp_path: Path, capture: Capture) -> None:

@@ -259,6 +259,26 @@ def test_a_turn_whose_process_died_is_closed_with_the_root_that_its_trace_lacks(
     assert summary.ended_ns == begun + IDLE
 
 
+def test_a_session_whose_last_turn_is_closed_after_its_end_is_told_with_it(
+    workers: list[SessionTracker], clock: Clock
+) -> None:
+    died, other = workers
+    session = died.start_session(session_id="s1")
+    exchange(session)
+    session.conversation("c2").start_turn("Hello")  # its process is killed
+    died.flush()
+    other.end_session("s1")
+    clock.advance(minutes=31)
+    assert other.sweep() == Swept(turns=1)
+    ends = [span.attributes for span in named(other, "session.end")]
+    assert [(end[a.SESSION_TOTAL_TURNS], end[a.SESSION_END_REASON]) for end in ends] == [
+        (1, "user_exit"),
+        (2, "user_exit"),
+    ]
+    sent = [json.loads(item.body) for item in other.ledger.outbox() if item.kind == "score"]
+    assert [score["value"] for score in sent if score["name"] == a.SESSION_TOTAL_TURNS] == [1, 2]
+
+
 def test_many_turns_of_processes_that_died_are_closed_in_batches(workers: list[SessionTracker], clock: Clock) -> None:
     dead, other = workers
     sessions = [dead.start_session(session_id=f"s{number}") for number in range(450)]

@@ -12,7 +12,7 @@ from turntrace.identity import check_text, derived_id
 from turntrace.ledger import LedgerWriter, StageWanted
 from turntrace.lifecycle.ending import end_span
 from turntrace.lifecycle.jobs import SpanJob
-from turntrace.lifecycle.session_jobs import tags_of
+from turntrace.lifecycle.session_jobs import EndSession, tags_of
 from turntrace.summaries import JourneySummary, StageEntered
 
 if TYPE_CHECKING:
@@ -109,6 +109,8 @@ class EnterStage(SpanJob):
             elif self._turn is not None:
                 self._turn.account.spans += self._recorded
         self._put_spans(ledger)
+        if session is not None and session.ended_ns is not None:
+            EndSession(self._tracker, session.id).write(ledger)  # its totals are sent again with this
 
     def _event(self, entered: StageEntered) -> Any:
         target, at_ns = self._tracker.target, entered.at_ns

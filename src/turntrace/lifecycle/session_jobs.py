@@ -26,6 +26,7 @@ INACTIVE_TIMEOUT: Final = "inactive_timeout"
 """Reason of the end of a session that was silent too long."""
 
 _MOST_WAITING: Final = 1_000
+_UNKNOWN: Final = "unknown"
 
 
 class AnnounceSession(SpanJob):
@@ -69,6 +70,7 @@ class EndSession(SpanJob):
         if self._reason == INACTIVE_TIMEOUT:  # whom it waited for did not come back
             for row in ledger.waiting_turns(_MOST_WAITING, session_id=self._session_id):
                 abandon_waiting(self._tracker, ledger, row)
+        before = ledger.session(self._session_id)
         if self._reason is None:
             ended = ledger.ended_session(self._session_id)
         else:
@@ -86,7 +88,10 @@ class EndSession(SpanJob):
                 self._keep(_session_start(tracker, _facts_of(ended)))
             self._keep(_session_end(tracker, ended))
         self._put_spans(ledger)
-        put_scores(tracker, ledger, [session_score(ended.id, *score) for score in scores_of(ended).items()])
+        scores = scores_of(ended)
+        if ended.last_intent is None and before is not None and before.last_intent is not None:
+            scores[a.DROPOFF_LAST_INTENT] = _UNKNOWN  # what was sent before is not to stay in Langfuse
+        put_scores(tracker, ledger, [session_score(ended.id, *score) for score in scores.items()])
         if self._reason is not None and not self._evaluated:  # an end that is sent again is none
             self._evaluated = True
             tracker.evaluate(ended)

@@ -72,7 +72,10 @@ def _close_some(tracker: "SessionTracker", silent_since: int, after: str) -> tup
     """Close some turns that nobody will end, in a transaction; return those looked at and how many were closed."""
     with tracker.ledger.writing() as ledger:
         stale = ledger.stale_turns(silent_since, _BATCH, after=after)
-        return stale, sum(abandon_running(tracker, ledger, row) for row in stale if not tracker.holds(row["id"]))
+        closed = [row for row in stale if not tracker.holds(row["id"]) and abandon_running(tracker, ledger, row)]
+        for session_id in {row["session_id"] for row in closed}:
+            EndSession(tracker, session_id).write(ledger)  # of one that had ended, the totals are sent again with these
+        return stale, len(closed)
 
 
 def _close_waiting(tracker: "SessionTracker", silent_since: int) -> int:
