@@ -288,7 +288,7 @@ def test_the_demos_commands_work_as_they_stand(
     commands = re.findall(rf"(?:^|  |: ){re.escape(name)} .*$", result.stdout, re.MULTILINE)
     verbs = [command.strip(": ").split()[1] for command in commands]
     assert verbs == ["sessions", "show", "funnel", "report", "export"]
-    for command in commands[:3]:
+    for command in commands[: 1 if on_path else 2]:
         done = subprocess.run(command.strip(": "), shell=True, capture_output=True, text=True, timeout=60, check=False)
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout
