@@ -121,7 +121,7 @@ def questions(ledger: Ledger, filters: Filters) -> dict[str, Callable[[], Any]]:
         *("sessions_over_time", "session_lengths", "latency_by_turn", "window_by_turn", "prunings", "by_model"),
         *("usage_by_day", "usage_by_tier", "usage_by_channel", "funnels", "retention"),
         *("dropoff_by_turn", "dropoff_by_intent", "dropoff_by_action", "dropoff_by_reason"),
-        *("outcomes", "outcomes_by_intent"),
+        *("outcomes", "outcomes_by_intent", "turn_errors", "sessions_with_errors", "session_durations"),
     )
     asked: dict[str, Callable[[], Any]] = {}
     for name in plain:
