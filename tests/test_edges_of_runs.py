@@ -1,6 +1,7 @@
 """Runs that do not go as drawn: streams that are left, states that are edited, tasks that outlive nodes, caches."""
 
 import asyncio
+import json
 from collections import Counter
 from typing import Any
 
@@ -18,8 +19,8 @@ from opentelemetry import trace
 from apps import Builder, FakeModel, State, asks, config_of
 from turntrace import ConversationState, SessionCallbackHandler, track_graph, track_node
 from turntrace import attributes as a
-from turntrace.records import TurnSummary
-from turntrace.testing import Capture, assert_all_tagged, captured_spans, format_tree, span_tree
+from turntrace.records import LLMCall, TurnSummary, Usage
+from turntrace.testing import Capture, assert_all_tagged, captured_spans, format_tree, outbox_spans, span_tree
 
 ASYNC = pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 FAST = RetryPolicy(initial_interval=0.001, jitter=False, retry_on=ValueError)
@@ -264,6 +265,40 @@ def test_a_task_that_outlives_its_turn_is_no_part_of_the_next(desk: Desk) -> Non
     assert context.trace_id not in {int(str(turn.trace_id), 16) for turn in desk.turns()}
     [span] = [span for span in captured_spans(desk.capture.spans()) if span.name == "late"]
     assert a.TURN_ID not in span.attributes
+
+
+def test_a_call_that_ends_after_its_session_is_in_the_totals_that_were_sent(capture: Capture) -> None:
+    tracker = capture.tracker(outbox=True)
+    session = tracker.start_session(user_id="ann")
+    turn = session.conversation("c1").start_turn("Hi")
+    step = turn.open_step("gpt-4o-mini", "generation")
+    turn.end()
+    session.end()
+    tracker.flush()
+    turn.close_step(step, call=LLMCall("gpt-4o-mini", "openai", Usage(100, 20)))
+    tracker.flush()
+    assert session.summary().total_tokens == 120
+    scores = [json.loads(item.body) for item in tracker.ledger.outbox() if item.kind == "score"]
+    assert [score["value"] for score in scores if score["name"] == a.SESSION_TOTAL_TOKENS][-1] == 120
+    ends = [span for span in outbox_spans(tracker.ledger) if span.name == a.SPAN_SESSION_END]
+    assert ends[-1].attributes[a.SESSION_TOTAL_TOKENS] == 120
+
+
+def test_an_error_beside_a_question_ends_the_wait(desk: Desk) -> None:
+    def fails(_state: State) -> dict[str, Any]:
+        raise ValueError("no")
+
+    builder: Builder = StateGraph(State)
+    nodes: dict[str, Any] = {"ask": ask, "fails": fails}
+    for name, node in nodes.items():
+        builder.add_node(name, node)
+        builder.add_edge(START, name)
+    graph = desk.compile(builder)
+    with desk.tracker.session(user_id="ann") as session, session.conversation("c1").turn("Hi") as turn:
+        with pytest.raises(ValueError, match="no"):
+            graph.invoke(turn.input, turn.config)
+        turn.set_answer("Sorry, that failed.")
+    assert [turn.status for turn in desk.turns()] == ["completed"]
 
 
 # --- attempts in long turns -------------------------------------------------------------------------------------------

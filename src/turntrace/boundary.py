@@ -101,7 +101,7 @@ def traceback_of(error: BaseException) -> str:
     above: BaseException | None = error
     while above is not None and above not in seen:
         seen.append(above)
-        parts.insert(0, "".join([*traceback.format_tb(above.__traceback__), type(above).__name__]))
+        parts.insert(0, "".join([*traceback.format_tb(above.__traceback__), one_line(type(above).__name__)]))
         above = above.__cause__ or (None if above.__suppress_context__ else above.__context__)
     return "\n".join(parts)
 

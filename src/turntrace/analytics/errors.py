@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from sqlalchemy import func, select
 
-from turntrace.analytics.asking import count_if, day, in_bytes, rows_of, turn_number
+from turntrace.analytics.asking import checked_ledger, count_if, day, in_bytes, rows_of, turn_number
 from turntrace.analytics.confidence import Rate
 from turntrace.analytics.filters import ALL, Filters, of_sessions, of_turns, of_turns_joined
 from turntrace.analytics.times import DAY_NS, iso_day
@@ -123,7 +123,7 @@ def sessions_with_errors(ledger: Ledger, filters: Filters = ALL, *, limit: int =
     """
     query = select(sessions).where(of_sessions(filters), sessions.c.failed_turns > 0)
     ordered = query.order_by(sessions.c.started_ns.desc(), in_bytes(sessions.c.id)).limit(limit)
-    with ledger.asking() as connection:
+    with checked_ledger(ledger).asking() as connection:
         return [plain_summary(row) for row in connection.execute(ordered).mappings().all()]
 
 

@@ -347,7 +347,7 @@ class RunRegistry:
             error = None  # whoever read the stream left it at the question: the graph waits all the same
         turn = root.turn
         if root.is_graph:
-            turn.run_ended(interrupted=root.interrupted, checkpoint_id=root.checkpoint_id)
+            turn.run_ended(interrupted=root.interrupted and error is None, checkpoint_id=root.checkpoint_id)
         turn.note_answer(answer)
         if root.owns_turn:
             turn.end("interrupted" if root.interrupted else "completed", error=error)

@@ -60,6 +60,8 @@ class SettleTurn(SpanJob):
         late = {} if self._late is None else {name: getattr(self._late, name) for name in LATE_SUMS}
         if any(late.values()):
             ledger.add_to_turn(self._turn.words, late)
+            # Where its session has ended, the totals that were sent then are sent again with this.
+            EndSession(self._tracker, self._turn.conversation.session.id).write(ledger)
 
     def _was_erased(self, ledger: LedgerWriter, session_id: str) -> bool:
         """Tell whether another process erased the user while the turn ran; a guest's session is in another ledger."""
