@@ -47,7 +47,10 @@ def tags_in(carrier: Mapping[str, Any] | None) -> tuple[TurnTags, trace.SpanCont
         texts = {name: text for name in CARRIED if isinstance(text := carrier.get(name), str)}
         if len(texts) < len(CARRIED):
             return None
-        context = context_in(texts)
+        try:
+            context = context_in(texts)
+        except ValueError:  # of a text that UTF-8 cannot hold, which comes with no request
+            return None
         span = trace.get_current_span(context)
     carried = baggage.get_all(context)
     called_by = span.get_span_context()
