@@ -228,9 +228,13 @@ words = st.sampled_from(
 @example("USER_HASH_KEY", "")
 @example("USER_HASH_KEY", "\udcff" * 20)
 @example("CHANNEL", "\udcff")
-def test_a_variable_of_turntraces_works_or_is_named(name: str, text: str) -> None:
+def test_a_variable_of_turntraces_works_or_is_named(
+    tmp_path_factory: pytest.TempPathFactory, name: str, text: str
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TURNTRACE_LEDGER_URL", "sqlite://")
+        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.getbasetemp()))  # where the ledger is that nobody names
+        patch.chdir(tmp_path_factory.getbasetemp())
         patch.setenv(f"TURNTRACE_{name}", text)
 
         def track() -> None:

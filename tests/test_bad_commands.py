@@ -168,6 +168,8 @@ carried = st.builds(lambda more: baggage_of(**more), changes) | texts | values
 @example(TRACE, baggage_of(**{a.TURN_NUMBER: "9" * 30}))
 @example(TRACE, baggage_of(**{a.TURN_NUMBER: "-5"}))
 @example(TRACE, baggage_of(**{a.SESSION_CHANNEL: "%ED%A0%80"}))
+@example(TRACE, "\ud800")
+@example("\ud800", baggage_of())
 def test_whatever_headers_say_the_run_is_in_their_turn_or_in_one_of_its_own(trace: Any, baggage: Any) -> None:
     with Capture() as capture:
         tracker = capture.tracker(outbox=True, propagate=True)

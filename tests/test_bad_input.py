@@ -1,5 +1,6 @@
 """Whatever an app, its users or its models put into a run: the answer is as without turntrace, and the turn is kept."""
 
+import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -7,15 +8,16 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from langchain_core.messages import AIMessage
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_core.runnables import RunnableLambda
 from langchain_core.tools import StructuredTool
 
 from apps import App, Builder, FakeModel, asks, single
 from odd import NoEquals, NoText, steady, texts, values
-from turntrace import SessionCallbackHandler, SessionTracker, boundary, track_graph
+from turntrace import ContextTracker, SessionCallbackHandler, SessionTracker, boundary, track_graph
 from turntrace import attributes as a
+from turntrace.errors import TurntraceError
 from turntrace.records import Step, TurnSummary
 from turntrace.testing import Capture, CapturedSpan, assert_all_tagged, outbox_spans
 
@@ -244,3 +246,41 @@ def assert_called_the_tool(odd: Any) -> None:
 
     assert turn.tool_calls == 1
     assert not boundary.failures
+
+
+# --- what is fitted into a window -------------------------------------------------------------------------------------
+def odd_message(kind: Any, told: dict[str, Any]) -> Any:
+    """Return a message as odd as LangChain takes it."""
+    known = {"tool_call_id": "1"} if kind is ToolMessage else {}
+    try:
+        return kind(**{"content": "Hi", **known, **told})
+    except Exception:
+        return kind("Hi", **known)
+
+
+odd_messages = st.lists(
+    st.builds(odd_message, st.sampled_from([HumanMessage, AIMessage, SystemMessage, ToolMessage]), fields)
+    | st.builds(lambda text: ("user", text), texts)
+    | st.builds(lambda content: {"role": "user", "content": content}, values)
+    | values,
+    min_size=1,
+    max_size=4,
+)
+
+
+@steady(80)
+@given(odd_messages)
+@example([odd_message(AIMessage, {"tool_calls": [{"name": "", "args": {"a": 10**400}, "id": None}]})])
+@example([odd_message(HumanMessage, {"content": [{"type": ["list"], "text": 5}, {"type": "image_url"}, "\ud800"]})])
+def test_any_messages_are_fitted_or_refused_with_why_and_async_is_the_same(messages: Any) -> None:
+    def outcome(fit: Callable[[], Any]) -> Any:
+        try:
+            window = fit()
+        except TurntraceError as error:
+            return type(error), len(str(error)) < 2000
+        return window.tokens, len(window.messages) <= len(messages)
+
+    context = ContextTracker("gpt-4o", limit=1000)
+    found = outcome(lambda: context.fit(messages))
+    assert found[1]
+    assert outcome(lambda: asyncio.run(context.afit(messages))) == found

@@ -271,10 +271,10 @@ def test_a_call_that_ends_after_its_session_is_in_the_totals_that_were_sent(capt
     tracker = capture.tracker(outbox=True)
     session = tracker.start_session(user_id="ann")
     turn = session.conversation("c1").start_turn("Hi")
-    step = turn.open_step("gpt-4o-mini", "generation")
     turn.end()
     session.end()
     tracker.flush()
+    step = turn.open_step("gpt-4o-mini", "generation")  # of a task that outlives the turn
     turn.close_step(step, call=LLMCall("gpt-4o-mini", "openai", Usage(100, 20)))
     tracker.flush()
     assert session.summary().total_tokens == 120
