@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help demo test test-live test-server lint types bench clean
+.PHONY: help demo test test-live test-server lint types bench bench-quick clean
 
 help:
 	@echo "make demo   run the demo: a support desk, three users, five sessions, seen in the terminal"
@@ -12,7 +12,8 @@ help:
 	@echo "make test-server   the tests on LangGraph's own server (langgraph dev), which they install"
 	@echo "make lint   ruff"
 	@echo "make types  mypy, strict"
-	@echo "make bench  what tracking, fitting, the ledger and sending cost, next to others (takes minutes)"
+	@echo "make bench  what turntrace costs, next to other tracers, which it installs; writes BENCHMARKS.md (takes long)"
+	@echo "make bench-quick   the same, small, with what is installed (under three minutes)"
 	@echo "make clean  remove the virtual environment and what tools left"
 
 $(VENV)/.made:
@@ -54,11 +55,18 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/turn_overhead.py
-	$(BIN)/python benchmarks/context.py
-	$(BIN)/python benchmarks/ledger.py
-	$(BIN)/python benchmarks/export.py
+# Other tracers bring a hundred packages, so they are installed beside the others.
+$(VENV)-bench/.made: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-bench
+	$(VENV)-bench/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-bench/bin/python -m pip install --quiet --editable . --group dev --group bench
+	touch $@
+
+bench: $(VENV)-bench/.made
+	$(VENV)-bench/bin/python benchmarks/run.py --markdown BENCHMARKS.md $(ARGS)
+
+bench-quick: $(VENV)/.dev
+	$(BIN)/python benchmarks/run.py --quick --json benchmarks/results/quick.json $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-server .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-bench $(VENV)-server .pytest_cache .mypy_cache .ruff_cache .hypothesis

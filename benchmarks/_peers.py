@@ -1,69 +1,74 @@
-"""Other tracers beside Langfuse's, where they are installed: `pip install --group bench`."""
+"""Other tracers, where they are installed: `make bench` has them in an environment of its own (group `bench`)."""
 
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from _sink import Sink
 from langchain_core.callbacks import BaseCallbackHandler
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
-
-SINK = """
-import http.server, sys
-class Sink(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    def answer(self):
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.send_response(202)
-        self.send_header("Content-Length", "2")
-        self.end_headers()
-        self.wfile.write(b"{}")
-    do_GET = do_POST = do_PATCH = answer
-    def log_message(self, *_): pass
-server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Sink)
-print(server.server_address[1], flush=True)
-server.serve_forever()
-"""
 
 
 class Peer(NamedTuple):
-    """Another tracer: its handler, and what sends what it holds."""
+    """Another tracer: its handler, what sends what it holds, and whose it is at the sink."""
 
     name: str
     handler: BaseCallbackHandler
     drain: Callable[[], Any]
+    at_sink: str
 
 
-def openinference(exporter: SpanExporter) -> Peer | None:
-    """OpenInference's tracer for LangChain on a plain OpenTelemetry provider."""
-    try:
-        from openinference.instrumentation.langchain import LangChainInstrumentor
-    except ImportError:
-        return None
+def provider_to(url: str) -> Any:
+    """Return a plain OpenTelemetry provider, with OpenTelemetry's own exporter and batches."""
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
     provider = TracerProvider()
-    provider.add_span_processor(BatchSpanProcessor(exporter))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(f"{url}/v1/traces")))
+    return provider
+
+
+def openinference(sink: Sink) -> Peer:
+    """OpenInference's tracer for LangChain on a plain OpenTelemetry provider."""
+    from openinference.instrumentation.langchain import LangChainInstrumentor
+
+    provider = provider_to(sink.url("openinference"))
     instrumentor = LangChainInstrumentor()
     instrumentor.instrument(tracer_provider=provider, separate_trace_from_runtime_context=True)
     tracer = instrumentor._tracer  # it would hear every graph of the process; here it is to hear its own only
     instrumentor.uninstrument()
-    return Peer("OpenInference's LangChain tracer", tracer, provider.force_flush)
+    return Peer("OpenInference's LangChain tracer", tracer, provider.force_flush, "openinference")
 
 
-@contextmanager
-def langsmith() -> Iterator[Peer | None]:
-    """LangSmith's tracer, to a sink on loopback in a process of its own."""
-    try:
-        from langchain_core.tracers.langchain import LangChainTracer
-        from langsmith import Client
-    except ImportError:
-        yield None
-        return
-    with subprocess.Popen([sys.executable, "-c", SINK], stdout=subprocess.PIPE, text=True) as sink:
+def langsmith(sink: Sink) -> Peer:
+    """LangSmith's tracer."""
+    from langchain_core.tracers.langchain import LangChainTracer
+    from langsmith import Client
+
+    client = Client(api_url=sink.url("langsmith"), api_key="lsv2_none")
+    return Peer("LangSmith's tracer", LangChainTracer(client=client), client.flush, "langsmith")
+
+
+def opik(sink: Sink) -> Peer:
+    """Opik's tracer, as with a server of one's own: without an account; what it reports of itself is off."""
+    os.environ |= {
+        "OPIK_URL_OVERRIDE": f"{sink.url('opik')}/",
+        "OPIK_SENTRY_ENABLE": "false",
+        "OPIK_ANALYTICS_ENABLE": "false",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "true",
+    }
+    from opik.integrations.langchain import OpikTracer
+
+    tracer = OpikTracer()
+    return Peer("Opik's tracer", tracer, tracer.flush, "opik")
+
+
+def found(sink: Sink) -> tuple[list[Peer], list[str]]:
+    """Return those that are installed, and why others are not there."""
+    peers, missing = [], []
+    for make in (openinference, langsmith, opik):
         try:
-            assert sink.stdout is not None
-            client = Client(api_url=f"http://127.0.0.1:{sink.stdout.readline().strip()}", api_key="lsv2_none")
-            yield Peer("LangSmith's tracer", LangChainTracer(client=client), client.flush)
-        finally:
-            sink.kill()
+            peers.append(make(sink))
+        except ImportError as error:
+            missing.append(f"{make.__name__} is left out: {error}.")
+    return peers, missing

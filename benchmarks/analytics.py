@@ -9,8 +9,6 @@ may do it. The first round, which finds the file as it was left by who wrote it,
     python benchmarks/analytics.py [--turns 1000000] [--rounds 3] [--filter channel=web] [--json FILE]
 """
 
-import argparse
-import json
 import random
 import statistics
 import tempfile
@@ -19,10 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from _tables import machine
+from _tables import Report, arguments, summary
 from ledger import fill
-from rich.console import Console
-from rich.table import Table
 from sqlalchemy import create_engine
 
 from turntrace import analytics
@@ -158,21 +154,17 @@ def measure(ledger: Ledger, filters: Filters, rounds: int) -> tuple[dict[str, li
 
 
 # --- what is said -----------------------------------------------------------------------------------------------------
-def verdict(seconds: float) -> str:
-    return f"at most {MOST_S:g} s: " + ("[green]met[/]" if seconds <= MOST_S else "[red]missed[/]")
-
-
-def report(
-    console: Console, title: str, each: dict[str, list[float]], alone: list[float], together: list[float]
-) -> None:
-    table = Table(title, "first round, s", "median, s", "target")
-    for name, seconds in sorted(each.items(), key=lambda item: -statistics.median(item[1])):
-        table.add_row(name, f"{seconds[0]:.3f}", f"{statistics.median(seconds):.3f}")
-    table.add_section()
-    for name, seconds in (("all, one after the other", alone), ("all, in two threads", together)):
-        middle = statistics.median(seconds)
-        table.add_row(name, f"{seconds[0]:.3f}", f"{middle:.3f}", verdict(middle))
-    console.print(table)
+def show(report: Report, title: str, each: dict[str, list[float]], alone: list[float], together: list[float]) -> None:
+    rows = [
+        [name, f"{seconds[0]:.3f}", f"{statistics.median(seconds):.3f}"]
+        for name, seconds in sorted(each.items(), key=lambda item: -statistics.median(item[1]))
+    ]
+    rows.append([])
+    of_all = {"all, one after the other": alone, "all, in two threads": together}
+    rows += [[name, f"{seconds[0]:.3f}", f"{statistics.median(seconds):.3f}"] for name, seconds in of_all.items()]
+    report.table(title, ("question", "first round, s", "median, s"), rows)
+    for name, seconds in of_all.items():
+        report.target(f"questions of a report, {name}", statistics.median(seconds), at_most=MOST_S, unit=" s")
 
 
 def filters_of(given: list[str]) -> Filters:
@@ -181,31 +173,30 @@ def filters_of(given: list[str]) -> Filters:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--turns", type=int, default=1_000_000)
-    arguments.add_argument("--rounds", type=int, default=3)
-    arguments.add_argument(
-        "--filter", action="append", default=[], help="a filter too, as channel=web; several are one"
-    )
-    arguments.add_argument("--json", type=Path)
-    options = arguments.parse_args()
-    console = Console(width=120)
-    console.print(f"[bold]Analytics over {options.turns:,} turns[/] on {machine()}")
-    results: dict[str, Any] = {}
+    parser = arguments(__doc__)
+    parser.add_argument("--turns", type=int, default=1_000_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--filter", action="append", default=[], help="a filter too, as channel=web; several are one")
+    options = parser.parse_args()
+    report = Report(f"Analytics over {options.turns:,} turns", __doc__)
     with tempfile.TemporaryDirectory(prefix="turntrace-analytics-") as folder:
         path = Path(folder) / "ledger.db"
         url = f"sqlite:///{path}"
         ledger = Ledger(url)
         fill(url, options.turns)
         make_various(url, options.turns)
-        console.print(f"The ledger has {path.stat().st_size / 1e6:,.0f} MB.")
+        report.say(f"The ledger has {path.stat().st_size / 1e6:,.0f} MB.")
         for filters in (ALL, filters_of(options.filter)) if options.filter else (ALL,):
             each, alone, together = measure(ledger, filters, options.rounds)
-            report(console, str(filters), each, alone, together)
-            results[str(filters)] = {"each_s": each, "one_after_the_other_s": alone, "two_threads_s": together}
+            said = ", ".join(options.filter) if filters is not ALL else "all"
+            show(report, said, each, alone, together)
+            report.results[said] = {
+                "each_s": {name: summary(seconds) for name, seconds in each.items()},
+                "one_after_the_other_s": summary(alone),
+                "two_threads_s": summary(together),
+            }
         ledger.close()
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=2), encoding="utf-8")
+    report.write(options.json)
 
 
 if __name__ == "__main__":

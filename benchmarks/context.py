@@ -14,7 +14,6 @@ figures of one round.
     python benchmarks/context.py [--rounds 50] [--conversations 10000] [--json FILE]
 """
 
-import argparse
 import gc
 import json
 import pickle
@@ -25,16 +24,13 @@ import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 from _app import build_app, question
-from _tables import machine, middle
+from _tables import Report, arguments, middle, summary
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage, trim_messages
 from langgraph.checkpoint.memory import InMemorySaver
-from rich.console import Console
-from rich.table import Table
 
 from turntrace import ContextTracker
 from turntrace.context import MessageCounter, encoding_for_model
@@ -227,25 +223,23 @@ def fitting(history: list[BaseMessage], rng: random.Random) -> list[Case]:
     ]
 
 
-def print_fitting(console: Console, cases: Sequence[Case], tokens: int) -> dict[str, Any]:
+def show_fitting(report: Report, cases: Sequence[Case], tokens: int) -> None:
     by_name = {case.name: case for case in cases}
-    table = Table("1,000 messages", "caller CPU, µs", "a message, ns", title=f"Fitting {tokens:,} tokens")
-    for case in cases:
-        table.add_row(case.name, middle(case.us), f"{statistics.median(case.us) * 1e3 / MESSAGES:,.0f}")
-    console.print(table)
-    against = Table("what", "against", "times", "target", "met")
+    rows = [[case.name, middle(case.us), f"{statistics.median(case.us) * 1e3 / MESSAGES:,.0f}"] for case in cases]
+    report.table(f"Fitting {tokens:,} tokens", ("1,000 messages", "caller CPU, µs", "a message, ns"), rows)
     found = {}
     for name, how, other, target in TARGETS:
         faster = how == "faster than"
         times = ratios(by_name[other], by_name[name]) if faster else ratios(by_name[name], by_name[other])
+        found[f"{name} / {other}"] = summary(times)
         ratio = statistics.median(times)
-        met = None if target is None else ratio >= target if faster else ratio <= target
-        wanted = "" if target is None else f"{'at least' if faster else 'at most'} {target:g}"
-        said = {None: "", True: "yes", False: "no"}[met]
-        against.add_row(name, other, f"{middle(times)} {'faster' if faster else 'as long'}", wanted, said)
-        found[f"{name} / {other}"] = {"ratio": ratio, "target": target, "met": met}
-    console.print(against)
-    return {"us": {case.name: statistics.median(case.us) for case in cases}, "ratios": found}
+        if target is None:
+            report.say(f"{name} is {middle(times)} times {how} {other}.")
+        elif faster:
+            report.target(f"{name}, faster than {other}", ratio, at_least=target, unit=" times")
+        else:
+            report.target(f"{name}, to {other}", ratio, at_most=target, unit=" times")
+    report.results["fitting"] = {"us": {case.name: summary(case.us) for case in cases}, "ratios": found}
 
 
 # --- a turn -----------------------------------------------------------------------------------------------------------
@@ -276,39 +270,31 @@ def turns(messages: Sequence[BaseMessage], rng: random.Random) -> list[Case]:
     return cases
 
 
-def print_turns(console: Console, cases: Sequence[Case]) -> dict[str, Any]:
+def show_turns(report: Report, cases: Sequence[Case]) -> None:
     by_name = {case.name: case for case in cases}
-    table = Table(
-        "messages", "fit, 3 new, µs", "a message, ns", "bare turn, µs", "fit's share, %", title="Fit beside a bare turn"
-    )
-    found = {}
+    rows, found = [], {}
     for length in LENGTHS:
         fit, turn = by_name[f"fit {length}"], by_name[f"turn {length}"]
         share = [ratio * 100 for ratio in ratios(fit, turn)]
-        us = statistics.median(fit.us)
-        each = f"{us * 1e3 / (length + NEW):,.0f}"
-        table.add_row(f"{length:,}", middle(fit.us), each, middle(turn.us), middle(share))
-        found[length] = {
-            "fit_us": us,
-            "turn_us": statistics.median(turn.us),
-            "share_pct": statistics.median(share),
-        }
-    console.print(table)
+        each = f"{statistics.median(fit.us) * 1e3 / (length + NEW):,.0f}"
+        rows.append([f"{length:,}", middle(fit.us), each, middle(turn.us), middle(share)])
+        found[length] = {"fit_us": summary(fit.us), "turn_us": summary(turn.us), "share_pct": summary(share)}
+    header = ("messages", "fit, 3 new, µs", "a message, ns", "bare turn, µs", "fit's share, %")
+    report.table("Fit beside a bare turn", header, rows)
     first, last = LENGTHS[0], LENGTHS[-1]
     for what in ("fit", "turn"):
-        added = found[last][f"{what}_us"] - found[first][f"{what}_us"]
-        console.print(f"From {first} to {last:,} messages a {what} gets {added:,.0f} µs longer.", highlight=False)
-    return found
+        added = found[last][f"{what}_us"]["median"] - found[first][f"{what}_us"]["median"]
+        report.say(f"From {first} to {last:,} messages a {what} gets {added:,.0f} µs longer.")
+    report.results["turns"] = found
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
-def memory(console: Console, conversations: int) -> dict[str, float]:
+def memory(report: Report, conversations: int) -> None:
     """Fit so many conversations of 20 messages by one tracker, twice, and say what each time left behind."""
     tracker = ContextTracker(MODEL, limit=ROOM)
     rng = random.Random(3)
     tracker.fit(list(islice(conversation(rng, 4, 4, 4), 20)))
-    table = Table("conversations of 20", "left behind, MB", "at most meanwhile, MB", title="Memory of one tracker")
-    found = {}
+    rows, found = [], {}
     gc.collect()
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
@@ -321,37 +307,33 @@ def memory(console: Console, conversations: int) -> dict[str, float]:
         gc.collect()
         found[name] = (tracemalloc.get_traced_memory()[0] - before) / 1e6
         found[f"{name}, most"] = (highest - before) / 1e6
-        table.add_row(f"the {name} {conversations:,}", f"{found[name]:.1f}", f"{found[f'{name}, most']:.1f}")
+        rows.append([f"the {name} {conversations:,}", f"{found[name]:.1f}", f"{found[f'{name}, most']:.1f}"])
     tracemalloc.stop()
-    console.print(table)
+    report.table("Memory of one tracker", ("conversations of 20", "left behind, MB", "at most meanwhile, MB"), rows)
     added = found["second, most"] - found["first, most"]
-    console.print(f"The second {conversations:,} added {added:+.1f} MB to the most; target: nearly none.")
-    return found
+    report.target(f"what the second {conversations:,} conversations add to the most", added, at_most=1.0, unit=" MB")
+    report.results["memory_mb"] = found
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--rounds", type=int, default=50)
-    arguments.add_argument("--conversations", type=int, default=10_000, help="for the memory; 0 leaves it out")
-    arguments.add_argument("--json", type=Path)
-    options = arguments.parse_args()
-    console = Console(width=140)
-    console.print(f"[bold]Cost of fitting[/] on {machine()}")
+    parser = arguments(__doc__)
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--conversations", type=int, default=10_000, help="for the memory; 0 leaves it out")
+    options = parser.parse_args()
+    report = Report("Cost of fitting", __doc__)
     messages = list(islice(conversation(random.Random(1)), max(LENGTHS)))
     history, rng = messages[:MESSAGES], random.Random(2)
     tokens = ContextTracker(MODEL, limit=ROOM).count(history)
-    results: dict[str, Any] = {"machine": machine(), "rounds": options.rounds, "tokens": tokens}
     cases = fitting(history, rng)
     measure(cases, options.rounds)
-    results["fitting"] = print_fitting(console, cases, tokens)
+    show_fitting(report, cases, tokens)
     cases = turns(messages, rng)
     measure(cases, options.rounds)
-    results["turns"] = print_turns(console, cases)
-    console.print("Medians, in brackets the middle half.")
+    show_turns(report, cases)
+    report.say("Medians, in brackets the middle half.")
     if options.conversations:
-        results["memory_mb"] = memory(console, options.conversations)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2), encoding="utf-8")
+        memory(report, options.conversations)
+    report.write(options.json)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,8 @@ server has every span of both.
 """
 
 import argparse
-import json
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,13 +26,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
-from _tables import machine, middle
+from _tables import Report, arguments, middle, summary
 from langfuse import Langfuse
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.trace import Tracer, set_span_in_context
-from rich.console import Console
-from rich.table import Table
 
 from turntrace import SessionTracker
 from turntrace.export import to_otlp
@@ -151,10 +147,9 @@ class ByOutbox:
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description="Spans a second through the outbox, next to Langfuse's exporter.")
+    parser = arguments(__doc__)
     parser.add_argument("--turns", type=int, default=1_000)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     server_file = Path(__file__).parent.parent / "tests" / "loopback.py"
     with subprocess.Popen([sys.executable, str(server_file)], stdout=subprocess.PIPE, text=True) as server:
@@ -199,21 +194,19 @@ def arrived(url: str) -> int:
 
 def show(figures: dict[str, Figures], options: argparse.Namespace, made: int, has: int) -> None:
     """Print the figures."""
-    table = Table("way", "spans/s", "caller CPU, us a span")
-    for name, of_way in figures.items():
-        table.add_row(name, middle(of_way.per_second), middle(of_way.caller_us))
+    report = Report("Sending", __doc__)
+    rows = [[name, middle(of_way.per_second), middle(of_way.caller_us)] for name, of_way in figures.items()]
+    report.table("Spans through the outbox", ("way", "spans/s", "caller CPU, us a span"), rows)
     ours, theirs = figures[ByOutbox.name], figures[ByLangfuse.name]
     pairs = [a / b for a, b in zip(ours.per_second, theirs.per_second, strict=True)]
-    console = Console()
-    console.print(machine())
-    console.print(table)
-    console.print(f"throughput, outbox / Langfuse's exporter: {middle(pairs)} (target: at least 0.8)")
     cpu = [a - b for a, b in zip(ours.caller_us, theirs.caller_us, strict=True)]
-    console.print(f"caller CPU, outbox - Langfuse's exporter: {middle(cpu)} us a span")
-    console.print(f"spans made {made:,}, on the server {has:,}")
-    if options.json is not None:
-        found = {"throughput_ratio": statistics.median(pairs), "caller_us_difference": statistics.median(cpu)}
-        options.json.write_text(json.dumps(found), encoding="utf-8")
+    report.say(f"Caller CPU, outbox - Langfuse's exporter: {middle(cpu)} us a span.")
+    report.say(f"Spans made {made:,}, on the server {has:,}.")
+    report.results.update(throughput_ratio=summary(pairs), caller_us_difference=summary(cpu))
+    throughput = report.results["throughput_ratio"]["median"]
+    report.target("spans a second, outbox to Langfuse's exporter", throughput, at_least=0.8, unit=" times")
+    report.target("share of spans made that are on the server", has / made, at_least=1.0)
+    report.write(options.json)
     if has != made:
         raise SystemExit("spans are missing")
 

@@ -16,7 +16,6 @@ what it sets by itself.
     python benchmarks/ledger.py [--turns 1000000] [--rounds 300] [--json FILE]
 """
 
-import argparse
 import hashlib
 import json
 import random
@@ -32,11 +31,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from _tables import machine, middle
+from _tables import Report, arguments, middle, summary
 from langchain_core.messages import AIMessage, HumanMessage
 from langgraph.checkpoint.base import empty_checkpoint
-from rich.console import Console
-from rich.table import Table
 from sqlalchemy import create_engine, event
 
 from turntrace.identity import new_id, new_span_id
@@ -312,11 +309,11 @@ def postgres_urls() -> Iterator[Callable[[int], str]]:
         yield lambda turns: postgres.new_schema(url)
 
 
-def measure(urls: Callable[[int], str], turns: int, rounds: int, console: Console) -> list[Size]:
+def measure(urls: Callable[[int], str], turns: int, rounds: int, report: Report) -> list[Size]:
     with ExitStack() as stack:
         start = time.monotonic()
         sizes = [Size(urls(count), count, stack) for count in (FEW, turns)]
-        console.print(f"filled in {time.monotonic() - start:.0f} s")
+        report.say(f"Filled in {time.monotonic() - start:.0f} s.")
         chance = random.Random(1)
         for each in range(-WARM_UP, rounds):
             if each == 0:
@@ -332,60 +329,40 @@ def measure(urls: Callable[[int], str], turns: int, rounds: int, console: Consol
 
 
 # --- what is said -----------------------------------------------------------------------------------------------------
-def report(console: Console, name: str, sizes: list[Size]) -> dict[str, Any]:
+def show(report: Report, name: str, sizes: list[Size]) -> None:
     few, many = sizes
-    table = Table(
-        f"{name}, µs",
-        f"CPU at {few.turns:,}",
-        f"CPU at {many.turns:,}",
-        "ratio",
-        "wall at the first",
-        "wall at the second",
-        "ratio",
-        "target",
-    )
-    found: dict[str, Any] = {}
+    header = [f"{kind} at {size.turns:,}, µs" for kind in ("CPU", "wall") for size in sizes]
+    rows, targets = [], []
+    found = report.results[name] = {}
     for what in (BEGIN, FINISH, FINISH_MANY, ALL, ALL_MANY, CHECKPOINT, SESSION, USER):
         if what not in few.figures:
             continue
         small, large = few.figures[what], many.figures[what]
         cpu, wall = ratio(large.cpu, small.cpu), ratio(large.wall, small.wall)
-        median_ms = statistics.median(large.wall) / 1000
-        target = ""
+        values = [middle(each) for each in (small.cpu, large.cpu, small.wall, large.wall)]
+        rows.append([what, *values, f"{cpu:.2f}", f"{wall:.2f}"])
         if what in (ALL, ALL_MANY):
-            worst = max(cpu, wall)
-            target = f"ratio at most {MOST_GROWTH}: {verdict(worst <= MOST_GROWTH)}"
+            words = f"{name}, {what}: {many.turns:,} turns to {few.turns:,}"
+            targets.append((words, max(cpu, wall), MOST_GROWTH, " times"))
         elif what in (SESSION, USER):
-            target = f"at most {MOST_MS:g} ms: {median_ms:.2f}, {verdict(median_ms <= MOST_MS)}"
-        table.add_row(
-            what,
-            middle(small.cpu),
-            middle(large.cpu),
-            f"{cpu:.2f}",
-            middle(small.wall),
-            middle(large.wall),
-            f"{wall:.2f}",
-            target,
-        )
+            targets.append((f"{name}, {what} at {many.turns:,} turns", of(many, what, "wall") / 1000, MOST_MS, " ms"))
         found[what] = {
-            str(size.turns): {
-                "cpu_us": statistics.median(size.figures[what].cpu),
-                "wall_us": statistics.median(size.figures[what].wall),
-            }
+            f"{size.turns}": {kind: summary(getattr(size.figures[what], kind)) for kind in ("cpu", "wall")}
             for size in sizes
         } | {"ratio_cpu": cpu, "ratio_wall": wall}
-    console.print(table)
+    report.table(name, ("what", *header, "CPU, ratio", "wall, ratio"), rows)
+    for words, measured, most, unit in targets:
+        report.target(words, measured, at_most=most, unit=unit)
     if CHECKPOINT in few.figures:
         for size in sizes:
             both = [of(size, ALL, kind) / of(size, CHECKPOINT, kind) for kind in ("cpu", "wall")]
-            console.print(
-                f"At {size.turns:,} turns a turn's bookkeeping costs {both[0]:.2f} times the CPU and {both[1]:.2f} "
-                f"times the time of one checkpoint; begin_turn alone "
+            report.say(
+                f"{name}: at {size.turns:,} turns a turn's bookkeeping costs {both[0]:.2f} times the CPU and "
+                f"{both[1]:.2f} times the time of one checkpoint; begin_turn alone "
                 f"{of(size, BEGIN, 'wall') / of(size, CHECKPOINT, 'wall'):.2f} times the time."
             )
     else:
-        console.print("LangGraph's saver is not installed: pip install langgraph-checkpoint-sqlite or -postgres.")
-    return found
+        report.say(f"{name}: LangGraph's saver is not installed: pip install langgraph-checkpoint-sqlite or -postgres.")
 
 
 def of(size: Size, what: str, kind: str) -> float:
@@ -396,28 +373,20 @@ def ratio(large: list[float], small: list[float]) -> float:
     return statistics.median(large) / statistics.median(small)
 
 
-def verdict(holds: bool) -> str:
-    return "[green]met[/]" if holds else "[red]missed[/]"
-
-
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--turns", type=int, default=1_000_000, help="turns on record at the larger size")
-    arguments.add_argument("--rounds", type=int, default=300)
-    arguments.add_argument("--json", type=Path)
-    options = arguments.parse_args()
-    console = Console(width=190)
-    console.print(f"[bold]Cost of the ledger[/] on {machine()}")
-    results = {}
+    parser = arguments(__doc__)
+    parser.add_argument("--turns", type=int, default=1_000_000, help="turns on record at the larger size")
+    parser.add_argument("--rounds", type=int, default=300)
+    options = parser.parse_args()
+    report = Report("Cost of the ledger", __doc__)
     backends: dict[str, Any] = {"SQLite": sqlite_urls, "PostgreSQL": postgres_urls}
     for name, opened in backends.items():
         if name == "PostgreSQL" and not postgres.GIVEN and postgres.programs() is None:
-            console.print(f"PostgreSQL is left out: {postgres.WHY_NOT}.")
+            report.say(f"PostgreSQL is left out: {postgres.WHY_NOT}.")
             continue
         with opened() as urls:
-            results[name] = report(console, name, measure(urls, options.turns, options.rounds, console))
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=2), encoding="utf-8")
+            show(report, name, measure(urls, options.turns, options.rounds, report))
+    report.write(options.json)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,129 @@
+"""Run all benchmarks, one after the other, each in a process of its own, and put what they found together.
+
+With --quick, each is a small one: together they take less than three minutes on an idle machine with two cores, and say
+whether something has changed much, not by how much.
+
+    python benchmarks/run.py [--quick] [--only NAME ...] [--json FILE] [--markdown FILE] [--from FILE]
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+QUICK = {
+    "turn_overhead": ["--rounds", "9", "--turns", "1", "400"],
+    "ways": ["--rounds", "9"],
+    "memory": ["--growth", "3000", "--repeats", "1"],
+    "imports": ["--rounds", "3"],
+    "context": ["--rounds", "9", "--conversations", "500"],
+    "ledger": ["--rounds", "40", "--turns", "50000"],
+    "export": ["--rounds", "3", "--turns", "200"],
+    "analytics": ["--rounds", "3", "--turns", "50000"],
+}
+"""The benchmarks, in the order in which they run, with what makes them quick."""
+HEAD = """# Benchmarks
+
+`make bench` wrote this file: run it again on an idle machine for figures of your own. It makes an environment beside
+the tests' (`{venv}`) with the other tracers, runs every script in `benchmarks/`, and takes {took}.
+`make bench-quick` runs small ones with what is installed, in less than three minutes, and writes no file but
+`benchmarks/results/quick.json`; `python benchmarks/NAME.py --help` runs one by itself.
+
+Each figure was measured in one run beside what it is compared with, in an order that changed from round to round; a
+table has medians, in brackets the middle half. What is measured how stands at the top of each script.
+
+- Date: {date}
+- Machine: {machine}
+"""
+
+
+def run(names: list[str], *, quick: bool) -> dict[str, Any]:
+    """Run benchmarks; return what each found."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            path = Path(folder) / f"{name}.json"
+            command = [sys.executable, str(HERE / f"{name}.py"), "--json", str(path), *(QUICK[name] if quick else [])]
+            done = subprocess.run(command, check=False)
+            if not path.exists():
+                raise SystemExit(f"benchmarks/{name}.py found nothing: it ended with {done.returncode}.")
+            found[name] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+def row_of(cells: list[str]) -> str:
+    """Write a row of a Markdown table."""
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def table_of(title: str, header: list[str], rows: list[list[str]]) -> list[str]:
+    """Write a Markdown table."""
+    lines = [row_of(header), row_of(["---"] * len(header)), *(row_of(row) for row in rows if row)]
+    return [f"**{title}**", "", *lines, ""] if title else [*lines, ""]
+
+
+def targets_of(found: dict[str, Any]) -> list[list[str]]:
+    """Return the rows of the table of targets."""
+    return [
+        [
+            f"{name}.py",
+            target["what"],
+            f"{target['wanted']}{target['unit']}",
+            f"{target['measured']:.2f}{target['unit']}",
+            "met" if target["met"] else "**missed**",
+        ]
+        for name, each in found.items()
+        for target in each["targets"]
+    ]
+
+
+def markdown(found: dict[str, Any], took_s: float) -> str:
+    """Write all that was found."""
+    any_of = next(iter(found.values()))
+    took = f"about {max(1, round(took_s / 60))} minutes"
+    head = HEAD.format(venv=".venv-bench", took=took, date=any_of["date"], machine=any_of["machine"])
+    lines = [head, "## Targets", ""]
+    lines += table_of("", ["by", "what", "target", "measured", ""], targets_of(found))
+    for name, each in found.items():
+        lines += [f"## {each['title']}", "", f"{each['about']} (`benchmarks/{name}.py`, {each['seconds']} s)", ""]
+        for table in each["tables"]:
+            lines += table_of(table["title"], table["header"], table["rows"])
+        lines += [line for note in each["notes"] for line in (note, "")]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> None:
+    """Run the benchmarks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=list(QUICK), default=list(QUICK), metavar="NAME")
+    parser.add_argument("--json", type=Path, default=HERE / "results" / "results.json")
+    parser.add_argument("--markdown", type=Path, help="write the tables here")
+    parser.add_argument("--from", dest="found", type=Path, help="write the tables of an earlier run's JSON")
+    options = parser.parse_args()
+    if options.found is not None:
+        earlier = json.loads(options.found.read_text(encoding="utf-8"))
+        found, took_s = earlier["benchmarks"], earlier["seconds"]
+    else:
+        began = time.monotonic()
+        found = run(options.only, quick=options.quick)
+        took_s = time.monotonic() - began
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"seconds": took_s, "benchmarks": found}, indent=1), encoding="utf-8")
+        print(f"All took {took_s:.0f} s; the figures are in {options.json}.")
+    missed = [row for row in targets_of(found) if "missed" in row[-1]]
+    print(f"{len(targets_of(found)) - len(missed)} targets met, {len(missed)} missed:", flush=True)
+    for by, what, wanted, measured, _ in missed:
+        print(f"  {by}: {what}: {measured} ({wanted})")
+    if options.markdown is not None:
+        options.markdown.write_text(markdown(found, took_s), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
