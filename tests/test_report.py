@@ -26,13 +26,14 @@ from sqlalchemy import insert, update
 
 import postgres
 from turntrace import analytics
-from turntrace.analytics import ALL, Filters
+from turntrace.analytics import ALL, Choices, Filters
 from turntrace.errors import ConfigurationError, LedgerError
 from turntrace.ledger import Ledger
 from turntrace.ledger.rows import steps_text
 from turntrace.ledger.tables import conversations, decisions, journeys, sessions, stages, turns
 from turntrace.records import Step
 from turntrace.report import LangfusePlace, Report, ReportServer, collect, render, serve, write_report
+from turntrace.report.filtering import applied, filter_form, filters_of
 from turntrace.report.words import duration, label, money, shortened, show_command, visible
 
 SECOND = 1_000_000_000
@@ -1249,3 +1250,22 @@ def test_a_port_that_is_taken_is_said() -> None:
             serve(Ledger("sqlite://"), port=port)
     with pytest.raises(ConfigurationError, match="port 99999: "):
         serve(Ledger("sqlite://"), port=99999)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        (Filters(failed=True), "turns <strong><bdi>failed or abandoned"),
+        (Filters(error="TimeoutError"), "turns that ended with <strong><bdi>TimeoutError"),
+        (Filters(conversation_id="c-42"), "conversation <strong><bdi>c-42"),
+    ],
+    ids=["failed", "error", "conversation"],
+)
+def test_filters_of_turns_are_stated_and_stand_in_the_form(chosen: Filters, said: str) -> None:
+    assert said in str(applied(chosen))
+    form = str(filter_form(chosen, Choices((), (), (), (), (), ())))
+    assert 'name="failed"' in form
+    assert ("selected" in form) == bool(chosen.failed)
+    asked = {"failed": ["yes"], "error": ["TimeoutError"], "conversation": ["c-42"]}
+    assert filters_of(asked, Filters()) == Filters(failed=True, error="TimeoutError", conversation_id="c-42")
+    assert filters_of({"failed": [""]}, Filters(failed=True)) == Filters()

@@ -1,7 +1,7 @@
 """The options that say which sessions a command is about; every command that asks about many of them has them."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import wraps
@@ -93,21 +93,18 @@ _VALUES: Final = {
 }
 _NAMED: Final = 8
 _LOOKED_AT: Final = 1000
-_NOT_STATED_BY_THE_REPORT: Final = ("conversation", "error", "failed")
 
 
-def about_sessions(function: Callable[..., int], *, without: Sequence[str] = ()) -> Callable[..., int]:
+def about_sessions(function: Callable[..., int]) -> Callable[..., int]:
     """Give a command the options of `Chosen`, which it is called with as its first argument.
 
     Args:
         function: The command.
-        without: Options that it does not have.
     """
-    options = {name: annotation for name, annotation in _OPTIONS.items() if name not in without}
 
     @wraps(function)
     def run(**arguments: Any) -> int:
-        given = {name: arguments.pop(name) for name in options}
+        given = {name: arguments.pop(name) for name in _OPTIONS}
         with closing(open_existing(given.pop("ledger"))) as ledger:
             user_id = given["user_id"]
             return function(Chosen(ledger, _filters(ledger, given), user_id), **arguments)
@@ -117,18 +114,13 @@ def about_sessions(function: Callable[..., int], *, without: Sequence[str] = ())
         inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=False if name == "failed" else None, annotation=annotation
         )
-        for name, annotation in options.items()
+        for name, annotation in _OPTIONS.items()
     ]
     keyword_only = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
     hints = {each.name: each.annotation for each in (*own, *added)} | {"return": int}
     run.__signature__ = inspect.Signature([*keyword_only, *added], return_annotation=int)  # type: ignore[attr-defined]
     run.__annotations__ = hints
     return run
-
-
-def about_reported_sessions(function: Callable[..., int]) -> Callable[..., int]:
-    """Give a command the options of `Chosen` that a report states."""
-    return about_sessions(function, without=_NOT_STATED_BY_THE_REPORT)
 
 
 def _filters(ledger: Ledger, given: dict[str, Any]) -> Filters:

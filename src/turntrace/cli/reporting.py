@@ -10,7 +10,7 @@ from rich.text import Text
 
 from turntrace import analytics
 from turntrace.cli import lists, machine, shares
-from turntrace.cli.choosing import Chosen, about_reported_sessions, about_sessions
+from turntrace.cli.choosing import Chosen, about_sessions
 from turntrace.cli.links import langfuse_place
 from turntrace.cli.render import count, duration, safe, stderr, stdout, working
 from turntrace.cli.running import OK, CsvOption, JsonOption
@@ -106,7 +106,7 @@ def _no_ended_sessions(chosen: Chosen) -> None:
         stdout().print(Text(words), soft_wrap=True)
 
 
-@about_reported_sessions
+@about_sessions
 def report(
     chosen: Chosen,
     output: Annotated[

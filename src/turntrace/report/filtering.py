@@ -26,6 +26,9 @@ FIELDS: Final = {
     "model": "model",
     "end_reason": "end_reason",
     "user": "user_id",
+    "conversation": "conversation_id",
+    "error": "error",
+    "failed": "failed",
 }
 """The fields of the form, and what of `Filters` each says."""
 
@@ -38,7 +41,11 @@ _WORDS: Final = {
     "org": "organisation",
     "end_reason": "ended by",
     "user": "user (hash)",
+    "error": "turns that ended with",
+    "failed": "turns",
 }
+
+_FAILED: Final = "failed or abandoned"
 
 
 def filters_of(asked: Mapping[str, Sequence[str]], base: Filters) -> Filters:
@@ -51,7 +58,7 @@ def filters_of(asked: Mapping[str, Sequence[str]], base: Filters) -> Filters:
     Raises:
         ConfigurationError: If a field is not known, or its value cannot be used.
     """
-    changed: dict[str, str | int | None] = {}
+    changed: dict[str, str | int | bool | None] = {}
     for name, values in asked.items():
         if name not in FIELDS:
             raise ConfigurationError(f"There is no filter {name!r:.40}. Allowed are {', '.join(FIELDS)}.")
@@ -86,9 +93,11 @@ def with_whole_user(filters: Filters, ledger: Ledger) -> Filters:
     return filters.of(user_id=found[0])
 
 
-def _value(name: str, value: str) -> str | int | None:
+def _value(name: str, value: str) -> str | int | bool | None:
     if not value.strip():
         return None
+    if name == "failed":
+        return True
     if name in ("since", "until"):
         return day_of(value, name)
     return "" if value == NOT_KNOWN else value
@@ -117,7 +126,10 @@ def filter_form(filters: Filters, choices: Choices) -> Markup:
         _choice("topic", filters, choices.topic),
         _choice("model", filters, choices.model),
         _choice("end_reason", filters, (_OPEN, *(reason for reason in choices.end_reason if reason != _OPEN))),
-        _label("user", element("input", type="text", name="user", value=filters.user_id, autocomplete="off")),
+        _text("user", filters.user_id),
+        _text("conversation", filters.conversation_id),
+        _text("error", filters.error),
+        _failed(filters),
     )
     actions = element(
         "div", element("button", "Show", type="submit"), element("a", "Clear", href=_cleared()), class_="actions"
@@ -143,6 +155,18 @@ def _time(name: str, filters: Filters) -> Markup:
     return _label(name, element("input", type="datetime-local", name=name, value=at))
 
 
+def _text(name: str, value: str | None) -> Markup:
+    return _label(name, element("input", type="text", name=name, value=value, autocomplete="off"))
+
+
+def _failed(filters: Filters) -> Markup:
+    options = (
+        element("option", "any", value=""),
+        element("option", _FAILED, value="yes", selected=bool(filters.failed)),
+    )
+    return _label("failed", element("select", *options, name="failed"))
+
+
 def _choice(name: str, filters: Filters, values: Sequence[str]) -> Markup:
     chosen = getattr(filters, FIELDS[name])
     present = values if not chosen or chosen in values else (chosen, *values)
@@ -155,7 +179,9 @@ def _choice(name: str, filters: Filters, values: Sequence[str]) -> Markup:
 
 
 def _shown(filters: Filters, name: str) -> str | None:
-    value: int | str | None = getattr(filters, FIELDS[name])
+    value: int | str | bool | None = getattr(filters, FIELDS[name])
     if value is None or isinstance(value, str):
         return value
+    if isinstance(value, bool):
+        return _FAILED if value else None
     return day_or_moment(value).replace(" ", "T")
