@@ -344,10 +344,9 @@ def _window_of(model: str) -> int:
 
 def _checked_tokens(value: Any, name: str, *, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST_TOKENS:
-        raise ConfigurationError(
-            f"{name} is {value!r:.40}. Allowed is a whole number of tokens from {least} to {_MOST_TOKENS:,}: "
-            f"{name}=4000."
-        )
+        is_too_large = isinstance(value, int) and value > _MOST_TOKENS
+        bound = f"at most {_MOST_TOKENS:,}" if is_too_large else f"at least {least}"
+        raise ConfigurationError(f"{name} is {value!r:.40}. Allowed is a whole number of tokens, {bound}: {name}=4000.")
     return value
 
 
