@@ -19,6 +19,7 @@ from rich.table import Table
 PACKAGES = ("turntrace", "langgraph", "langchain-core", "langfuse", "opentelemetry-sdk")
 PEERS = ("openinference-instrumentation-langchain", "langsmith", "opik")
 RESAMPLES = 300
+LOST = "lost in noise"
 
 
 def machine() -> str:
@@ -72,7 +73,9 @@ def _divided(over: Sequence[float], under: Sequence[float]) -> float:
 
 
 def ranged(found: dict[str, float]) -> str:
-    """Write what `ratio` returned."""
+    """Write what `ratio` returned, where the rounds tell it apart from none at all."""
+    if found["low"] <= 0 or found["ratio"] <= 0:
+        return LOST
     return f"{found['ratio']:.2f} ({found['low']:.2f}..{found['high']:.2f})"
 
 
@@ -92,6 +95,7 @@ class Report:
             "about": (doc or "").strip().split("\n\n")[0].replace("\n", " "),
             "machine": machine(),
             "date": time.strftime("%Y-%m-%d"),
+            "load": os.getloadavg()[0],
             "tables": [],
             "targets": [],
             "notes": [],
@@ -123,16 +127,31 @@ class Report:
         self._found["notes"].append(words)
 
     def target(
-        self, what: str, measured: float, *, at_most: float | None = None, at_least: float | None = None, unit: str = ""
-    ) -> bool:
-        """Print a target, what was measured, and whether it is met."""
-        met = measured <= at_most if at_most is not None else measured >= (at_least or 0.0)
+        self,
+        what: str,
+        measured: float | dict[str, float],
+        *,
+        at_most: float | None = None,
+        at_least: float | None = None,
+        unit: str = "",
+    ) -> None:
+        """Print a target, what was measured (a figure, or what `ratio` returned), and whether it is met."""
+        figure = measured["ratio"] if isinstance(measured, dict) else measured
+        said = ranged(measured) if isinstance(measured, dict) else f"{measured:.2f}"
+        met = figure <= at_most if at_most is not None else figure >= (at_least or 0.0)
+        verdict = "lost in noise" if said == LOST else "met" if met else "missed"
         wanted = f"at most {at_most:g}" if at_most is not None else f"at least {at_least:g}"
-        colour, said = ("green", "met") if met else ("red", "missed")
-        self._console.print(f"{escape(what)}: {measured:.2f}{unit} ({wanted}{unit}): [{colour}]{said}[/]")
-        target = {"what": what, "measured": measured, "wanted": wanted, "unit": unit, "met": met}
-        self._found["targets"].append(target)
-        return met
+        colour = {"met": "green", "missed": "red"}.get(verdict, "yellow")
+        self._console.print(
+            f"{escape(what)}: {said}{unit if said != LOST else ''} ({wanted}{unit}): [{colour}]{verdict}[/]"
+        )
+        target = {
+            "what": what,
+            "measured": measured,
+            "said": said if said == LOST else f"{said}{unit}",
+            "wanted": f"{wanted}{unit}",
+        }
+        self._found["targets"].append(target | {"verdict": verdict})
 
     def write(self, path: Path | None) -> None:
         """Write all as JSON, where a path is given."""

@@ -17,7 +17,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 QUICK = {
-    "turn_overhead": ["--rounds", "9", "--turns", "1", "400"],
+    "turn_overhead": ["--rounds", "9", "--turns", "1", "400", "--together", "1"],
     "ways": ["--rounds", "9"],
     "memory": ["--growth", "3000", "--repeats", "1"],
     "imports": ["--rounds", "3"],
@@ -30,15 +30,16 @@ QUICK = {
 HEAD = """# Benchmarks
 
 `make bench` wrote this file: run it again on an idle machine for figures of your own. It makes an environment beside
-the tests' (`{venv}`) with the other tracers, runs every script in `benchmarks/`, and takes {took}.
+the tests' (`{venv}`) with the other tracers and runs every script in `benchmarks/`; this run took {took}.
 `make bench-quick` runs small ones with what is installed, in less than three minutes, and writes no file but
 `benchmarks/results/quick.json`; `python benchmarks/NAME.py --help` runs one by itself.
 
 Each figure was measured in one run beside what it is compared with, in an order that changed from round to round; a
 table has medians, in brackets the middle half. What is measured how stands at the top of each script.
 
-- Date: {date}
+- Date: {date}, {rounds}
 - Machine: {machine}
+- Load before it began: {load:.1f}; above 0.5 the machine was not idle, and figures of time are not to be relied on
 """
 
 
@@ -71,23 +72,19 @@ def table_of(title: str, header: list[str], rows: list[list[str]]) -> list[str]:
 def targets_of(found: dict[str, Any]) -> list[list[str]]:
     """Return the rows of the table of targets."""
     return [
-        [
-            f"{name}.py",
-            target["what"],
-            f"{target['wanted']}{target['unit']}",
-            f"{target['measured']:.2f}{target['unit']}",
-            "met" if target["met"] else "**missed**",
-        ]
+        [f"{name}.py", target["what"], target["wanted"], target["said"], target["verdict"]]
         for name, each in found.items()
         for target in each["targets"]
     ]
 
 
-def markdown(found: dict[str, Any], took_s: float) -> str:
+def markdown(found: dict[str, Any], took_s: float, *, quick: bool) -> str:
     """Write all that was found."""
     any_of = next(iter(found.values()))
     took = f"about {max(1, round(took_s / 60))} minutes"
-    head = HEAD.format(venv=".venv-bench", took=took, date=any_of["date"], machine=any_of["machine"])
+    rounds = "a small run (--quick)" if quick else "a full run"
+    its = {"date": any_of["date"], "machine": any_of["machine"], "load": any_of["load"]}
+    head = HEAD.format(venv=".venv-bench", took=took, rounds=rounds, **its)
     lines = [head, "## Targets", ""]
     lines += table_of("", ["by", "what", "target", "measured", ""], targets_of(found))
     for name, each in found.items():
@@ -109,20 +106,23 @@ def main() -> None:
     options = parser.parse_args()
     if options.found is not None:
         earlier = json.loads(options.found.read_text(encoding="utf-8"))
-        found, took_s = earlier["benchmarks"], earlier["seconds"]
+        found, took_s, quick = earlier["benchmarks"], earlier["seconds"], earlier["quick"]
     else:
-        began = time.monotonic()
+        began, quick = time.monotonic(), options.quick
         found = run(options.only, quick=options.quick)
         took_s = time.monotonic() - began
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"seconds": took_s, "benchmarks": found}, indent=1), encoding="utf-8")
+        options.json.write_text(
+            json.dumps({"seconds": took_s, "quick": quick, "benchmarks": found}, indent=1), encoding="utf-8"
+        )
         print(f"All took {took_s:.0f} s; the figures are in {options.json}.")
-    missed = [row for row in targets_of(found) if "missed" in row[-1]]
-    print(f"{len(targets_of(found)) - len(missed)} targets met, {len(missed)} missed:", flush=True)
-    for by, what, wanted, measured, _ in missed:
-        print(f"  {by}: {what}: {measured} ({wanted})")
+    targets = targets_of(found)
+    missed = [row for row in targets if row[-1] != "met"]
+    print(f"{len(targets) - len(missed)} targets met, {len(missed)} not:", flush=True)
+    for by, what, wanted, said, verdict in missed:
+        print(f"  {by}: {what}: {said} ({wanted}): {verdict}")
     if options.markdown is not None:
-        options.markdown.write_text(markdown(found, took_s), encoding="utf-8")
+        options.markdown.write_text(markdown(found, took_s, quick=quick), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ its own, by their own senders. Five figures a variant:
 
 The peers are there where they are installed (`make bench` does it, group `bench`).
 
-    python benchmarks/turn_overhead.py [--rounds 42] [--turns 1 50 400 1000] [--system-words 0] [--json FILE]
+    python benchmarks/turn_overhead.py [--rounds 42] [--turns 1 50 400 1000] [--together 1 400] [--json FILE]
 """
 
 import tempfile
@@ -69,7 +69,7 @@ class Rounds:
         """Run rounds of turns of this number, each on a conversation that has the turns before."""
         costs = {variant.name: Cost() for variant in self._variants}
         before = list(history(turn - 1, self._system_words))
-        for round_ in range(-WARM_UP, rounds):
+        for round_ in range(-WARM_UP if together == 1 else -1, rounds):
             with without_collection():
                 for variant in shuffled(self._variants, turn * 1_000_003 + round_):
                     threads = [f"{turn}-{round_}-{each}" for each in range(together)]
@@ -105,11 +105,11 @@ def rows_of(label: str, costs: Costs, report: Report) -> list[list[str]]:
     return [*rows, []]
 
 
-def show(report: Report, by_turn: dict[int, Costs], together: Costs) -> None:
+def show(report: Report, by_turn: dict[int, Costs], together: dict[int, Costs]) -> None:
     """Print the tables and the targets."""
     first, last = min(by_turn), max(by_turn)
     labelled = {f"{turn:,}": costs for turn, costs in by_turn.items()}
-    labelled[f"{first}, {TOGETHER} sent together"] = together
+    labelled |= {f"{turn:,}, {TOGETHER} sent together": costs for turn, costs in together.items()}
     rows = [row for label, costs in labelled.items() for row in rows_of(label, costs, report)]
     report.table("What is added to a turn", ("turn", "variant", *HEADER, "bytes"), rows)
     report.say("The row of the bare graph is its own cost; medians, in brackets the middle half.")
@@ -128,23 +128,20 @@ def show(report: Report, by_turn: dict[int, Costs], together: Costs) -> None:
         for label, ratios in found.items()
     }
     for kind in ("caller_ms", "callbacks_ms"):
-        of = between(by_turn[first], kind, OURS, ONE_SPAN)["ratio"]
+        of = between(by_turn[first], kind, OURS, ONE_SPAN)
         what = f"turntrace to one span a run, {kinds[kind]} at turn {first}"
         report.target(what, of, at_most=MOST_OVER_ONE_SPAN, unit=" times")
     grown = ratio(by_turn[last][OURS].callbacks_ms, by_turn[first][OURS].callbacks_ms)
     report.results["growth"] = grown
-    report.target(
-        f"turntrace in callbacks, turn {last:,} to turn {first}", grown["ratio"], at_most=MOST_GROWTH, unit=" times"
-    )
-    for turn, (least, better) in LEAST_BELOW_LANGFUSE.items():
-        if turn in by_turn:
-            of = between(by_turn[turn], "process_ms", LANGFUSE, OURS)["ratio"]
-            for wanted, word in ((least, ""), (better, ", better")):
-                what = f"process CPU below Langfuse's at turn {turn}, sent turn by turn{word}"
-                report.target(what, of, at_least=wanted, unit=" times")
-    of = between(together, "process_ms", LANGFUSE, OURS)["ratio"]
-    what = f"process CPU below Langfuse's at turn {first}, {TOGETHER} turns sent together"
-    report.target(what, of, at_least=LEAST_BELOW_LANGFUSE[1][0], unit=" times")
+    report.target(f"turntrace in callbacks, turn {last:,} to turn {first}", grown, at_most=MOST_GROWTH, unit=" times")
+    ways = (("sent turn by turn", by_turn), (f"{TOGETHER} turns sent together", together))
+    for turn, wanted in LEAST_BELOW_LANGFUSE.items():
+        for words, costs in ways:
+            if turn in costs:
+                of = between(costs[turn], "process_ms", LANGFUSE, OURS)
+                for least, better in zip(wanted, ("", ", better"), strict=True):
+                    what = f"process CPU below Langfuse's at turn {turn}, {words}{better}"
+                    report.target(what, of, at_least=least, unit=" times")
 
 
 def main() -> None:
@@ -152,13 +149,15 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rounds", type=int, default=42)
     parser.add_argument("--turns", type=int, nargs="+", default=[1, 50, 400, 1000])
+    parser.add_argument("--together", type=int, nargs="*", default=list(LEAST_BELOW_LANGFUSE), help="turns to send so")
     parser.add_argument("--system-words", type=int, default=0, help="words of a system prompt; none by default")
     options = parser.parse_args()
     report = Report("Cost of tracking a turn", __doc__)
     with tempfile.TemporaryDirectory() as folder, Sink() as sink:
         rounds = Rounds(all_variants(sink, Path(folder), report), sink, options.system_words)
         by_turn = {turn: rounds.measure(turn, options.rounds) for turn in options.turns}
-        together = rounds.measure(min(options.turns), options.rounds, TOGETHER)
+        few = max(3, options.rounds // 4)  # each is of ten turns
+        together = {turn: rounds.measure(turn, few, TOGETHER) for turn in options.together}
     show(report, by_turn, together)
     report.write(options.json)
 
