@@ -175,13 +175,13 @@ def test_what_is_no_url_of_a_database_is_refused_with_one_that_is(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigurationError) as error:
         Ledger(url)
-    assert "sqlite:////" in str(error.value)
+    assert "sqlite:///" in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("given", [3, b"sqlite://", ["sqlite://"], Path("ledger.db")], ids=repr)
 def test_what_is_neither_url_nor_engine_is_refused(given: Any) -> None:
-    with pytest.raises(ConfigurationError, match="sqlite:////"):
+    with pytest.raises(ConfigurationError, match="sqlite:///"):
         Ledger(given)
 
 
@@ -256,7 +256,7 @@ def test_the_tracker_says_the_same(path: Path, url: str) -> None:
     path.write_bytes(b"no database " * 100)
     with pytest.raises(LedgerError, match="not a database"):
         SessionTracker(url)
-    with pytest.raises(ConfigurationError, match="sqlite:////"):
+    with pytest.raises(ConfigurationError, match="sqlite:///"):
         SessionTracker("ledger.db")
 
 

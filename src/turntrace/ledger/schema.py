@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import Column, Connection, Table, inspect, select, update
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.schema import CreateColumn
 
 from turntrace.errors import LedgerError
@@ -16,6 +16,7 @@ from turntrace.ledger.tables import (
     feedback,
     gates,
     journeys,
+    know_postgresql,
     leases,
     meta,
     metadata,
@@ -27,6 +28,9 @@ from turntrace.ledger.tables import (
     turns,
     waiting_turns,
 )
+
+if TYPE_CHECKING:
+    from sqlalchemy.dialects import postgresql
 
 _VERSION_KEY: Final = "schema_version"
 
@@ -99,6 +103,8 @@ def prepare(connection: Connection) -> None:
     Raises:
         LedgerError: If the ledger was written by a newer version of turntrace.
     """
+    if connection.dialect.name == "postgresql":
+        know_postgresql()
     if not inspect(connection).has_table(meta.name):
         metadata.create_all(connection)
         connection.execute(meta.insert().values(key=_VERSION_KEY, value=str(SCHEMA_VERSION)))
@@ -133,6 +139,10 @@ def remembered(connection: Connection, key: str, make: Callable[[], str]) -> str
     return str(value)
 
 
-def insert_for(dialect: str, table: Table) -> sqlite.Insert | postgresql.Insert:
+def insert_for(dialect: str, table: Table) -> "sqlite.Insert | postgresql.Insert":
     """Return an INSERT that knows ON CONFLICT, in the words of the database."""
-    return postgresql.insert(table) if dialect == "postgresql" else sqlite.insert(table)
+    if dialect != "postgresql":
+        return sqlite.insert(table)
+    from sqlalchemy.dialects import postgresql  # a seventh of what importing turntrace would take
+
+    return postgresql.insert(table)

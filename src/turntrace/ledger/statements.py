@@ -20,7 +20,6 @@ from sqlalchemy import (
     union_all,
     update,
 )
-from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Dialect
 
 from turntrace.ledger.engine import Prepared
@@ -110,7 +109,7 @@ def _begin_turn_at_gate() -> Any:
     key = literal("number:") + _parameter("conversation", open_turns.c.conversation_id)
     known = select(func.max(turns.c.number)).where(turns.c.conversation_id == bindparam("conversation"))
     first = func.coalesce(known.scalar_subquery(), 0) + 1
-    gate = postgresql.insert(gates).from_select(["key", "number"], select(key, first).select_from(active))
+    gate = insert_for("postgresql", gates).from_select(["key", "number"], select(key, first).select_from(active))
     numbered = (
         gate.on_conflict_do_update(index_elements=[gates.c.key], set_={"number": gates.c.number + 1})
         .returning(gates.c.number)

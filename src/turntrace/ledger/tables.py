@@ -170,9 +170,9 @@ turns = Table(
     Index("turntrace_turns_session", "session_id", "started_ns"),
 )
 
-# Those that wait for a person; the index holds no others.
+# Those that wait for a person; the index holds no others. PostgreSQL is told by `know_postgresql`.
 _waits = turns.c.status == text("'interrupted'")
-waiting_turns = Index("turntrace_turns_waiting", turns.c.session_id, sqlite_where=_waits, postgresql_where=_waits)
+waiting_turns = Index("turntrace_turns_waiting", turns.c.session_id, sqlite_where=_waits)
 
 # Every decision about a model's window, a row each. In `dropped` stand, as JSON, the ids of the messages that this
 # decision was the first to drop: one that prunes only what the model is given drops the same ones at every call.
@@ -273,3 +273,8 @@ leases = Table(
     Column("owner", String(64), nullable=False),
     Column("until_ns", BigInteger, nullable=False),
 )
+
+
+def know_postgresql() -> None:
+    """Say what the tables say in the words of PostgreSQL too; its dialect takes long to load, and few need it."""
+    waiting_turns.dialect_options["postgresql"]["where"] = _waits
