@@ -159,8 +159,8 @@ class Cost:
     arrived: list[Counts] = field(default_factory=list)
 
     def added(self, kind: str, bare: "Cost") -> list[float]:
-        """Return what it adds to the bare graph's in each round; of what is measured directly, and for itself, all."""
-        if self is bare or kind == "callbacks_ms":
+        """Return what it adds to the bare graph's in each round; for the bare graph, its own."""
+        if self is bare:
             return list(getattr(self, kind))
         return [value - base for value, base in zip(getattr(self, kind), getattr(bare, kind), strict=True)]
 
