@@ -63,15 +63,19 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
     made.tracker.shutdown()
 
 
-def answers() -> Builder:
-    def agent(_state: State) -> dict[str, Any]:
-        return {"messages": [FakeModel().invoke("x")]}
-
-    node: Any = agent
+def one_node(node: Any) -> Builder:
     builder: Builder = StateGraph(State)
     builder.add_node("agent", node)
     builder.add_edge(START, "agent")
     return builder
+
+
+def ask(_state: State) -> dict[str, Any]:
+    return {"messages": [("ai", f"You said {interrupt('Really?')}.")]}
+
+
+def answers() -> Builder:
+    return one_node(lambda _state: {"messages": [FakeModel().invoke("x")]})
 
 
 def call(graph: Any, how: str, given: Any, config: Any) -> Any:
@@ -163,14 +167,7 @@ def test_a_session_that_ended_meanwhile_is_open_again(desk: Desk) -> None:
 
 
 def test_a_question_of_that_time_is_answered_later(desk: Desk) -> None:
-    def ask(_state: State) -> dict[str, Any]:
-        return {"messages": [("ai", f"You said {interrupt('Really?')}.")]}
-
-    node: Any = ask
-    builder: Builder = StateGraph(State)
-    builder.add_node("ask", node)
-    builder.add_edge(START, "ask")
-    graph = desk.compile(builder)
+    graph = desk.compile(one_node(ask))
     with desk.away():
         graph.invoke(asks(), config_of("c1", user_id="ann"))
     desk.tracker.flush(60)
@@ -179,14 +176,7 @@ def test_a_question_of_that_time_is_answered_later(desk: Desk) -> None:
 
 
 def test_an_answer_of_that_time_is_a_turn_of_its_own(desk: Desk) -> None:
-    def ask(_state: State) -> dict[str, Any]:
-        return {"messages": [("ai", f"You said {interrupt('Really?')}.")]}
-
-    node: Any = ask
-    builder: Builder = StateGraph(State)
-    builder.add_node("ask", node)
-    builder.add_edge(START, "ask")
-    graph = desk.compile(builder)
+    graph = desk.compile(one_node(ask))
     graph.invoke(asks(), config_of("c1", user_id="ann"))
     desk.tracker.flush()
     with desk.away():

@@ -63,7 +63,7 @@ from turntrace.analytics.sittings import (
     sessions_over_time,
 )
 from turntrace.analytics.times import day_of
-from turntrace.analytics.totals import Choices, Totals, choices, totals
+from turntrace.analytics.totals import Choices, Totals, choices, totals, users_that_begin
 from turntrace.analytics.windows import Prunings, WindowOfTurn, prunings, window_by_turn
 
 __all__ = [
@@ -126,5 +126,6 @@ __all__ = [
     "usage_by_model",
     "usage_by_tier",
     "users",
+    "users_that_begin",
     "window_by_turn",
 ]

@@ -138,3 +138,17 @@ def values_of(ledger: Ledger, name: str, *, limit: int = _MOST_CHOICES) -> list[
     column = _COLUMNS[name]
     query = select(column.label("value")).where(column.is_not(None)).group_by(column).order_by(in_bytes(column))
     return [str(row.value) for row in rows_of(ledger, query.limit(limit))]
+
+
+def users_that_begin(ledger: Ledger, begins: str) -> list[str]:
+    """Return the hashes of users that begin so, in order: two at most, since any more say no more than that.
+
+    Args:
+        ledger: The ledger.
+        begins: The beginning of a hash; what no hash can hold finds nothing.
+    """
+    if not (begins.isascii() and begins.isprintable()):
+        return []
+    query = select(sessions.c.user_id).where(sessions.c.user_id.startswith(begins, autoescape=True)).distinct()
+    with ledger.asking() as connection:
+        return [str(each) for each in connection.execute(query.order_by(sessions.c.user_id).limit(2)).scalars()]

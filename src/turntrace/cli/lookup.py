@@ -10,10 +10,11 @@ from sqlalchemy import func, select
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
+from turntrace.analytics import users_that_begin
 from turntrace.errors import IdentityError, LedgerError
 from turntrace.identity import hash_user, safe_id
 from turntrace.ledger import Ledger
-from turntrace.ledger.tables import open_turns, sessions, turns
+from turntrace.ledger.tables import open_turns, turns
 from turntrace.settings import read_settings
 from turntrace.summaries import SessionSummary
 
@@ -138,11 +139,7 @@ def find_user(ledger: Ledger, begins: str) -> str:
     Raises:
         IdentityError: If there is none, or more than one.
     """
-    query = select(sessions.c.user_id).where(sessions.c.user_id.startswith(begins, autoescape=True)).distinct()
-    found: list[str] = []
-    if begins.isascii() and begins.isprintable():
-        with ledger.asking() as connection:
-            found = list(connection.execute(query.limit(2)).scalars())
+    found = users_that_begin(ledger, begins)
     if begins in found:
         return begins
     if not found:
@@ -152,7 +149,7 @@ def find_user(ledger: Ledger, begins: str) -> str:
         )
     if len(found) > 1:
         raise IdentityError(f"Several users have hashes that begin with {begins!r}: type more of it.")
-    return str(found[0])
+    return found[0]
 
 
 def hash_of(ledger: Ledger, user_id: str) -> str:

@@ -3,12 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from sqlalchemy import select
-
-from turntrace.analytics import Choices, Filters, day_of
+from turntrace.analytics import Choices, Filters, day_of, users_that_begin
 from turntrace.errors import ConfigurationError, IdentityError
 from turntrace.ledger import Ledger
-from turntrace.ledger.tables import sessions
 from turntrace.report.markup import Markup, element
 from turntrace.report.words import day_or_moment, shortened, visible
 
@@ -78,9 +75,7 @@ def with_whole_user(filters: Filters, ledger: Ledger) -> Filters:
     begins = filters.user_id
     if not begins:
         return filters
-    query = select(sessions.c.user_id).where(sessions.c.user_id.startswith(begins, autoescape=True)).distinct()
-    with ledger.asking() as connection:
-        found = list(connection.execute(query.order_by(sessions.c.user_id).limit(2)).scalars())
+    found = users_that_begin(ledger, begins)
     if begins in found:
         return filters
     if not found:
