@@ -54,6 +54,7 @@ class RunningTurn:
         conversation: The conversation that it is a turn of.
         account: What its steps add up to; only the writer's thread touches it.
         wait_ns: How long it has waited for a person, in nanoseconds.
+        is_lost: Whether nothing of it is written down: it began when too much waited for a ledger that is away.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class RunningTurn:
         self.error: str | None = None
         self.checkpoint_id: str | None = None
         self.handed_over = False
+        self.is_lost = False
         self.wait_ns = wait_ns
         self._waits_since_ns: int | None = None
         self._words = tags
