@@ -31,26 +31,62 @@ def programs() -> Path | None:
     return next((folder for folder in folders if (folder / "pg_ctl").exists()), None)
 
 
+class Server:
+    """A server of the tests' own, which may be stopped and started again.
+
+    Args:
+        home: An empty folder for all that it writes.
+        folder: The folder with PostgreSQL's programs.
+    """
+
+    def __init__(self, home: str, folder: Path) -> None:
+        self._home = home
+        self._pg_ctl = folder / "pg_ctl"
+        self._run = _runner(home)
+        self._port = _free_port()
+        self._run(
+            folder / "initdb", "--pgdata", f"{home}/data", "--username", "turntrace", "--auth", "trust", "--no-sync"
+        )
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return f"postgresql+psycopg://turntrace@127.0.0.1:{self._port}/postgres"
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        options = f"-p {self._port} -h 127.0.0.1 -k {self._home} -c fsync=off -c max_connections=200"
+        data, log = f"{self._home}/data", f"{self._home}/log"
+        self._run(self._pg_ctl, "--pgdata", data, "--options", options, "--log", log, "--wait", "start")
+
+    def stop(self, mode: str = "immediate") -> None:
+        """Stop it, and wait until it is gone."""
+        self._run(self._pg_ctl, "--pgdata", f"{self._home}/data", "--mode", mode, "stop")
+
+
+@contextmanager
+def own_server() -> Iterator[Server]:
+    """Give a server that runs and is empty; skip the test without the programs, and fail it in CI."""
+    folder = programs()
+    if folder is None:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(WHY_NOT)
+    with tempfile.TemporaryDirectory(prefix="turntrace-postgres-", ignore_cleanup_errors=True) as home:
+        made = Server(home, folder)
+        made.start()
+        try:
+            yield made
+        finally:
+            made.stop()
+
+
 @contextmanager
 def server() -> Iterator[str]:
     """Give the URL of a server that is empty; skip the test without one, and fail it in CI."""
     if GIVEN:
         yield GIVEN
         return
-    folder = programs()
-    if folder is None:
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(WHY_NOT)
-    with tempfile.TemporaryDirectory(prefix="turntrace-postgres-", ignore_cleanup_errors=True) as home:
-        run = _runner(home)
-        data = f"{home}/data"
-        run(folder / "initdb", "--pgdata", data, "--username", "turntrace", "--auth", "trust", "--no-sync")
-        port = _free_port()
-        options = f"-p {port} -h 127.0.0.1 -k {home} -c fsync=off -c max_connections=200"
-        run(folder / "pg_ctl", "--pgdata", data, "--options", options, "--log", f"{home}/log", "--wait", "start")
-        try:
-            yield f"postgresql+psycopg://turntrace@127.0.0.1:{port}/postgres"
-        finally:
-            run(folder / "pg_ctl", "--pgdata", data, "--mode", "immediate", "stop")
+    with own_server() as made:
+        yield made.url
 
 
 def _runner(home: str) -> Any:

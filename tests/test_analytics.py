@@ -677,7 +677,8 @@ EVERY_QUESTION = sorted(
     name
     for name in analytics.__all__
     if callable(getattr(analytics, name))
-    and name not in ("ask_together", "day_of", "interval", "funnel", "users", "sessions_by", "choices")
+    and name
+    not in ("ask_together", "day_of", "interval", "funnel", "users", "users_that_begin", "sessions_by", "choices")
     and not name[0].isupper()
 )
 

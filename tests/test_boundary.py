@@ -17,7 +17,8 @@ from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
 from apps import App, Builder, State, asks, config_of, single
 from turntrace import SessionCallbackHandler, SessionTracker, boundary, track_graph
 from turntrace import attributes as a
-from turntrace.testing import Capture, Clock, Ids, assert_all_tagged, captured_spans, outbox_spans
+from turntrace.graph import extract
+from turntrace.testing import Capture, Ids, assert_all_tagged, captured_spans, outbox_spans
 
 pytestmark = pytest.mark.usefixtures("lenient")
 
@@ -125,9 +126,11 @@ def test_strict_raises_what_is_caught_otherwise(capture: Capture) -> None:
         graph.invoke(asks(), config_of())
 
 
-def test_once_a_part_works_again_turns_are_tracked_again(capture: Capture) -> None:
-    graph = compiled(capture.tracker(clock=Broken(Clock(tick_ns=1), times=1)))
-    graph.invoke(asks(), config_of())
+def test_once_a_part_works_again_turns_are_tracked_again(capture: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = compiled(capture.tracker())
+    with monkeypatch.context() as patch:
+        patch.setattr("turntrace.graph.extract.request_of", Broken(lambda *_: None))
+        graph.invoke(asks(), config_of())
     graph.invoke(asks(), config_of("c-2"))
 
     spans = captured_spans(capture.spans())
@@ -137,9 +140,12 @@ def test_once_a_part_works_again_turns_are_tracked_again(capture: Capture) -> No
     assert root.attributes[a.TURN_STATUS] == "completed"
 
 
-def test_the_parts_of_a_run_whose_beginning_failed_become_no_turns(capture: Capture) -> None:
+def test_the_parts_of_a_run_whose_beginning_failed_become_no_turns(
+    capture: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each node has a parent, and so opens no turn, whether its parent is known or not."""
-    graph = compiled(capture.tracker(ids=Broken(Ids(), times=1)))
+    graph = compiled(capture.tracker())
+    monkeypatch.setattr("turntrace.graph.extract.request_of", Broken(extract.request_of, times=1))
     graph.invoke(asks(), config_of())
 
     assert [span.name for span in capture.spans() if span.name == a.SPAN_TURN] == []

@@ -46,22 +46,25 @@ def strict() -> Iterator[None]:
         _strict = before
 
 
-def never_breaks(doing: str) -> Callable[[Callable[P, R]], Callable[P, R | None]]:
+def never_breaks(doing: str, *, exits: bool = False) -> Callable[[Callable[P, R]], Callable[P, R | None]]:
     """Make a function that the app's run goes through keep its errors to itself.
 
     Args:
         doing: What the function does, for the log: "reading the start of a run".
+        exits: Whether a `SystemExit` is an error too: so it is in a thread of turntrace's own, which would end without
+            a word.
 
     Returns:
         A decorator; the function it makes returns None when it failed.
     """
+    kept = (Exception, SystemExit) if exits else (Exception,)
 
     def decorate(function: Callable[P, R]) -> Callable[P, R | None]:
         @wraps(function)
         def guarded(*args: P.args, **kwargs: P.kwargs) -> R | None:
             try:
                 return function(*args, **kwargs)
-            except Exception as error:
+            except kept as error:
                 caught(doing, error)
                 return None
 
@@ -70,7 +73,7 @@ def never_breaks(doing: str) -> Callable[[Callable[P, R]], Callable[P, R | None]
     return decorate
 
 
-def caught(doing: str, error: Exception) -> None:
+def caught(doing: str, error: BaseException) -> None:
     """Count an error of ours and log it, the first time with what to do; raise it when `strict` says so."""
     if _strict:
         raise error

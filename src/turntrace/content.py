@@ -72,7 +72,7 @@ class ContentPolicy:
             return text.encode("utf-8", "replace").decode("utf-8")  # half an emoji is not to cost the rest
         try:
             return str(self.redact(text)).encode("utf-8", "replace").decode("utf-8")
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # an exit would end the thread that writes without a word
             _note_failure(error)
             return WITHHELD
 
@@ -109,7 +109,7 @@ def text_of(error: BaseException) -> str:
 _failures: Counter[str] = Counter()
 
 
-def _note_failure(error: Exception) -> None:
+def _note_failure(error: BaseException) -> None:
     """Log what a redactor raised, once a kind."""
     kind = type(error).__name__
     _failures[kind] += 1

@@ -196,11 +196,15 @@ class SpanTarget:
             return True
         return sampler.should_sample(None, int(trace_id, 16), "score").decision is Decision.RECORD_AND_SAMPLE
 
-    def flush(self) -> None:
-        """Have the provider send what it holds."""
+    def flush(self, timeout: float | None = None) -> None:
+        """Have the provider send what it holds.
+
+        Args:
+            timeout: Seconds that it may take; None leaves it to the provider.
+        """
         force_flush = getattr(self.provider, "force_flush", None)
         if force_flush is not None:
-            force_flush()
+            force_flush(*(() if timeout is None else (max(0, int(timeout * 1000)),)))
 
 
 def open_target(provider: trace.TracerProvider | None = None, *, outbox: bool | None = None) -> SpanTarget:

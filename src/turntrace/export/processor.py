@@ -1,6 +1,7 @@
 """The span processor that brings spans of others into the turn, and hands over those that have ended."""
 
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -118,12 +119,13 @@ class TurnSpanProcessor(SpanProcessor):
         """Write down what has ended; then have the processors before this one flush the spans that ended by it."""
         if getattr(self._captured, "flushing", False):
             return True
-        written = [writer.drain(timeout_millis / 1000) for writer in list(self._flushers)]
+        until = time.monotonic() + timeout_millis / 1000
+        written = [writer.drain(max(0.0, until - time.monotonic())) for writer in list(self._flushers)]
         provider = self._provider()
         if provider is not None and any(written):
             self._captured.flushing = True
             try:
-                provider.force_flush(timeout_millis)
+                provider.force_flush(max(0, int((until - time.monotonic()) * 1000)))
             finally:
                 self._captured.flushing = False
         return all(written)

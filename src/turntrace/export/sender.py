@@ -24,7 +24,6 @@ _MAX_ROWS: Final = 512
 _LOOK_S: Final = 30.0
 """How often a sender looks whether another process left something behind."""
 _BUSY_S: Final = 1.0
-_LEDGER_S: Final = 5.0
 _MAX_RETRY_AFTER_S: Final = 3600.0
 
 
@@ -38,6 +37,7 @@ class Pace:
         most_s: At most.
         closed_s: After the keys or the address were not right; each further one doubles it.
         closed_most_s: At most then.
+        ledger_s: After the outbox could not be read.
     """
 
     linger_s: float = 0.5
@@ -45,6 +45,7 @@ class Pace:
     most_s: float = 60.0
     closed_s: float = 15.0
     closed_most_s: float = 300.0
+    ledger_s: float = 5.0
 
     def delay(self, failures: int, answer: Answer) -> float:
         """Return how long to wait: longer each time, and not all processes the same."""
@@ -87,9 +88,18 @@ class Sender:
         outbox: What to send from.
         server: Where to.
         pace: How long it waits for what.
+        is_said: Tells whether somebody else has said already that the ledger is away.
     """
 
-    def __init__(self, outbox: Outbox, server: LangfuseServer, pace: Pace | None = None) -> None:
+    def __init__(
+        self,
+        outbox: Outbox,
+        server: LangfuseServer,
+        pace: Pace | None = None,
+        is_said: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._is_said = is_said
+        self._waits_for_ledger = False
         self._outbox = outbox
         self.server = server
         self._pace = pace or Pace()
@@ -249,13 +259,16 @@ class Sender:
         try:
             sent = self.send_waiting()
         except LedgerError as error:
-            logger.warning("turntrace: %s Sending waits for it.", error)
-            self._stopped.wait(_LEDGER_S)
+            level = logging.DEBUG if self._waits_for_ledger or self._is_said() else logging.WARNING
+            logger.log(level, "turntrace: %s Sending waits for it.", error)
+            self._waits_for_ledger = True
+            self._stopped.wait(self._pace.ledger_s)
             return 0.0
         except Exception as error:
             _caught(error)
             self._rest(self._pace.most_s)
             return _LOOK_S
+        self._waits_for_ledger = False
         if sent.stopped_by is not None:
             self._rest(self._pace.delay(max(self._failures, 1), sent.stopped_by))
             return 0.0

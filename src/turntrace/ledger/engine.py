@@ -14,7 +14,7 @@ from sqlalchemy.exc import DatabaseError, DataError, IntegrityError, Programming
 from sqlalchemy.sql import ClauseElement
 
 from turntrace.errors import LedgerError
-from turntrace.ledger.opening import BUSY_TIMEOUT_MS, advice_on_postgresql, is_memory, open_engine
+from turntrace.ledger.opening import BUSY_TIMEOUT_MS, LedgerFile, is_busy, is_memory, named, open_engine
 
 logger = logging.getLogger("turntrace")
 
@@ -55,9 +55,13 @@ class Database:
 
     Args:
         engine_or_url: A URL (then the engine is ours and closed with us) or an engine of the app's (which is not).
+        prepare: Called in a transaction when another file is found at the place of the one that was there.
     """
 
-    def __init__(self, engine_or_url: Engine | str | URL) -> None:
+    def __init__(
+        self, engine_or_url: Engine | str | URL, prepare: Callable[[Connection], object] = lambda _: None
+    ) -> None:
+        self._prepare = prepare
         self._owns_engine = not isinstance(engine_or_url, Engine)
         self.engine = engine_or_url if isinstance(engine_or_url, Engine) else open_engine(engine_or_url)
         self._is_sqlite = self.engine.dialect.name == "sqlite"
@@ -65,6 +69,7 @@ class Database:
         self._alone = self.engine if self._is_sqlite else self.engine.execution_options(isolation_level="AUTOCOMMIT")
         self._lock = threading.RLock()
         self._writer: Connection | None = None
+        self._file: LedgerFile | None = None
         self._gate = threading.Condition()
         self._readers = 0
         self._forking = False
@@ -91,7 +96,7 @@ class Database:
         Raises:
             LedgerError: If the database cannot be written.
         """
-        with self._turn_of_writers(), _named_errors(self.engine):
+        with self._turn_of_writers(), self._named_errors(writes=True):
             if not self._is_sqlite:
                 with self.engine.begin() as connection:
                     if many_rows:
@@ -151,7 +156,7 @@ class Database:
     def _run_alone(self, words: str) -> Any:
         if not self._is_sqlite:
             return None
-        with _named_errors(self.engine):
+        with self._named_errors(writes=True):
             return self._write_connection().connection.cursor().execute(words).fetchone()
 
     def _turn_of_writers(self) -> AbstractContextManager[object]:
@@ -174,9 +179,56 @@ class Database:
             self._lock.release()
 
     def _write_connection(self) -> Connection:
+        if self._writer is not None and self._file is not None and not self._file.is_there():
+            self._forget_connections()
         if self._writer is None:
             self._writer = self.engine.connect()
+            self._look_at_file(self._writer)
         return self._writer
+
+    def _look_at_file(self, connection: Connection) -> None:
+        """Note which file the ledger is; one that took the place of another is made a ledger."""
+        if not self._is_sqlite or self._in_memory:
+            return
+        before, self._file = self._file, LedgerFile.of(connection)
+        # A number of one that was deleted may be given to the next: that one is empty.
+        if before is not None and (self._file != before or self._is_empty(connection)):
+            logger.warning(
+                "turntrace: the file of the ledger at %s was deleted or replaced while the app runs, and what it held "
+                "is not there any more. Tracking goes on in the one that is there now.",
+                self.engine.url.render_as_string(hide_password=True),
+            )
+            with connection.begin():
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+                self._prepare(connection)
+
+    @staticmethod
+    def _is_empty(connection: Connection) -> bool:
+        cursor = connection.connection.cursor()
+        return cursor.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone() is None
+
+    def _forget_connections(self) -> None:
+        """Close the connections to a file, which remember what they have read of it, so that it is opened again."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.invalidate()
+            writer.close()
+        self.engine.dispose()
+
+    @contextmanager
+    def _named_errors(self, *, writes: bool) -> Iterator[None]:
+        """Have errors of the database raised as a `LedgerError`, but for those that are mistakes of ours."""
+        driver = self.engine.dialect.loaded_dbapi  # a statement that is prepared raises the driver's own errors
+        mistakes = (*_MISTAKES, driver.IntegrityError, driver.ProgrammingError, driver.DataError)
+        try:
+            yield
+        except (DatabaseError, driver.Error) as error:
+            is_of_url = getattr(error, "statement", "") is None  # nothing was asked yet: an option of the URL is none
+            if (isinstance(error, mistakes) and not is_of_url) or "syntax error" in str(getattr(error, "orig", error)):
+                raise  # another try would fail again
+            if writes and self._is_sqlite and not self._in_memory and not is_busy(error):
+                self._forget_connections()
+            raise named(error, self.engine.url) from None  # the driver's errors say no more, at length
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -185,7 +237,7 @@ class Database:
         Raises:
             LedgerError: If the database cannot be read.
         """
-        with _named_errors(self.engine):
+        with self._named_errors(writes=False):
             if self._in_memory:  # one connection for all: readers must take turns with writers
                 with self._lock, self.engine.connect() as connection:
                     yield connection
@@ -214,7 +266,7 @@ class Database:
         Raises:
             LedgerError: If the database cannot be written.
         """
-        with self._patient_turn_of_writers(), _named_errors(self.engine):
+        with self._patient_turn_of_writers(), self._named_errors(writes=True):
             if not self._is_sqlite:
                 return self._run_on_pool(statement, values)
             connection = self._write_connection().connection
@@ -243,7 +295,7 @@ class Database:
                         raise
                     if is_closed:
                         connection.invalidate(error)
-                        self.engine.dispose(close=False)  # the others are as old
+                        self.engine.dispose()  # the others are as old
         return None
 
     def close(self) -> None:
@@ -306,35 +358,4 @@ _BROKEN_OFF: Final = ("40P01", "40001")  # deadlock_detected, serialization_fail
 _TRIES: Final = 3
 _MOST_SCRUBBED: Final = 200_000_000
 """The largest file that is written anew, in bytes: about 100 MB a second, so others wait for less than they would."""
-_LONGEST: Final = 300
-_UNKNOWN: Final = "See whether the server is well."
 _MISTAKES: Final = (IntegrityError, ProgrammingError, DataError)
-
-
-@contextmanager
-def _named_errors(engine: Engine) -> Iterator[None]:
-    driver = engine.dialect.loaded_dbapi  # a statement that is prepared raises the driver's own errors
-    mistakes = (*_MISTAKES, driver.IntegrityError, driver.ProgrammingError, driver.DataError)
-    try:
-        yield
-    except (DatabaseError, driver.Error) as error:
-        is_of_url = getattr(error, "statement", "") is None  # nothing was asked yet: an option of the URL is none
-        if (isinstance(error, mistakes) and not is_of_url) or "syntax error" in str(getattr(error, "orig", error)):
-            raise  # a mistake of ours: another try would fail again
-        named, is_told = _named(error, engine)
-        raise named from None if is_told else error
-
-
-def _named(error: Exception, engine: Engine) -> tuple[LedgerError, bool]:
-    """Return what is raised, and whether its message has all that there is to know."""
-    where = engine.url.render_as_string(hide_password=True)
-    whole = str(getattr(error, "orig", None) or error)
-    if engine.dialect.name == "postgresql":
-        why = " ".join(whole.split("Is the server running")[0].split())[:_LONGEST].rstrip(".")
-        advice = advice_on_postgresql(whole)
-        others = "TURNTRACE_LEDGER_URL names another ledger."
-        return LedgerError(f"The ledger at {where} failed: {why}. {advice or _UNKNOWN} {others}"), advice is not None
-    return LedgerError(
-        f"The ledger at {where} failed: {whole.splitlines()[0]}. Check that the place can be written and has room, "
-        "or set TURNTRACE_LEDGER_URL to another."
-    ), False

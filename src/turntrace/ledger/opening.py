@@ -3,10 +3,11 @@
 import re
 import sqlite3
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
-from sqlalchemy import Engine, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
@@ -21,6 +22,7 @@ _SQLITE: Final = ("sqlite", "sqlite+pysqlite")
 _POSTGRESQL: Final = ("postgresql", "postgresql+psycopg")
 _FILE: Final = re.compile(r"([A-Za-z]:[\\/])?[\w ./\\~-]{1,200}")
 """What a file is named by, and nothing with a user and a password."""
+_LONGEST: Final = 300
 _LOCK_POLL_S: Final = 0.01
 _CONNECT_S: Final = 10
 _RECYCLE_S: Final = 1800
@@ -72,7 +74,8 @@ def open_engine(url: str | URL) -> Engine:
     if is_memory(parsed):
         engine = create_engine(parsed, poolclass=StaticPool, connect_args={"check_same_thread": False})
     else:
-        _make_folder(Path(str(parsed.database)))
+        if "uri" not in parsed.query:  # such a URL names no path, and its folder is the user's to make
+            _make_folder(Path(str(parsed.database)))
         engine = create_engine(parsed, connect_args={"check_same_thread": False})
     event.listen(engine, "connect", _prepare_sqlite)
     return engine
@@ -108,7 +111,7 @@ def _open_postgresql(url: URL) -> Engine:
         ) from error
 
 
-def advice_on_postgresql(words: str) -> str | None:
+def _advice_on_postgresql(words: str) -> str | None:
     """Return what to do about an error of a connection to PostgreSQL, by its words; None where they are not known."""
     for pattern, advice in _ADVICE:
         if (found := re.search(pattern, words)) is not None:
@@ -123,7 +126,7 @@ def _make_folder(path: Path) -> None:
         raise LedgerError(
             f"The folder of the ledger, {path.parent}, cannot be made: {error.strerror}. "
             "Set TURNTRACE_LEDGER_URL to a place that can be written, as sqlite:////tmp/turntrace.db."
-        ) from error
+        ) from None
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
@@ -148,3 +151,71 @@ def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
             time.sleep(_LOCK_POLL_S)
         else:
             return
+
+
+class LedgerFile(NamedTuple):
+    """The file that a connection to SQLite has open.
+
+    Attributes:
+        path: Where it was opened.
+        device: The device that it is on.
+        inode: Its number there, which another file at the same place does not have.
+    """
+
+    path: str
+    device: int
+    inode: int
+
+    @classmethod
+    def of(cls, connection: Connection) -> "LedgerFile | None":
+        """Return the file of a connection; None where it has none."""
+        path = connection.connection.cursor().execute("PRAGMA database_list").fetchone()[2]
+        return cls._at(path) if path else None
+
+    @classmethod
+    def _at(cls, path: str) -> "LedgerFile | None":
+        try:
+            found = Path(path).stat()
+        except OSError:
+            return None
+        return cls(path, found.st_dev, found.st_ino)
+
+    def is_there(self) -> bool:
+        """Tell whether it is still the one at its path."""
+        return self._at(self.path) == self
+
+
+_DAMAGED: Final = (
+    "It is damaged or no ledger: restore it from a copy, move it away with its -wal and -shm (then a new one is begun),"
+)
+_SQLITE_HINTS: Final[Mapping[int, str]] = {
+    sqlite3.SQLITE_BUSY: "Another process writes to it for long: end that,",
+    sqlite3.SQLITE_LOCKED: "Another process writes to it for long: end that,",
+    sqlite3.SQLITE_FULL: "Make room there,",
+    sqlite3.SQLITE_CORRUPT: _DAMAGED,
+    sqlite3.SQLITE_NOTADB: _DAMAGED,
+}
+
+
+def _code_of(error: Exception) -> int:
+    """Return SQLite's code of an error, 0 for others."""
+    return int(getattr(getattr(error, "orig", None) or error, "sqlite_errorcode", 0)) & 0xFF
+
+
+def is_busy(error: Exception) -> bool:
+    """Tell whether SQLite waited for another one that writes, in vain."""
+    return _code_of(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+def named(error: Exception, url: URL) -> LedgerError:
+    """Return an error of the database as one that says where the ledger is, what is wrong and what to do."""
+    where = url.render_as_string(hide_password=True)
+    whole = str(getattr(error, "orig", None) or error)
+    if url.drivername.startswith("sqlite"):
+        hint = _SQLITE_HINTS.get(_code_of(error), "Check that the place can be written and has room,")
+        return LedgerError(
+            f"The ledger at {where} failed: {whole.splitlines()[0]}. {hint} or set TURNTRACE_LEDGER_URL to another."
+        )
+    why = " ".join(whole.split("Is the server running")[0].split())[:_LONGEST].rstrip(".")
+    advice = _advice_on_postgresql(whole) or "See whether the server is well."
+    return LedgerError(f"The ledger at {where} failed: {why}. {advice} TURNTRACE_LEDGER_URL names another ledger.")

@@ -90,7 +90,8 @@ class Ledger(LedgerQuestions):
 
     def __init__(self, engine_or_url: Engine | str | URL) -> None:
         self.settle: Callable[[float], object] | None = None
-        self._database = Database(engine_or_url)
+        self._hash_key: bytes | None = None
+        self._database = Database(engine_or_url, self._begin_anew)
         self._side_by_side(schema.prepare)
         self._statements = Statements(self._database.dialect)
         self.to_send = StoredOutbox(self._database)
@@ -125,7 +126,15 @@ class Ledger(LedgerQuestions):
     def hash_key(self) -> bytes:
         """Return the key for hashing users: random, made once and kept in the ledger."""
         with self._database.writing() as connection:
-            return bytes.fromhex(schema.remembered(connection, _HASH_KEY, lambda: new_hash_key().hex()))
+            self._hash_key = bytes.fromhex(schema.remembered(connection, _HASH_KEY, lambda: new_hash_key().hex()))
+            return self._hash_key
+
+    def _begin_anew(self, connection: Connection) -> None:
+        """Make a ledger of a file that took the place of the one that was there; users keep their hashes."""
+        schema.prepare(connection)
+        if self._hash_key is not None:
+            key = self._hash_key.hex()
+            schema.remembered(connection, _HASH_KEY, lambda: key)
 
     # --- what begins --------------------------------------------------------------------------------------------------
     def open_session(

@@ -117,7 +117,7 @@ def begun_turn(
         own=kept,
     )
     if is_late:
-        tracker.submit(BeginTurnLate(turn, begin, meets))
+        turn.is_lost = not tracker.submit(BeginTurnLate(turn, begin, meets))
     return turn
 
 

@@ -6,6 +6,7 @@ from typing import Any, Final, TypeVar
 
 from opentelemetry import trace
 
+from turntrace.boundary import caught
 from turntrace.errors import ConfigurationError
 from turntrace.identity import check_text, hash_user
 from turntrace.ledger import Ledger
@@ -64,6 +65,27 @@ def checked_classifier(classify: Callable[[str], str]) -> Callable[[str], str]:
             "from what the user said to its type."
         )
     return classify
+
+
+def with_stand_in(function: Callable[[], T], instead: Callable[[], T], doing: str) -> Callable[[], T]:
+    """Return a function of the app's with another in its place for each call in which it raises.
+
+    Args:
+        function: The app's.
+        instead: What is called instead.
+        doing: What it does, for the log.
+    """
+    if function is instead:
+        return function
+
+    def ask() -> T:
+        try:
+            return function()
+        except Exception as error:
+            caught(doing, error)
+            return instead()
+
+    return ask
 
 
 def checked_dropoff(rule: Callable[[Any], bool]) -> Callable[[Any], bool]:

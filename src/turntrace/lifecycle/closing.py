@@ -98,7 +98,7 @@ class FinishTurn(SettleTurn):
         """Sum the turn up, and end its spans, the root last."""
         try:
             self._end_spans()
-        except Exception:  # it is logged, and nobody is to wait for this turn
+        except BaseException:  # it is logged, and nobody is to wait for this turn
             self._tracker.finished(self._turn)
             raise
 
@@ -186,7 +186,7 @@ class _WholeRoot(SpanJob):
         self._put_spans(ledger)
 
 
-@never_breaks("classifying what the user said by classify=...")
+@never_breaks("classifying what the user said by classify=...", exits=True)
 def _input_type(turn: "Turn", question: Message) -> str:
     return safe_text(turn.tracker.classify(question.text))[:_TYPE_LENGTH]
 

@@ -123,7 +123,7 @@ class Evaluators:
                 if inspect.isawaitable(found):
                     found = asyncio.run(_awaited(found, self._limit_s))
                 answers.put(_checked(found))
-            except Exception as error:
+            except BaseException as error:  # an exit would end this thread without a word
                 answers.put(error)
 
         threading.Thread(target=run, name="turntrace-evaluator", daemon=True).start()
@@ -132,10 +132,10 @@ class Evaluators:
             answer = answers.get(timeout=self._limit_s)
         except queue.Empty:
             answer = TimeoutError(f"it took more than {self._limit_s:g} s")
-        if isinstance(answer, Exception):
+        if isinstance(answer, BaseException):
             try:
                 caught(f"evaluating a session by {name}", answer)
-            except Exception:
+            except BaseException:
                 logger.exception("turntrace: an evaluator failed")  # strict: the others go on all the same
             return {}
         found: dict[str, Any] = answer

@@ -55,6 +55,7 @@ class RunningTurn:
         account: What its steps add up to; only the writer's thread touches it.
         is_visit: Whether it is a turn of another process, perhaps with another ledger, that a run here belongs to.
         wait_ns: How long it has waited for a person, in nanoseconds.
+        is_lost: Whether nothing of it is written down: it began when too much waited for a ledger that is away.
     """
 
     is_visit = False
@@ -92,6 +93,7 @@ class RunningTurn:
         self.error: str | None = None
         self.checkpoint_id: str | None = None
         self.handed_over = False
+        self.is_lost = False
         self.wait_ns = wait_ns
         self._waits_since_ns: int | None = None
         self._words = tags

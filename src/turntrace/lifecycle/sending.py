@@ -8,7 +8,7 @@ from turntrace.boundary import caught
 from turntrace.errors import LedgerError
 from turntrace.export import Pace, Sender, SpanTarget
 from turntrace.ledger import Ledger, LedgerWriter
-from turntrace.lifecycle.writer import Writer
+from turntrace.lifecycle.writer import Writer, time_left
 from turntrace.waiting import SPANS
 
 logger = logging.getLogger("turntrace")
@@ -31,8 +31,10 @@ class Sending:
         self._target = target
         self._max_bytes = max_bytes
         self._is_stopped = False
-        self.sender = None if target.server is None else Sender(ledger.to_send, target.server, pace)
-        self.writer = Writer(ledger, self._written)
+        self.writer = writer = Writer(ledger, self._written)
+        self.sender: Sender | None = None
+        if target.server is not None:
+            self.sender = Sender(ledger.to_send, target.server, pace, lambda: writer.is_ledger_away)
         if target.exporter is not None:
             target.exporter.keep = self._keep
         if target.processor is not None:
@@ -72,25 +74,33 @@ class Sending:
         Returns:
             Whether all is written.
         """
-        written = self.writer.drain(timeout)
+        left = time_left(timeout)
+        written = self.writer.drain(left())
         if self.sender is not None and not self._is_stopped:
             try:
-                self.sender.drain(timeout)
+                self.sender.drain(left())
+            except LedgerError as error:
+                if self.writer.is_ledger_away:
+                    logger.debug("turntrace: %s It is sent later.", error)
+                else:
+                    caught("sending what waits in the outbox", error)
             except Exception as error:
                 caught("sending what waits in the outbox", error)
         return written
 
     def flush(self, timeout: float | None) -> bool:
         """Do what `drain` does, with what the provider holds back."""
-        self._target.flush()
-        return self.drain(timeout)
+        left = time_left(timeout)
+        self._target.flush(left())
+        return self.drain(left())
 
     def stop(self, timeout: float) -> None:
         """End the threads; what is written after it, a later process sends."""
         self._is_stopped = True
-        self.writer.stop(timeout)
+        left = time_left(timeout)
+        self.writer.stop(left())
         if self.sender is not None:
-            self.sender.stop(timeout)
+            self.sender.stop(left() or 0.0)
 
 
 class _KeepSpans:

@@ -132,7 +132,9 @@ class Sittings:
             self._ending.add(session_id)
             for key in [key for key, session in self._known.items() if session.id == session_id]:
                 del self._known[key]
-        self._writer.submit(EndSession(self._tracker, session_id, reason, self._tracker.clock()))
+        if not self._writer.submit(EndSession(self._tracker, session_id, reason, self._tracker.clock())):
+            with self._lock:
+                self._ending.discard(session_id)
         self._forget_ended()
 
     def _forget_ended(self) -> None:

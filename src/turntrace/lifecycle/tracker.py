@@ -32,6 +32,7 @@ from turntrace.lifecycle.checks import (
     idle_ns_of,
     outbox_bytes_of,
     text_or_none,
+    with_stand_in,
 )
 from turntrace.lifecycle.dropoff import DropoffFacts, is_dropoff
 from turntrace.lifecycle.evaluating import Evaluator, Evaluators
@@ -42,13 +43,12 @@ from turntrace.lifecycle.sittings import Sittings
 from turntrace.lifecycle.sweep import Sweeper, restart_after_fork
 from turntrace.lifecycle.turns import Turns
 from turntrace.lifecycle.windows import Windows
-from turntrace.lifecycle.writer import Job
+from turntrace.lifecycle.writer import Job, time_left
 from turntrace.records import SessionFacts
 from turntrace.settings import read_settings
 from turntrace.summaries import SessionSummary
 
 _STOP_S: Final = 30.0
-_EXIT_S: Final = 10.0
 
 
 class SessionTracker(Turns, Afterwards):
@@ -128,8 +128,16 @@ class SessionTracker(Turns, Afterwards):
         self.classify = checked_classifier(classify)
         self._dropoff = checked_dropoff(dropoff)
         self._stages = checked_journeys(journeys)
-        self.clock = checked_function(clock, "clock", "without arguments that returns nanoseconds since 1970")
-        self.new_id = checked_function(ids, "ids", "without arguments that returns an id of 32 hexadecimal digits")
+        self.clock = with_stand_in(
+            checked_function(clock, "clock", "without arguments that returns nanoseconds since 1970"),
+            time.time_ns,
+            "telling the time by clock=... (the system's is taken instead)",
+        )
+        self.new_id = with_stand_in(
+            checked_function(ids, "ids", "without arguments that returns an id of 32 hexadecimal digits"),
+            new_id,
+            "making an id by ids=... (a random one is taken instead)",
+        )
         self.ledger = off_watched_loop(lambda: Ledger(settings.ledger if ledger is None else ledger))
         hash_key = off_watched_loop(lambda: hash_key_of(user_hash_key, settings.user_hash_key, self.ledger))
         self._hasher = UserHasher(hash_key)
@@ -256,7 +264,7 @@ class SessionTracker(Turns, Afterwards):
 
     def is_dropoff(self, facts: DropoffFacts) -> bool:
         """Tell whether a session that has ended is a drop-off, by the rule of this tracker."""
-        found = never_breaks("deciding on a drop-off by dropoff=...")(self._dropoff)(facts)
+        found = never_breaks("deciding on a drop-off by dropoff=...", exits=True)(self._dropoff)(facts)
         return is_dropoff(facts) if found is None else bool(found)
 
     def evaluate(self, session: SessionSummary) -> None:
@@ -273,9 +281,9 @@ class SessionTracker(Turns, Afterwards):
         return session_id in self._forgotten
 
     # --- what is written down -----------------------------------------------------------------------------------------
-    def submit(self, job: Job) -> None:
-        """Have something written down soon; returns at once."""
-        self._writer.submit(job)
+    def submit(self, job: Job) -> bool:
+        """Have something written down soon; returns at once, and tells whether it will be (see `Writer.submit`)."""
+        return self._writer.submit(job)
 
     def flush_writer(self) -> bool:
         """Wait until all that has ended is in the ledger; tell whether it is."""
@@ -309,11 +317,11 @@ class SessionTracker(Turns, Afterwards):
         Raises:
             ConfigurationError: If the timeout is no number of seconds.
         """
-        timeout = checked_timeout(timeout)
-        written = self._writer.drain(timeout)
-        if self._evaluators.drain(timeout):
-            written = self._writer.drain(timeout) and written
-        return self._sending.flush(timeout) and written
+        left = time_left(checked_timeout(timeout))
+        written = self._writer.drain(left())
+        if self._evaluators.drain(left()):
+            written = self._writer.drain(left()) and written
+        return self._sending.flush(left()) and written
 
     async def aflush(self, timeout: float | None = 30.0) -> bool:
         """Do what `flush` does, without blocking the event loop."""
@@ -340,8 +348,8 @@ class SessionTracker(Turns, Afterwards):
 
     def _at_exit(self) -> None:
         if not self._is_shut_down:
-            self.flush(_EXIT_S)
-            self._sending.stop(_EXIT_S)
+            self.flush(self._writer.time_to_exit())
+            self._sending.stop(self._writer.time_to_exit())
 
     async def ashutdown(self, *, end_sessions: bool = False) -> None:
         """Do what `shutdown` does, without blocking the event loop."""

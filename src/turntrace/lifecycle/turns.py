@@ -255,7 +255,8 @@ class Turns:
         self._finishing[turn.id] = turn
         if self._turns.get(turn.id) is turn:  # not when the same was taken up here again
             del self._turns[turn.id]
-        self._writer.submit(FinishTurn(turn, status, ended_ns))
+        if turn.is_lost or not self._writer.submit(FinishTurn(turn, status, ended_ns)):
+            self.finished(turn)
 
     def finished(self, turn: Turn) -> None:
         """Note that the end of a turn is written, or cannot be. Called by the writer."""
@@ -268,4 +269,5 @@ class Turns:
 
     def settle(self, turn: Turn) -> None:
         """Have the steps of a turn that have ended written down while it goes on."""
-        self._writer.submit(SettleTurn(turn))
+        if not turn.is_lost:
+            self._writer.submit(SettleTurn(turn))

@@ -1,6 +1,7 @@
 """The background thread that ends spans and writes to the ledger, so that the app's threads do not."""
 
 import atexit
+import itertools
 import logging
 import os
 import queue
@@ -18,11 +19,22 @@ from turntrace.ledger import Ledger, LedgerWriter
 
 logger = logging.getLogger("turntrace")
 
+MOST_WAITING: Final = 100_000
+"""How many jobs may wait for the ledger: at about 10 KB a turn that is a gigabyte of memory at most."""
+
 _BATCH: Final = 64
 _LINGER_S: Final = 0.005
 _RETRY_S: Final = (0.05, 0.2, 1.0, 5.0, 15.0)
 _EXIT_S: Final = 10.0
 _STOP: Final = threading.Event()
+
+
+def time_left(timeout: float | None) -> Callable[[], float | None]:
+    """Return what tells how many seconds are left of a time that begins now; None when it has no end."""
+    if timeout is None:
+        return lambda: None
+    until = time.monotonic() + timeout
+    return lambda: max(0.0, until - time.monotonic())
 
 
 class Job(Protocol):
@@ -40,31 +52,58 @@ class Writer:
 
     A job that fails because of the database is tried again until it succeeds; nothing is lost while the process lives,
     and meanwhile `is_ledger_away` says so. A job that fails for another reason is logged and left out; others go on.
+    Only so many wait: beyond them what is submitted is dropped, which is said once.
 
     Args:
         ledger: Where to write.
         written: Called after each transaction.
+        most_waiting: How many jobs may wait.
 
     Attributes:
         is_ledger_away: Whether the ledger could not be written when it was tried last.
     """
 
-    def __init__(self, ledger: Ledger, written: Callable[[], object] = lambda: None) -> None:
+    def __init__(
+        self, ledger: Ledger, written: Callable[[], object] = lambda: None, *, most_waiting: int = MOST_WAITING
+    ) -> None:
+        self._most_waiting = most_waiting
+        self._dropped = itertools.count()
+        self._is_full = False
         self._ledger = ledger
         self._written = written
         self._jobs: queue.SimpleQueue[Job | threading.Event] = queue.SimpleQueue()  # an event marks a place
         self._hurry = threading.Event()
         self._thread: threading.Thread | None = None
         self._start_lock = threading.Lock()
+        self._here = threading.Lock()
         self.is_ledger_away = False
+        self._exits_by: float | None = None
         weak_self = weakref.ref(self)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=lambda: _call(weak_self(), Writer._after_fork))
         atexit.register(lambda: _call(weak_self(), Writer._at_exit))
 
-    def submit(self, job: Job) -> None:
-        """Have a job done soon; returns at once."""
+    def submit(self, job: Job) -> bool:
+        """Have a job done soon; returns at once.
+
+        Returns:
+            Whether it will be done: not so when too many wait already.
+        """
+        if self._jobs.qsize() >= self._most_waiting:
+            self._drop()
+            return False
         self._put(job)
+        return True
+
+    def _drop(self) -> None:
+        next(self._dropped)
+        if not self._is_full:
+            self._is_full = True
+            logger.warning(
+                "turntrace: %s steps, turns and sessions wait to be written: what begins and ends from now on is "
+                "dropped, until they are.",
+                f"{self._most_waiting:,}",
+            )
 
     def mark(self) -> threading.Event:
         """Return an event that is set when all that was submitted before is written."""
@@ -106,8 +145,33 @@ class Writer:
     def _start(self) -> None:
         with self._start_lock:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="turntrace-writer", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="turntrace-writer", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:  # the interpreter ends, and begins no thread any more
+                    logger.debug("turntrace: what waits is written without a thread (%s)", error)
+                else:
+                    self._thread = thread
+        if self._thread is None:
+            self._write_here()
+
+    def _write_here(self) -> None:
+        """Do what waits in this thread, without waiting for a ledger that is away."""
+        if not self._here.acquire(blocking=False):
+            return  # another thread is at it, or this one, whose job submits another
+        try:
+            while not self._jobs.empty():
+                job = self._jobs.get()
+                if isinstance(job, threading.Event):
+                    job.set()
+                    continue
+                try:
+                    job.prepare()
+                    self._transact([job])
+                except Exception as error:
+                    _caught(job, error)
+        finally:
+            self._here.release()
 
     def _run(self) -> None:
         while True:
@@ -142,7 +206,7 @@ class Writer:
         if len(batch) > 1:
             try:
                 return self._wait_for_ledger(lambda: self._transact(batch))
-            except Exception:
+            except BaseException:
                 logger.debug("turntrace: %s jobs are written one by one: one of them fails", len(batch))
         for job in batch:  # so that a bad one does not keep back the others
             self._try(partial(self._transact, [job]), job)
@@ -159,7 +223,7 @@ class Writer:
         """Do a step of a job, waiting for the ledger as long as it takes; tell whether it succeeded."""
         try:
             self._wait_for_ledger(step)
-        except Exception as error:
+        except BaseException as error:  # an exit in a function of the app's would end this thread without a word
             _caught(job, error)
             return False
         return True
@@ -182,27 +246,42 @@ class Writer:
             logger.warning("turntrace: %s Meanwhile what is tracked stays in memory, and the app goes on.", error)
 
     def _note_back(self) -> None:
-        if self.is_ledger_away:
+        if self._is_full and (self.is_ledger_away or self._jobs.qsize() < self._most_waiting // 2):
+            self._is_full, dropped, self._dropped = False, next(self._dropped), itertools.count()
+            lost = f" {dropped:,} of what began and ended meanwhile were dropped."
+        else:
+            lost = ""
+        if self.is_ledger_away or lost:
             self.is_ledger_away = False
-            logger.warning("turntrace: the ledger can be written again.")
+            logger.warning("turntrace: the ledger can be written again.%s", lost)
 
     def _after_writing(self) -> None:
         try:
             self._written()
-        except Exception as error:  # what was written is written
+        except BaseException as error:  # what was written is written
             _caught(self._written, error)
 
+    def time_to_exit(self) -> float:
+        """Return the seconds that are left for all that is still to be done when the interpreter exits."""
+        self._exits_by = self._exits_by or time.monotonic() + _EXIT_S
+        return max(0.0, self._exits_by - time.monotonic())
+
     def _at_exit(self) -> None:
-        if not self.drain(_EXIT_S):
-            logger.warning("turntrace: the ledger could not be written within %s s of the exit.", _EXIT_S)
+        if not self.drain(self.time_to_exit()):
+            logger.warning(
+                "turntrace: the ledger could not be written within %g s of the exit; what waited for it is lost.",
+                _EXIT_S,
+            )
 
     def _after_fork(self) -> None:
         # The parent's jobs are the parent's to write; its thread and locks do not exist here.
         self._jobs = queue.SimpleQueue()
         self._hurry = threading.Event()
         self._start_lock = threading.Lock()
+        self._here = threading.Lock()
         self._thread = None
-        self.is_ledger_away = False
+        self.is_ledger_away = self._is_full = False
+        self._exits_by = None
 
 
 def _call(writer: Writer | None, method: Callable[[Writer], None]) -> None:
@@ -210,8 +289,8 @@ def _call(writer: Writer | None, method: Callable[[Writer], None]) -> None:
         method(writer)
 
 
-def _caught(job: object, error: Exception) -> None:
+def _caught(job: object, error: BaseException) -> None:
     try:
         caught(f"writing down ({type(job).__name__})", error)
-    except Exception:
+    except BaseException:
         logger.exception("turntrace: a job failed")  # strict: this thread must go on all the same
