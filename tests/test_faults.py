@@ -668,6 +668,7 @@ def written() -> list[str]:
 
 @pytest.mark.parametrize("kind", FAULTS, ids=lambda kind: kind.__name__)
 def test_a_fault_changes_no_answer_and_costs_no_more_than_the_table_says(kind: type[Fault], tmp_path: Path) -> None:
+    content._failures.clear()  # what other tests' redactors raised
     with ExitStack() as stack:
         row = row_of(kind, kind(tmp_path, stack).found())
     assert row in written()

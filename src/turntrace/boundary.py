@@ -88,11 +88,14 @@ def caught(doing: str, error: BaseException) -> None:
         logger.warning("turntrace: %s failed; the app goes on. %s", doing, one_line(str(error)))
     else:
         # Only the class: the text of an unexpected error may hold what a user wrote.
+        # What is done by an argument of the app's, as "classifying by classify=...", fails in a function of the app's.
+        whose = "look at that function" if "=..." in doing else "please report it"
         logger.warning(
             "turntrace: %s failed with %s; the app goes on, this part is not tracked. It is logged once: "
-            "run with logging at DEBUG for its traceback, and please report it.",
+            "run with logging at DEBUG for its traceback, and %s.",
             doing,
             name,
+            whose,
         )
         logger.debug("turntrace: %s failed:\n%s", doing, traceback_of(error))
 

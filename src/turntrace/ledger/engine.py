@@ -168,10 +168,10 @@ class Database:
         if not self._is_sqlite:
             yield
             return
-        if not self._lock.acquire(timeout=BUSY_TIMEOUT_MS / 1000):
+        if not self._lock.acquire(timeout=_PATIENCE_S):
             raise LedgerError(
                 f"The ledger at {self.engine.url.render_as_string(hide_password=True)} is locked by another process "
-                f"for more than {BUSY_TIMEOUT_MS / 1000:g} s. It can be written again when that has ended."
+                f"for more than {_PATIENCE_S:g} s. It can be written again when that has ended."
             )
         try:
             yield
@@ -354,6 +354,7 @@ _ALONE: Final = (
     "SELECT pg_advisory_xact_lock(1953853044, ('turntrace_meta'::regclass::oid::bigint & 2147483647)::int), "
     "set_config('idle_in_transaction_session_timeout', '60000', true)"
 )
+_PATIENCE_S: Final = 5.0
 _BROKEN_OFF: Final = ("40P01", "40001")  # deadlock_detected, serialization_failure
 _TRIES: Final = 3
 _MOST_SCRUBBED: Final = 200_000_000
