@@ -649,7 +649,7 @@ def logged(lines: Sequence[str], path: Path) -> str:
     for line in lines:
         line = line.replace(str(path), ".../ledger.db").replace(str(path.parent), "...").removeprefix("turntrace: ")
         line = re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1:5432", line)
-        line = re.sub(r"(/postgres\S* failed: ).*?\. (?=Check)", r"\1.... ", line)
+        line = re.sub(r"port \d+ failed", "port 5432 failed", line)
         found.append(line.replace("|", "\\|"))
     return "<br>".join(found) or "nothing"
 

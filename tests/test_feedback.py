@@ -481,7 +481,7 @@ def test_a_sync_evaluator_that_takes_too_long_is_left_behind(
         with caplog.at_level(logging.WARNING, "turntrace"):
             assert end_one(tracker) == {"other": (1, "NUMERIC")}
         [warning] = [record.getMessage() for record in caplog.records]
-        assert "evaluating a session by hangs failed with TimeoutError" in warning
+        assert "evaluating a session by hangs of evaluators=... failed with TimeoutError" in warning
     finally:
         goes_on.set()
     tracker.flush()

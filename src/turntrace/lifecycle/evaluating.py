@@ -134,7 +134,7 @@ class Evaluators:
             answer = TimeoutError(f"it took more than {self._limit_s:g} s")
         if isinstance(answer, BaseException):
             try:
-                caught(f"evaluating a session by {name}", answer)
+                caught(f"evaluating a session by {name} of evaluators=...", answer)
             except BaseException:
                 logger.exception("turntrace: an evaluator failed")  # strict: the others go on all the same
             return {}
