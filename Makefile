@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help demo test test-live test-server lint types bench bench-quick clean
+.PHONY: help demo test test-live test-server lint types types-elsewhere bench bench-quick clean
 
 help:
 	@echo "make demo   run the demo: a support desk, three users, five sessions, seen in the terminal"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-server   the tests on LangGraph's own server (langgraph dev), which they install"
 	@echo "make lint   ruff"
 	@echo "make types  mypy, strict"
+	@echo "make types-elsewhere   pyright on a file of usage, which it installs"
 	@echo "make bench  what turntrace costs, next to other tracers, which it installs; writes BENCHMARKS.md (takes long)"
 	@echo "make bench-quick   the same, small, with what is installed (under three minutes)"
 	@echo "make clean  remove the virtual environment and what tools left"
@@ -55,6 +56,15 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
+# Another type checker, which brings its own runtime, looks at turntrace from outside, as an app would see it.
+$(VENV)-types/.made:
+	$(PYTHON) -m venv $(VENV)-types
+	$(VENV)-types/bin/python -m pip install --quiet --upgrade pip basedpyright
+	touch $@
+
+types-elsewhere: $(VENV)/.dev $(VENV)-types/.made
+	$(VENV)-types/bin/basedpyright --project tests/pyrightconfig.json --pythonpath $(BIN)/python
+
 # Other tracers bring a hundred packages, so they are installed beside the others.
 $(VENV)-bench/.made: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-bench
@@ -69,4 +79,4 @@ bench-quick: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py --quick --json benchmarks/results/quick.json $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-bench $(VENV)-server .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-bench $(VENV)-server $(VENV)-types .pytest_cache .mypy_cache .ruff_cache .hypothesis
