@@ -15,6 +15,7 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from turntrace import boundary
+from turntrace.export import client
 from turntrace.testing import Capture, Clock, Ids
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, and so the processes that they start.
@@ -117,6 +118,20 @@ def langfuse_client(capture: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path:
         tracer_provider=capture.provider,
         span_exporter=InMemorySpanExporter(),
     )
+
+
+@pytest.fixture(autouse=True)
+def _what_langfuses_client_sets_for_the_process_is_taken_back() -> Iterator[None]:
+    """Take back what a client with keys set: a provider, through which later tests would send, and handlers of logs."""
+    before, handlers = trace._TRACER_PROVIDER, list(logging.getLogger().handlers)
+    yield
+    found = trace._TRACER_PROVIDER
+    if found is not before and found not in client._own_providers:
+        trace._TRACER_PROVIDER = before
+        trace._TRACER_PROVIDER_SET_ONCE._done = before is not None
+    for handler in logging.getLogger().handlers[:]:
+        if type(handler) is logging.StreamHandler and handler not in handlers:
+            logging.getLogger().removeHandler(handler)
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,7 @@ from turntrace.current import Scope
 from turntrace.graph.tree import Run
 from turntrace.lifecycle import Turn, checks
 from turntrace.lifecycle import sittings as sittings_module
+from turntrace.lifecycle import turns as turns_module
 from turntrace.lifecycle.steps import OpenStep
 from turntrace.lifecycle.windows import Windows
 from turntrace.testing import Capture, assert_all_tagged, captured_spans
@@ -195,6 +196,7 @@ def _remembers_little(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have what a process remembers of sessions and users, thousands of them, full by the time that is measured."""
     monkeypatch.setattr(sittings_module, "_REMEMBERED", 100)
     monkeypatch.setattr(checks, "_HASHES_REMEMBERED", 100)
+    monkeypatch.setattr(turns_module, "_NUMBERS", 100)
 
 
 @pytest.mark.usefixtures("_remembers_little")

@@ -44,9 +44,9 @@ def forget(
     ] = None,
     ledger: LedgerOption = None,
 ) -> int:
-    """Erase old sessions from the ledger, as cron does for retention, or all of a user.
+    """Erase old sessions from the ledger, or all of a user.
 
-    What Langfuse was sent is still there afterwards; of a user it is said what that is.
+    The former is for cron, as the ledger keeps what it has. What Langfuse was sent is still there afterwards; of a user it is said what that is.
     """
     from turntrace.analytics.times import day_of
     from turntrace.lifecycle import SessionTracker
