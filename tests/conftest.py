@@ -123,12 +123,11 @@ def langfuse_client(capture: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path:
 @pytest.fixture(autouse=True)
 def _what_langfuses_client_sets_for_the_process_is_taken_back() -> Iterator[None]:
     """Take back what a client with keys set: a provider, through which later tests would send, and handlers of logs."""
-    before, handlers = trace._TRACER_PROVIDER, list(logging.getLogger().handlers)
+    handlers = list(logging.getLogger().handlers)
     yield
-    found = trace._TRACER_PROVIDER
-    if found is not before and found not in client._own_providers:
-        trace._TRACER_PROVIDER = before
-        trace._TRACER_PROVIDER_SET_ONCE._done = before is not None
+    if trace._TRACER_PROVIDER is not None and trace._TRACER_PROVIDER not in client._own_providers:
+        trace._TRACER_PROVIDER = None
+        trace._TRACER_PROVIDER_SET_ONCE._done = False
     for handler in logging.getLogger().handlers[:]:
         if type(handler) is logging.StreamHandler and handler not in handlers:
             logging.getLogger().removeHandler(handler)

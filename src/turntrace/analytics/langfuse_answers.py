@@ -21,11 +21,14 @@ WHY_NOT: Final[Mapping[str, str]] = {
     "metadata, which the Metrics API cannot sum.",
     "totals": "Different users and the sessions that are open cannot be counted, as it has no distinct counts; the "
     "sums by day, reason and model (`sessions_over_time`, `end_reasons`, `usage_by_model`) have the rest.",
-    "context_tokens_by_turn": "What a window held stands in metadata, which the Metrics API can filter by, not measure.",
-    "session_durations": "The Metrics API gives percentiles of the score `session.duration_ms`, not how many lie where.",
-    "turn_errors": "Calls that failed can be counted there by their level; which turns failed, at which number and with "
-    "which intent stands in metadata, which cannot be a dimension.",
-    "sessions_with_errors": "The Metrics API orders sessions by a measure only; filter Langfuse's Tracing by level ERROR.",
+    "context_tokens_by_turn": "What a window held stands in metadata, which the Metrics API can filter by, not "
+    "measure.",
+    "session_durations": "The Metrics API gives percentiles of the score `session.duration_ms`, not how many lie "
+    "where.",
+    "turn_errors": "Calls that failed can be counted there by their level; which turns failed, at which number and "
+    "with which intent stands in metadata, which cannot be a dimension.",
+    "sessions_with_errors": "The Metrics API orders sessions by a measure only; filter Langfuse's Tracing by level "
+    "ERROR.",
     "users_that_begin": "Users can only be named by a measure, not by the beginning of their hash.",
     "choices": "Values in metadata cannot be a dimension, so those that there are cannot be listed.",
     "latency_by_turn, without waiting": "Langfuse's latency of a turn is from its start to its end, so the time that "

@@ -46,7 +46,8 @@ def forget(
 ) -> int:
     """Erase old sessions from the ledger, or all of a user.
 
-    The former is for cron, as the ledger keeps what it has. What Langfuse was sent is still there afterwards; of a user it is said what that is.
+    The former is for cron, as the ledger keeps what it has. What Langfuse was sent is still there afterwards; of a user
+    it is said what that is.
     """
     from turntrace.analytics.times import day_of
     from turntrace.lifecycle import SessionTracker
