@@ -189,11 +189,14 @@ def model_of(s: Secrets, *, calls: bool = True, **changed: Any) -> Model:
     return Model(says=says, **changed)
 
 
-def tools_of(s: Secrets) -> list[Any]:
-    """Return two tools: one that is given the state and leaves an artifact, one that fails."""
+def tools_of(s: Secrets, *, has_state: bool = True) -> list[Any]:
+    """Return two tools: one that is given the state, if asked for, and leaves an artifact, and one that fails."""
 
-    @tool(response_format="content_and_artifact")
     def look_up(what: str, by: dict[str, int], state: Annotated[dict[str, Any], InjectedState]) -> Any:
+        """Look something up."""
+        return s["result"], {"raw": s["artifact"]}
+
+    def look_up_alone(what: str, by: dict[str, int]) -> Any:
         """Look something up."""
         return s["result"], {"raw": s["artifact"]}
 
@@ -202,7 +205,8 @@ def tools_of(s: Secrets) -> list[Any]:
         """Fail."""
         raise ValueError(s["tool error"]) from LookupError(s["cause"])
 
-    return [look_up, break_down]
+    looks: Any = tool("look_up", response_format="content_and_artifact")(look_up if has_state else look_up_alone)
+    return [looks, break_down]
 
 
 def agent_of(life: Life, *, is_async: bool = False, **changed: Any) -> Any:
@@ -382,7 +386,8 @@ def _not_said(life: Life) -> None:
     looks: Any = single(lambda _: {"messages": [call, ToolMessage(s["result"], tool_call_id="1")]}, schema=State)
     looks.add_node("agent", lambda _: None).add_edge("work", "agent")
     looks = looks.compile(checkpointer=InMemorySaver(), interrupt_before=["agent"])
-    looks.invoke({"messages": []}, {**life.config(), **config})
+    if hasattr(handler, "on_resume"):  # langgraph before 1.1.7 does not tell that it waits
+        looks.invoke({"messages": []}, {**life.config(), **config})
     with handler.tracker.session() as session, session.conversation("c").turn(SystemMessage(s["system prompt"])):
         pass
 
@@ -618,8 +623,10 @@ def _middleware(life: Life) -> None:
             return ToolMessage("It failed.", tool_call_id=request.tool_call["id"])
 
     middleware: Any = [SessionMiddleware(ContextTracker(MODEL)), forgiving]
-    agent: Any = create_agent(model_of(s), tools_of(s), system_prompt=s["system prompt"], middleware=middleware)
     handler = SessionCallbackHandler(life.tracker())
+    # langgraph before 1.1.7, at the latest, does not inject the state into a tool whose call is wrapped
+    tools = tools_of(s, has_state=hasattr(handler, "on_resume"))
+    agent: Any = create_agent(model_of(s), tools, system_prompt=s["system prompt"], middleware=middleware)
     agent.invoke({"messages": given(life)["messages"]}, {**life.config(), "callbacks": [handler]})
 
 

@@ -112,6 +112,24 @@ def name_of(name: Any, otherwise: str) -> str:
     return safe_text(name) if isinstance(name, str) and name else otherwise
 
 
+def arguments_of(arguments: Any) -> Any:
+    """Return what a model gave a tool, without what LangGraph injected: the state, a store, a runtime.
+
+    A model's arguments are JSON; what holds anything else is none of them. (Newer versions leave it out themselves.)
+    """
+    if not isinstance(arguments, Mapping):
+        return arguments
+    return {name: value for name, value in arguments.items() if _is_json(value)}
+
+
+def _is_json(value: Any, depth: int = 20) -> bool:
+    if value is None or isinstance(value, str | int | float) or depth == 0:
+        return True
+    if isinstance(value, Mapping):
+        return all(_is_json(each, depth - 1) for each in value.values())
+    return isinstance(value, list | tuple) and all(_is_json(each, depth - 1) for each in value)
+
+
 def handed_to(output: Any) -> str | None:
     """Return the agent that a tool handed over to: the node of the graph above that its command goes to, or None."""
     if not isinstance(output, Command) or output.graph != Command.PARENT:

@@ -148,7 +148,8 @@ class RunRegistry:
         name = extract.name_of(name, "tool")
         run = self._call_began(run_id, parent_id, name, "tool", {a.GEN_AI_TOOL_NAME: name}, None, metadata)
         if run is not None and run.step is not None:
-            self._record(run.step, a.LANGFUSE_OBSERVATION_INPUT, arguments)
+            if self._tracker.content.records_steps:
+                self._record(run.step, a.LANGFUSE_OBSERVATION_INPUT, extract.arguments_of(arguments))
             self._enter(run)
 
     def retriever_started(self, run_id: UUID, parent_id: UUID | None, name: str | None, metadata: Metadata) -> None:
