@@ -91,11 +91,11 @@ def test_a_user_who_is_gone_for_long_leaves_nothing(url: str) -> None:
 def test_more_sessions_than_fit_into_one_transaction(tmp_path: Path) -> None:
     clock = Clock()
     with SessionTracker(f"sqlite:///{tmp_path}/ledger.db", clock=clock) as tracker:
-        for n in range(1_100):
+        for n in range(520):
             tracker.start_session(session_id=f"s{n}").end()
         tracker.flush()
         clock.advance(minutes=DAY)
-        assert tracker.forget_before(timedelta(hours=1)) == 1_100
+        assert tracker.forget_before(timedelta(hours=1)) == 520
 
 
 @pytest.mark.parametrize("given", [90, "90d", None], ids=str)
