@@ -383,13 +383,8 @@ def _read(state: Any, name: str) -> Any:
 
 
 def _tracked_fields(schema: type | None) -> frozenset[str]:
-    return frozenset() if schema is None else frozenset(FIELDS) & _fields(schema)
-
-
-def _fields(schema: type) -> set[str]:
-    return {name for kind in getattr(schema, "__mro__", ()) for name in getattr(kind, "__annotations__", {})} | set(
-        getattr(schema, "__annotations__", {})
-    )
+    kinds = () if schema is None else schema.__mro__
+    return frozenset(FIELDS) & {name for kind in kinds for name in getattr(kind, "__annotations__", {})}
 
 
 def _hinted_schema(node: Callable[..., Any]) -> type | None:
