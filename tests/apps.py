@@ -320,6 +320,17 @@ def asks(text: str = "What does tea cost?") -> dict[str, Any]:
     return {"messages": [("user", text)]}
 
 
+def line(*nodes: tuple[str, Any]) -> Builder:
+    """Return a graph whose nodes run one after the other."""
+    builder: Builder = StateGraph(State)
+    before = START
+    for name, node in nodes:
+        builder.add_node(name, node)
+        builder.add_edge(before, name)
+        before = name
+    return builder
+
+
 def single(node: Any, name: str = "work", schema: Any = State) -> Builder:
     """Build a graph of one node."""
     builder: Builder = StateGraph(schema)

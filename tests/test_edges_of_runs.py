@@ -16,7 +16,7 @@ from langgraph.prebuilt import ToolNode
 from langgraph.types import CachePolicy, Command, RetryPolicy, Send, interrupt
 from opentelemetry import trace
 
-from apps import Builder, FakeModel, State, asks, config_of
+from apps import Builder, FakeModel, State, asks, config_of, line
 from turntrace import ConversationState, SessionCallbackHandler, track_graph, track_node
 from turntrace import attributes as a
 from turntrace.records import LLMCall, TurnSummary, Usage
@@ -57,16 +57,6 @@ class Desk:
 @pytest.fixture
 def desk(capture: Capture) -> Desk:
     return Desk(capture)
-
-
-def line(*nodes: tuple[str, Any]) -> Builder:
-    builder: Builder = StateGraph(State)
-    before = START
-    for name, node in nodes:
-        builder.add_node(name, node)
-        builder.add_edge(before, name)
-        before = name
-    return builder
 
 
 def ask(_state: State) -> dict[str, Any]:

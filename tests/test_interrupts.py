@@ -18,7 +18,7 @@ from langgraph.prebuilt import ToolNode
 from langgraph.types import Command, interrupt
 
 import fresh
-from apps import Builder, FakeModel, State, asks, config_of
+from apps import Builder, FakeModel, State, asks, config_of, line
 from turntrace import ContentPolicy, SessionCallbackHandler, SessionTracker, track_graph
 from turntrace import attributes as a
 from turntrace.errors import StateError
@@ -105,16 +105,6 @@ async def aask(state: State) -> dict[str, Any]:
 def think(_state: State) -> dict[str, Any]:
     FakeModel().invoke("think")
     return {}
-
-
-def line(*nodes: tuple[str, Any]) -> Builder:
-    builder: Builder = StateGraph(State)
-    before = START
-    for name, node in nodes:
-        builder.add_node(name, node)
-        builder.add_edge(before, name)
-        before = name
-    return builder
 
 
 def in_a_node() -> Builder:
