@@ -824,7 +824,7 @@ def transcript_of(s: Secrets, file: File) -> File:
     wrong: list[Any] = [
         s["history"],
         [s["history"]],
-        {**talk, "conversation_id": s["history"]},
+        {**talk, "conversation_id": f"☂{s['history']}"},  # an id is printable ASCII, as a secret is by chance
         {**talk, "model": [s["history"]]},
         {**talk, "messages": {"role": s["history"]}},
         {**talk, "messages": [{"role": s["history"], "content": s["history"]}]},
