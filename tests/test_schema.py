@@ -279,6 +279,12 @@ def columns_of(path: Path) -> dict[str, list[tuple[Any, ...]]]:
         }
 
 
+def indexes_of(path: Path) -> dict[str, str]:
+    with database(path) as connection:
+        found = connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL")
+        return dict(found.fetchall())
+
+
 def test_a_ledger_of_the_first_schema_is_brought_up_without_loss(path: Path, url: str, tmp_path: Path) -> None:
     with database(path) as connection:
         connection.executescript(OLDEST.read_text(encoding="utf-8"))
@@ -296,6 +302,7 @@ def test_a_ledger_of_the_first_schema_is_brought_up_without_loss(path: Path, url
             assert [row[: len(before)] for row, before in zip(now, rows, strict=True)] == rows
     Ledger(f"sqlite:///{tmp_path / 'new.db'}").close()
     assert columns_of(path) == columns_of(tmp_path / "new.db")
+    assert indexes_of(path) == indexes_of(tmp_path / "new.db")
     [older, newer] = sorted(ledger.sessions(), key=lambda session: session.started_ns)
     assert (older.total_turns, older.end_reason, older.prunings) == (2, "user_exit", 0)
     assert newer.ended_ns is None
@@ -350,7 +357,8 @@ def test_a_ledger_of_the_first_schema_on_postgresql_is_brought_up_without_loss()
             for table, names in ADDED.items():
                 for name in names:
                     connection.exec_driver_sql(f"ALTER TABLE {table} DROP COLUMN {name}")
-            connection.exec_driver_sql("DROP INDEX turntrace_turns_waiting")
+            for index in ("waiting", "failing"):
+                connection.exec_driver_sql(f"DROP INDEX turntrace_turns_{index}")
             for name in ("attempts", "next_try_ns", "leased_until_ns", "refused"):
                 connection.exec_driver_sql(f"ALTER TABLE turntrace_outbox ADD COLUMN {name} BIGINT")
             connection.exec_driver_sql("INSERT INTO turntrace_meta VALUES ('schema_version', '1')")
@@ -389,6 +397,7 @@ def test_a_turn_that_waits_in_a_ledger_of_version_5_keeps_its_topic(
         with engine.begin() as connection:  # as version 5 left it
             for table in ("turntrace_turns", "turntrace_open_turns"):
                 connection.exec_driver_sql(f"ALTER TABLE {table} DROP COLUMN own")
+            connection.exec_driver_sql("DROP INDEX turntrace_turns_failing")
             connection.exec_driver_sql("UPDATE turntrace_meta SET value = '5' WHERE key = 'schema_version'")
         again = capture.tracker(url)
         with again.resume_turn(carrier) as turn:

@@ -14,7 +14,7 @@ from turntrace.analytics.times import DAY_NS, iso_day
 from turntrace.ledger import Ledger
 from turntrace.ledger.rows import plain_summary, steps_from
 from turntrace.ledger.statements import ABANDONED
-from turntrace.ledger.tables import sessions, turns
+from turntrace.ledger.tables import is_failing, sessions, turns
 from turntrace.records import Step
 from turntrace.summaries import SessionSummary
 
@@ -127,9 +127,6 @@ def sessions_with_errors(ledger: Ledger, filters: Filters = ALL, *, limit: int =
         return [plain_summary(row) for row in connection.execute(ordered).mappings().all()]
 
 
-_ENDED_SO: Final = turns.c.status.in_((FAILED, ABANDONED))
-
-
 def _by_intent_and_number(ledger: Ledger, filters: Filters) -> list[Any]:
     """Return both in one pass over the turns, which takes no longer than one of them."""
     number = turn_number(turns.c.number)
@@ -163,7 +160,7 @@ def _by_day_and_class(ledger: Ledger, filters: Filters, of: int) -> tuple[list[E
     on = day(sessions.c.started_ns)
     joined = turns.join(sessions, sessions.c.id == turns.c.session_id)
     columns = on.label("day"), turns.c.status, turns.c.error, func.count().label("times")
-    query = select(*columns).select_from(joined).where(of_turns_joined(filters), _ENDED_SO)
+    query = select(*columns).select_from(joined).where(of_turns_joined(filters), is_failing)
     rows = rows_of(ledger, query.group_by(on, turns.c.status, turns.c.error))
     if filters.of_some_turns:
         every = select(on.label("day"), func.count().label("turns")).select_from(joined).where(of_turns_joined(filters))
@@ -186,7 +183,7 @@ def _by_day_and_class(ledger: Ledger, filters: Filters, of: int) -> tuple[list[E
 
 
 def _by_step(ledger: Ledger, filters: Filters) -> tuple[list[ErrorsAtStep], int]:
-    query = select(turns.c.steps).where(of_turns(filters), _ENDED_SO)
+    query = select(turns.c.steps).where(of_turns(filters), is_failing)
     latest = query.order_by(turns.c.started_ns.desc(), in_bytes(turns.c.id)).limit(MOST_LOOKED_INTO)
     rows = rows_of(ledger, latest)
     at: Counter[tuple[str, str]] = Counter()

@@ -7,7 +7,7 @@ from sqlalchemy import ColumnElement, and_, exists, or_, select, true
 
 from turntrace.analytics.times import FIRST_NS, LAST_NS, When, iso_moment, when
 from turntrace.errors import ConfigurationError
-from turntrace.ledger.tables import conversations, open_turns, sessions, turns
+from turntrace.ledger.tables import conversations, is_failing, open_turns, sessions, turns
 
 _TIMES: Final = {"since_ns": "since", "until_ns": "until"}
 _OF_TURNS: Final = ("topic", "model", "conversation_id", "error", "failed")
@@ -222,7 +222,7 @@ def _on_turns(filters: Filters) -> list[Any]:
     if filters.error is not None:
         conditions.append(_is(turns.c.error, filters.error))
     if filters.failed:
-        conditions.append(turns.c.status.in_(FAILED))
+        conditions.append(is_failing)
     if filters.topic is not None:
         about = select(conversations.c.id).where(_is(conversations.c.topic, filters.topic))
         conditions.append(turns.c.conversation_id.in_(about))

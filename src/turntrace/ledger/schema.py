@@ -13,6 +13,7 @@ from turntrace.ledger.tables import (
     SCHEMA_VERSION,
     conversations,
     decisions,
+    failing_turns,
     feedback,
     gates,
     journeys,
@@ -90,7 +91,19 @@ def _to_6(connection: Connection) -> None:
             connection.execute(update(table).where(table.c.id == row.id).values(own=own))
 
 
-MIGRATIONS: Final[dict[int, Callable[[Connection], None]]] = {1: _to_2, 2: _to_3, 3: _to_4, 4: _to_5, 5: _to_6}
+def _to_7(connection: Connection) -> None:
+    """Add which turns failed or were abandoned."""
+    failing_turns.create(connection)
+
+
+MIGRATIONS: Final[dict[int, Callable[[Connection], None]]] = {
+    1: _to_2,
+    2: _to_3,
+    3: _to_4,
+    4: _to_5,
+    5: _to_6,
+    6: _to_7,
+}
 """By version: what brings a ledger of that version to the next, in one transaction."""
 
 

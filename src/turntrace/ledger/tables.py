@@ -20,10 +20,11 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    literal_column,
     text,
 )
 
-SCHEMA_VERSION: Final = 6
+SCHEMA_VERSION: Final = 7
 """Version of the tables below; a change of them raises it and adds a migration to `turntrace.ledger.schema`."""
 
 metadata = MetaData()
@@ -174,6 +175,15 @@ turns = Table(
 _waits = turns.c.status == text("'interrupted'")
 waiting_turns = Index("turntrace_turns_waiting", turns.c.session_id, sqlite_where=_waits)
 
+# Those that failed or were abandoned, with what is asked of them, so that nobody reads all turns for the few. Databases
+# know that the index has all of them by the very words of this condition, with its values in it.
+is_failing = turns.c.status.in_([literal_column("'failed'"), literal_column("'abandoned'")])
+failing_turns = Index(
+    "turntrace_turns_failing",
+    *(turns.c[name] for name in ("started_ns", "id", "session_id", "number", "status", "intent", "error")),
+    sqlite_where=is_failing,
+)
+
 # Every decision about a model's window, a row each. In `dropped` stand, as JSON, the ids of the messages that this
 # decision was the first to drop: one that prunes only what the model is given drops the same ones at every call.
 decisions = Table(
@@ -278,3 +288,4 @@ leases = Table(
 def know_postgresql() -> None:
     """Say what the tables say in the words of PostgreSQL too; its dialect takes long to load, and few need it."""
     waiting_turns.dialect_options["postgresql"]["where"] = _waits
+    failing_turns.dialect_options["postgresql"]["where"] = is_failing
