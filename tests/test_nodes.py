@@ -66,7 +66,7 @@ def ids_in(state: Any) -> dict[str, Any]:
 
 
 # --- the ids in the state ---------------------------------------------------------------------------------------------
-def test_the_first_node_writes_the_ids_for_those_after_it(run: Callable[..., Any], capture: Capture) -> None:
+def test_every_node_sees_the_ids_and_the_state_has_them(run: Callable[..., Any], capture: Capture) -> None:
     seen: list[Any] = []
     builder: Builder = StateGraph(State)
     builder.add_node("first", lambda state: seen.append(dict(state)))
@@ -77,9 +77,7 @@ def test_the_first_node_writes_the_ids_for_those_after_it(run: Callable[..., Any
     state = run(track_graph(builder))
 
     (ids,) = turns(capture)
-    assert ids_in(seen[0]) == {}
-    assert ids_in(seen[1]) == ids
-    assert ids_in(state) == ids
+    assert ids_in(seen[0]) == ids_in(seen[1]) == ids_in(state) == ids
 
 
 def test_each_turn_of_a_thread_has_ids_of_its_own(handler: SessionCallbackHandler, capture: Capture) -> None:
@@ -193,6 +191,67 @@ def test_a_dataclass_state(run: Callable[..., Any], capture: Capture) -> None:
     state = run(track_graph(single(lambda state: {"messages": []}, schema=Data)))
 
     assert ids_in(state) == turns(capture)[0]
+
+
+class OfTurns(BaseModel):
+    """A pydantic state."""
+
+    messages: Annotated[list[Any], add_messages]
+    session_id: str | None = None
+    conversation_id: str | None = None
+    turn_id: str | None = None
+    turn_number: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class OfFrozenTurns:
+    """A state that is a dataclass."""
+
+    messages: Annotated[list[Any], add_messages]
+    session_id: str = ""
+    conversation_id: str = ""
+    turn_id: str = ""
+    turn_number: int = 0
+
+
+def look_at(seen: list[Any], kind: str) -> Any:
+    """Return a first node of a kind that notes the number which it sees."""
+
+    def see(state: Any) -> dict[str, Any]:
+        seen.append(state["turn_number"] if isinstance(state, dict) else state.turn_number)
+        return {}
+
+    async def asee(state: Any) -> dict[str, Any]:
+        return see(state)
+
+    def sees(state: Any) -> Iterator[dict[str, Any]]:
+        yield see(state)
+
+    return {"function": see, "coroutine": asee, "generator": sees, "runnable": RunnableLambda(see, asee)}[kind]
+
+
+@pytest.mark.parametrize("kind", ["function", "coroutine", "generator", "runnable"])
+@pytest.mark.parametrize("schema", [State, OfTurns, OfFrozenTurns])
+def test_the_first_node_sees_the_turn_that_runs_and_not_the_one_before(
+    handler: SessionCallbackHandler, schema: Any, kind: str
+) -> None:
+    seen: list[Any] = []
+    builder: Builder = single(look_at(seen, kind), schema=schema)
+    graph: Any = track_graph(builder).compile(checkpointer=InMemorySaver())
+    config = {**config_of("c-1", user_id="ann"), "callbacks": [handler]}
+    for _ in range(3):
+        asyncio.run(graph.ainvoke(asks(), config)) if kind == "coroutine" else graph.invoke(asks(), config)
+    assert seen == [1, 2, 3]
+
+
+def test_what_a_node_is_sent_instead_of_the_state_is_what_it_gets(run: Callable[..., Any]) -> None:
+    got: list[Any] = []
+    builder: Builder = StateGraph(State)
+    builder.add_node("work", lambda state: got.append(state))
+    pieces = [{"piece": 1}, "a text", 3, None, ["a", "list"]]
+    builder.add_conditional_edges(START, lambda state: [Send("work", piece) for piece in pieces], ["work"])
+    run(track_graph(builder))
+    assert sorted(got, key=repr) == sorted(pieces, key=repr)
 
 
 def test_a_fan_out_by_send(run: Callable[..., Any], capture: Capture) -> None:

@@ -5,21 +5,20 @@ import inspect
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
 from langchain_core.runnables.config import run_in_executor
 from langgraph.channels import LastValue
 from langgraph.config import get_config
 from langgraph.graph import StateGraph
-from langgraph.types import Command
-from pydantic import BaseModel
 
 from turntrace import attributes as a
 from turntrace.boundary import caught, never_breaks
 from turntrace.current import current_scope
 from turntrace.errors import ConfigurationError
 from turntrace.graph.callback import SessionCallbackHandler
+from turntrace.graph.fields import fields_of, hinted_schema, read_field, returned_with, shown_with
 from turntrace.graph.given import reads_what_it_is_given
 from turntrace.graph.state import CONTEXT_FIELD, FIELDS, STATE_IDS, ids_of_turn
 from turntrace.identity import check_text
@@ -143,13 +142,13 @@ def track_node(
             raise ConfigurationError("The node is tracked already. Give journey and stage where it is tracked first.")
         return node
     if isinstance(node, Runnable):
-        return _TrackedRunnable(node, _Wanted(_tracked_fields(state_schema), step))
+        return _TrackedRunnable(node, _Wanted(fields_of(state_schema), step))
     if not callable(node):
         raise ConfigurationError(
             f"track_node takes a function, a coroutine function, a callable object or a Runnable, and got a "
             f"{type(node).__name__}: track_node(agent)."
         )
-    return _tracked_function(node, _Wanted(_tracked_fields(state_schema or _hinted_schema(node)), step))
+    return _tracked_function(node, _Wanted(fields_of(state_schema or hinted_schema(_called(node))), step))
 
 
 @dataclasses.dataclass(slots=True)
@@ -173,7 +172,7 @@ def _tracked_function(node: Callable[..., Any], wanted: _Wanted) -> Callable[...
         @wraps(called)
         async def shell(state: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
             with _tracked(state, wanted) as track:
-                async for update in called(state, *args, **kwargs):
+                async for update in called(track.shown, *args, **kwargs):
                     yield track.finished(update)
 
     elif inspect.isgeneratorfunction(called):
@@ -181,7 +180,7 @@ def _tracked_function(node: Callable[..., Any], wanted: _Wanted) -> Callable[...
         @wraps(called)
         def shell(state: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
             with _tracked(state, wanted) as track:
-                for update in called(state, *args, **kwargs):
+                for update in called(track.shown, *args, **kwargs):
                     yield track.finished(update)
 
     elif inspect.iscoroutinefunction(called):
@@ -189,14 +188,14 @@ def _tracked_function(node: Callable[..., Any], wanted: _Wanted) -> Callable[...
         @wraps(called)
         async def shell(state: Any, *args: Any, **kwargs: Any) -> Any:
             with _tracked(state, wanted) as track:
-                return track.finished(await called(state, *args, **kwargs))
+                return track.finished(await called(track.shown, *args, **kwargs))
 
     else:
 
         @wraps(called)
         def shell(state: Any, *args: Any, **kwargs: Any) -> Any:
             with _tracked(state, wanted) as track:
-                return track.finished(called(state, *args, **kwargs))
+                return track.finished(called(track.shown, *args, **kwargs))
 
     shell.__name__ = getattr(node, "__name__", type(node).__name__)  # by which LangGraph names a node
     setattr(shell, _TRACKED, wanted)
@@ -245,11 +244,11 @@ class _TrackedRunnable(RunnableLambda[Any, Any]):
 
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
         with _tracked(input, self.wanted) as track:
-            return track.finished(self.inner.invoke(input, track.carried(config, self.inner), **kwargs))
+            return track.finished(self.inner.invoke(track.shown, track.carried(config, self.inner), **kwargs))
 
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
         with _tracked(input, self.wanted) as track:
-            return track.finished(await self.inner.ainvoke(input, track.carried(config, self.inner), **kwargs))
+            return track.finished(await self.inner.ainvoke(track.shown, track.carried(config, self.inner), **kwargs))
 
     stream = Runnable.stream
     astream = Runnable.astream
@@ -278,15 +277,29 @@ class _Latest(LastValue[Any]):
 
 
 class _Track:
-    """One run of a tracked node."""
+    """One run of a tracked node.
 
-    __slots__ = ("_fields", "_state", "step", "turn")
+    Attributes:
+        turn: The turn that it is in, where there is one.
+        step: Its step.
+        shown: The state as the node is to see it: with the ids of this turn, also where nothing has written them yet.
+    """
+
+    __slots__ = ("_fields", "_is_new", "shown", "step", "turn")
 
     def __init__(self, turn: Turn | None, step: OpenStep | None, state: Any, fields: frozenset[str]) -> None:
         self.turn = turn
         self.step = step
-        self._state = state
+        self.shown = state
         self._fields = fields
+        self._is_new = False
+        if turn is not None and fields >= _IDS:
+            try:
+                self._is_new = read_field(state, "turn_id") != turn.id
+                if self._is_new:
+                    self.shown = shown_with(state, ids_of_turn(turn))
+            except Exception as error:  # a schema of the app's may do anything when it is read or copied
+                caught("showing a node the ids of its turn", error)
 
     def carried(self, config: RunnableConfig | None, inner: Any) -> RunnableConfig | None:
         """Return the config for a node, in which the turn travels to another server where the node is one."""
@@ -316,9 +329,9 @@ class _Track:
         fields: dict[str, Any] = {}
         if tokens is not None and told is None and CONTEXT_FIELD in self._fields:
             fields[CONTEXT_FIELD] = tokens
-        if self._fields >= _IDS and _read(self._state, "turn_id") != turn.id:
+        if self._is_new:
             fields |= ids_of_turn(turn)
-        return _with(update, fields) if fields else update
+        return returned_with(update, fields) if fields else update
 
 
 @contextmanager
@@ -357,42 +370,3 @@ def _place() -> tuple[Turn | None, OpenStep | None]:
     scope = current_scope()
     turn = None if scope is None else scope.turn
     return (turn, None) if isinstance(turn, Turn) else (None, None)
-
-
-def _with(update: Any, fields: dict[str, Any]) -> Any:
-    if update is None:
-        return fields
-    if isinstance(update, Command):
-        if update.graph is not None or not (update.update is None or isinstance(update.update, Mapping)):
-            return update  # it is for the parent's state, or of a form that ids cannot be put into
-        return dataclasses.replace(update, update={**(update.update or {}), **fields})
-    if isinstance(update, Mapping):
-        return {**update, **fields}  # over the ids of a state that the node gave back whole
-    if isinstance(update, list) and all(isinstance(part, Command | Mapping) for part in update):
-        return [*update, fields]
-    # An instance of the state's schema, or of a part of it that has the fields.
-    if isinstance(update, BaseModel) and fields.keys() <= type(update).model_fields.keys():
-        return update.model_copy(update=fields)
-    if dataclasses.is_dataclass(update) and fields.keys() <= {each.name for each in dataclasses.fields(update)}:
-        return dataclasses.replace(update, **fields)  # type: ignore[type-var]
-    return update
-
-
-def _read(state: Any, name: str) -> Any:
-    return state.get(name) if isinstance(state, Mapping) else getattr(state, name, None)
-
-
-def _tracked_fields(schema: type | None) -> frozenset[str]:
-    kinds = () if schema is None else schema.__mro__
-    return frozenset(FIELDS) & {name for kind in kinds for name in getattr(kind, "__annotations__", {})}
-
-
-def _hinted_schema(node: Callable[..., Any]) -> type | None:
-    """Return the type hint of a node's first parameter, as LangGraph reads it for the node's input."""
-    called = _called(node)
-    try:
-        first = next(p for p in inspect.signature(called).parameters.values())
-        hint = get_type_hints(called).get(first.name)
-    except (StopIteration, NameError, TypeError, ValueError):  # none, or names that are known to type checkers only
-        return None
-    return hint if isinstance(hint, type) else None

@@ -17,8 +17,9 @@ def latest(_before: T, now: T) -> T:
 class ConversationState(MessagesState):
     """State of a graph whose turns are tracked; subclass it and add fields of your own.
 
-    The first tracked node of a run writes the ids (see `turntrace.track_graph`), so nodes, edges and checkpoints of the
-    graph have them without any code.
+    Tracked nodes see the ids of the turn that runs, and the first one writes them (see `turntrace.track_graph`), so
+    nodes, edges and checkpoints of the graph have them without any code. An edge before the first node sees those of
+    the turn before.
 
     Attributes:
         messages: The messages of the conversation.
