@@ -243,23 +243,31 @@ def test_the_demo_shows_a_session_as_a_tree_and_all_as_a_table(run: Run, url: st
     tree = [line.lstrip("│├└─` |+-") for line in lines]
     begin = next(number for number, line in enumerate(tree) if line.startswith("turn 5"))
     assert re.fullmatch(r"turn 5  \d\d:\d\d:\d\d  completed  intent refund  statement → answer", tree[begin])
-    assert re.fullmatch(r"\d+ ms, first token \d+ ms, 975 tokens, \$0.000168, window \S{10} <1%", tree[begin + 1])
-    kinds = [line.split("  ")[0] for line in tree[begin + 2 : begin + 20]]
+    assert re.fullmatch(r"\d+ ms, first token \d+ ms, 975 tokens, \$0.000168, window \S{10} 75%", tree[begin + 1])
+    assert re.fullmatch(r"waited \d+\.\d s for a person", tree[begin + 2])
+    kinds = [line.split("  ")[0] for line in tree[begin + 3 : begin + 24]]
     assert kinds == [
         "agent support_desk",
         "node triage",
         *(["node account", "node knowledge"] if "node account" in kinds[2] else ["node knowledge", "node account"]),
         *("node agent", "llm gpt-4o-mini", "node tools", "tool order_status"),
         *("node agent", "llm gpt-4o-mini", "node tools", "tool refund"),
+        *("agent support_desk", "node tools", "tool refund"),  # once a person has approved it
         *("node agent", "llm gpt-4o-mini", "node tools", "tool refund"),
         *("node agent", "llm gpt-4o-mini"),
     ]
     [failed] = [line for line in tree if "ConnectionError" in line]
     assert re.fullmatch(r"tool refund  \d+ ms  ConnectionError", failed)
+    assert [line for line in tree if line.startswith("pruned")] == [
+        "pruned 4 messages, 41 tokens",
+        *["pruned 6 messages, 74 tokens"] * 2,
+    ]
+    after = [tree[number + 1] for number, line in enumerate(tree) if line.startswith("event context.prune")]
+    assert [line.split("  ")[0] for line in after] == ["llm gpt-4o-mini"] * 3
     head = next(number for number, line in enumerate(lines) if line.startswith("session  "))
     assert lines[head].split() == ["session", "user", "channel", "turns", "tokens", "cost", "duration", "ended"]
     shown = [line.split()[-1] for line in lines[head + 2 : head + 7]]
-    assert sorted(shown) == ["completed", "error", "handoff", "user_exit", "user_exit"]
+    assert sorted(shown) == ["completed", "handoff", "inactive_timeout", "user_exit", "user_exit"]
     assert url in result.stdout
     assert "LANGFUSE_PUBLIC_KEY" in result.stdout
     assert "turntrace export" in result.stdout
@@ -287,8 +295,8 @@ def test_the_demos_commands_work_as_they_stand(
     name = "turntrace" if on_path else ".venv/bin/turntrace"
     commands = re.findall(rf"(?:^|  |: ){re.escape(name)} .*$", result.stdout, re.MULTILINE)
     verbs = [command.strip(": ").split()[1] for command in commands]
-    assert verbs == ["sessions", "show", "funnel", "report", "export"]
-    for command in commands[: 1 if on_path else 2]:
+    assert verbs == ["sessions", "show", "show", "funnel", "dropoff", "report", "export"]
+    for command in commands[: 1 if on_path else 5]:
         done = subprocess.run(command.strip(": "), shell=True, capture_output=True, text=True, timeout=60, check=False)
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout
@@ -321,7 +329,8 @@ app(["sessions", "--ledger", {url!r}], standalone_mode=False)
     coloured, without = os.read(ours, 100_000).decode().split("without")
     os.close(ours)
     assert re.search(r"\x1b\[[\d;]*m", coloured)
-    assert not re.search(r"\x1b\[[\d;]*[34]\dm", without)
+    styles = {int(code) for codes in re.findall(r"\x1b\[([\d;]+)m", without) for code in codes.split(";")}
+    assert {0, 1} <= styles <= {0, 1, 2}  # NO_COLOR asks for no colour: bold and dim stay
     assert "\x1b" not in run("sessions", "--ledger", url).stdout
 
 

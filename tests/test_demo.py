@@ -53,7 +53,7 @@ def test_three_users_have_five_sessions_and_20_odd_turns(
     assert 20 <= len(turns) == sum(session.total_turns for session in sessions) < 30
     assert {session.channel for session in sessions} == {"web", "mobile", "api"}
     assert {session.tier for session in sessions} == {"premium", "free", "enterprise"}
-    assert {session.end_reason for session in sessions} == {"user_exit", "completed", "handoff", "error"}
+    assert {session.end_reason for session in sessions} == {"user_exit", "completed", "handoff", "inactive_timeout"}
     assert all(session.total_cost_usd > 0 and session.unpriced_calls == 0 for session in sessions)
 
 
@@ -76,15 +76,50 @@ def test_a_tool_fails_once_and_the_agent_survives_it(turns: list[tuple[TurnSumma
     [(turn, steps)] = [(turn, steps) for turn, steps in turns if any(s.error and s.kind == "tool" for s in steps)]
     assert [(step.name, step.error) for step in steps if step.kind == "tool"] == [
         ("order_status", None),
+        ("refund", None),  # it asks a person
         ("refund", "ConnectionError"),
         ("refund", None),
     ]
     assert (turn.status, turn.error, turn.output_type) == ("completed", None, "answer")
 
 
-def test_one_turn_fails(turns: list[tuple[TurnSummary, list[Step]]]) -> None:
+def test_a_person_approves_the_refund_within_its_turn(
+    sessions: list[SessionSummary], turns: list[tuple[TurnSummary, list[Step]]], spans: list[CapturedSpan]
+) -> None:
+    [(turn, steps)] = [(turn, steps) for turn, steps in turns if turn.wait_ms]
+    assert (turn.number, turn.intent, turn.status) == (5, "refund", "completed")
+    assert len([step for step in steps if step.name == "support_desk"]) == 2
+    assert sessions[support_desk.SHOWN].wait_ms == turn.wait_ms >= 1_000 > turn.latency_ms
+    of_turn = [span for span in spans if span.attributes.get(a.TURN_ID) == turn.id]
+    assert {span.trace_id for span in of_turn} == {turn.trace_id}
+    assert len([span for span in of_turn if span.name == a.SPAN_TURN]) == 1
+
+
+def test_the_window_fills_up_and_is_pruned(turns: list[tuple[TurnSummary, list[Step]]]) -> None:
+    [longest, *others] = sorted(
+        ([t for t, _ in turns if t.conversation_id == each] for each in {t.conversation_id for t, _ in turns}),
+        key=lambda found: -len(found),
+    )
+    assert [turn.number for turn in longest if turn.prunings] == [6, 7, 8]
+    assert all(turn.messages_pruned > 0 and turn.tokens_pruned > 0 for turn in longest[5:])
+    assert all(turn.prunings == 0 for found in others for turn in found)
+    fill = [turn.context_window_pct or 0.0 for turn in longest]
+    assert 0.0 < fill[0] < fill[1] < fill[2] < fill[3] < fill[4] <= 0.8
+    assert all(0.6 < share <= 0.8 for share in fill[5:])
+
+
+def test_a_turn_fails_and_its_user_leaves(
+    desk: tuple[SessionTracker, list[CapturedSpan], list[str]],
+    sessions: list[SessionSummary],
+    turns: list[tuple[TurnSummary, list[Step]]],
+) -> None:
     [failed] = [turn for turn, _ in turns if turn.status != "completed"]
     assert (failed.status, failed.error, failed.output_type) == ("failed", "TimeoutError", "error")
+    [left] = [session for session in sessions if session.dropoff]
+    assert left.id == failed.session_id
+    assert (left.last_turn, left.last_intent, left.last_action) == (failed.number, "account", "failed")
+    by_action = analytics.dropoff_by_action(desk[0].ledger)
+    assert {each.at: (each.ended, each.dropoffs) for each in by_action} == {"failed": (1, 1), "answered": (4, 0)}
 
 
 def test_a_journey_is_converted_and_users_say_how_it_was(

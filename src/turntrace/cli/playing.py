@@ -20,8 +20,8 @@ _NAME: Final = "turntrace"
 def demo(ledger: LedgerOption = None) -> int:
     """Run a small support desk and show what was tracked.
 
-    Three users have five sessions with an agent that has tools, in a few seconds. It needs no key, no server and no
-    network; with Langfuse's keys set, the spans go there.
+    Three users have five sessions with an agent that has tools, in a few seconds: a person approves a refund, a window
+    is pruned, a user leaves. It needs no key, no server and no network; with Langfuse's keys set, the spans go there.
     """
     from turntrace.demo import support_desk
     from turntrace.lifecycle import SessionTracker
@@ -39,13 +39,16 @@ def demo(ledger: LedgerOption = None) -> int:
         sessions_table(console, kept.sessions(ids=session_ids))
         console.print(Text(f"\nThe ledger: {safe(kept.url)}"), soft_wrap=True)
         called, of_it = called_by(), "" if ledger is None or "***" in kept.url else f" --ledger {shlex.quote(kept.url)}"
+        again = f"show {shown[:SHORT_ID]}"
         for what, command in (
             ("Look again:", "sessions"),
-            ("", f"show {shown[:SHORT_ID]}"),
-            ("", f"funnel {support_desk.JOURNEY}"),
+            ("A person approved:", again),
+            ("The window, pruned:", f"{again} --context"),
+            ("The journey:", f"funnel {support_desk.JOURNEY}"),
+            ("Who dropped off:", "dropoff"),
             ("As a page:", "report --serve"),
         ):
-            console.print(Text(f"{what:<12}{safe(f'{called} {command}{of_it}')}"), soft_wrap=True)
+            console.print(Text(f"{what:<20}{safe(f'{called} {command}{of_it}')}"), soft_wrap=True)
         if tracker.target.to_outbox:
             hint = (
                 "To see it in Langfuse, set LANGFUSE_PUBLIC_KEY, LANGFUSE_SECRET_KEY and LANGFUSE_BASE_URL, then: "

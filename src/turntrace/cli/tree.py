@@ -238,7 +238,8 @@ def _feedback_line(given: Feedback) -> Text:
 def _add_steps(branch: Tree, turn: TurnSummary, steps: Sequence[Step]) -> None:
     known = {step.span_id for step in steps}
     below: dict[str | None, list[Step]] = {}
-    for step in sorted(steps, key=lambda step: step.start_ms):
+    # A pruning stands before the call that it was made for, which begins in the same millisecond.
+    for step in sorted(steps, key=lambda step: (step.start_ms, step.kind != "event")):
         # What hangs on a span of other code is shown below the turn: the ledger keeps our own steps only.
         below.setdefault(step.parent_id if step.parent_id in known else turn.root_span_id, []).append(step)
     waiting = [(branch, step) for step in reversed(below.get(turn.root_span_id, []))]

@@ -20,6 +20,7 @@ _THINKING_S: Final = 0.04
 _WORD_S: Final = 0.002
 _CHARACTERS_A_TOKEN: Final = 4
 """Good enough for a demo; a provider counts exactly."""
+_FRAME_TOKENS: Final = 4
 
 
 class DeskModel(BaseChatModel):
@@ -82,6 +83,11 @@ class DeskModel(BaseChatModel):
         return await agenerate_from_stream(self._astream(messages, stop, run_manager, **kwargs))
 
 
+def count_tokens(messages: Sequence[BaseMessage]) -> int:
+    """Return how many tokens the model is given with these messages, as it counts them itself."""
+    return sum(_tokens(str(message.content)) + _FRAME_TOKENS for message in messages)
+
+
 def _chunks(model: str, messages: Sequence[BaseMessage]) -> Iterator[ChatGenerationChunk]:
     answer = _answer(messages)
     if isinstance(answer, Outage):
@@ -95,7 +101,7 @@ def _chunks(model: str, messages: Sequence[BaseMessage]) -> Iterator[ChatGenerat
         for word in answer.split(" "):
             yield ChatGenerationChunk(message=AIMessageChunk(content=f"{word} "))
         made = _tokens(answer)
-    given = sum(_tokens(str(message.content)) + 4 for message in messages)
+    given = count_tokens(messages)
     usage = UsageMetadata(input_tokens=given, output_tokens=made, total_tokens=given + made)
     last = AIMessageChunk(
         content="", usage_metadata=usage, response_metadata={"model_name": model}, chunk_position="last"

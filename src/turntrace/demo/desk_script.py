@@ -33,8 +33,8 @@ REFUND: list[Exchange] = [
         "Me again, about order 4711. It arrived broken, I want my money back.",
         [
             Ask("order_status", {"order": "4711"}),
+            Ask("refund", {"order": "4711", "amount": 49.9}),  # a person approves it, and it fails: see `Payments`
             Ask("refund", {"order": "4711", "amount": 49.9}),
-            Ask("refund", {"order": "4711", "amount": 49.9}),  # the first one fails: see `Payments`
             "I am sorry about that. I have sent your 49.90 back; it takes two to three days.",
         ],
     ),
@@ -65,7 +65,7 @@ PASSWORD: list[Exchange] = [
     ),
     ("Send it to me.", ["It is on its way, and works for an hour."]),
     ("It does not work.", ["Did you open it in the same browser?"]),
-    ("Yes, in the same one.", [Outage()]),
+    ("Yes, and I still cannot sign in.", [Outage()]),
 ]
 
 ANSWERS = {said: answers for script in (LATE_ORDER, REFUND, SHIPPING, INVOICES, PASSWORD) for said, answers in script}

@@ -1,16 +1,15 @@
-"""A support desk as an app with turntrace: three users, five sessions, tools, a parallel step, sync and async.
+"""A support desk as an app with turntrace: three users, five sessions, sync and async.
 
-It is what `turntrace demo` runs, and an example to read. It needs no key, no server and no network.
+Its graph has tools, a parallel step, a refund that a person must approve, and a small window for the model. It is what
+`turntrace demo` runs, and an example to read. It needs no key, no server and no network.
 """
 
 import asyncio
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any, Final, cast
 
-from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import SystemMessage
 from langchain_core.runnables import RunnableLambda
 from langchain_core.tools import tool
@@ -18,15 +17,17 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.prebuilt import ToolNode, tools_condition
+from langgraph.types import Command, interrupt
 
-from turntrace.demo.desk_model import DeskModel
+from turntrace.context import ContextTracker
+from turntrace.demo.desk_model import DeskModel, count_tokens
 from turntrace.demo.desk_script import INVOICES, LATE_ORDER, PASSWORD, REFUND, SHIPPING, Exchange
 from turntrace.graph import ConversationState, SessionCallbackHandler, track_graph
 from turntrace.identity import new_id
-from turntrace.lifecycle import Session, SessionTracker, current_turn
+from turntrace.lifecycle import Session, SessionTracker, Turn, current_turn
 
 SHOWN: Final = 1
-"""Which of the sessions that `run` returns is the one to look at: the one with the failing tool."""
+"""Which of the sessions that `run` returns is the one to look at: with an approval, a failing tool, a pruning."""
 
 JOURNEY: Final = "order_help"
 """The journey of a user with a question about an order, and its stages."""
@@ -34,6 +35,10 @@ JOURNEY: Final = "order_help"
 STAGES: Final = ("asked", "looked_up", "refunded")
 
 _LOOK_UP_S: Final = 0.02
+_APPROVAL_S: Final = 1.2
+"""How long the person thinks who is asked for a refund."""
+_WINDOW_TOKENS: Final = 350
+"""What the desk gives the model at most: so little that a conversation of eight turns has to be pruned."""
 _INTENTS: Final = {"refund": "refund", "money": "refund", "order": "order", "ship": "shipping", "sign in": "account"}
 _INSTRUCTIONS: Final = "You help the customers of a shop. Be brief, be friendly, and look things up before you answer."
 
@@ -69,8 +74,9 @@ class Payments:
         return f"sent {amount:.2f} back for order {order}"
 
 
-def build(model: BaseChatModel, payments: Payments) -> Graph:
+def build(model: DeskModel, payments: Payments) -> Graph:
     """Build the graph: triage, then two look-ups side by side, then the agent with its tools."""
+    approved: set[str] = set()
 
     @tool
     def order_status(order: str) -> str:
@@ -81,7 +87,11 @@ def build(model: BaseChatModel, payments: Payments) -> Graph:
 
     @tool
     def refund(order: str, amount: float) -> str:
-        """Send the money for an order back."""
+        """Send the money for an order back, once a person has approved it."""
+        if order not in approved:
+            if interrupt({"refund": amount, "order": order}) != "yes":
+                return "not approved"
+            approved.add(order)
         receipt = payments.refund(order, amount)
         current_turn().journey(JOURNEY).enter("refunded")
         return receipt
@@ -120,15 +130,19 @@ def _knowledge(state: DeskState) -> dict[str, Any]:
     return {"article": "Refunds take two to three days."}
 
 
-def _agent(model: BaseChatModel) -> RunnableLambda[Any, Any]:
+def _agent(model: DeskModel) -> RunnableLambda[Any, Any]:
+    context = ContextTracker(model.model, limit=_WINDOW_TOKENS, counter=count_tokens)
+
     def prompt(state: DeskState) -> list[Any]:
         return [SystemMessage(f"{_INSTRUCTIONS} Account: {state['account']}. {state['article']}"), *state["messages"]]
 
     def agent(state: DeskState) -> dict[str, Any]:
-        return {"messages": [model.invoke(prompt(state))]}
+        window = context.fit(prompt(state))
+        return {"messages": [model.invoke(window.messages)]}
 
     async def aagent(state: DeskState) -> dict[str, Any]:
-        return {"messages": [await model.ainvoke(prompt(state))]}
+        window = await context.afit(prompt(state))
+        return {"messages": [await model.ainvoke(window.messages)]}
 
     return RunnableLambda(agent, aagent, name="agent")
 
@@ -164,8 +178,16 @@ def _talk(graph: Graph, session: Session, conversation_id: str, script: Sequence
     conversation = session.conversation(conversation_id, topic="late_order")
     for said, _ in script:
         with conversation.turn(said) as turn:
-            for _ in graph.stream(turn.input, cast(Any, turn.config), stream_mode="messages"):
-                pass  # an app would show each token here
+            _stream(graph, turn, turn.input)
+        if graph.get_state(cast(Any, turn.config)).next:  # it waits for a person, who comes a little later
+            time.sleep(_APPROVAL_S)
+            with conversation.resume_turn() as turn:
+                _stream(graph, turn, Command(resume="yes"))
+
+
+def _stream(graph: Graph, turn: Turn, given: Any) -> None:
+    for _ in graph.stream(given, cast(Any, turn.config), stream_mode="messages"):
+        pass  # an app would show each token here
 
 
 async def _others(graph: Graph, tracker: SessionTracker) -> list[str]:
@@ -182,14 +204,16 @@ async def _others(graph: Graph, tracker: SessionTracker) -> list[str]:
 async def _atalk(graph: Graph, tracker: SessionTracker, script: Sequence[Exchange], **user: Any) -> str:
     topic = "account" if script is PASSWORD else "shipping"
     session = await tracker.astart_session(**user)
-    # The outage of the provider leaves the blocks: the turn is marked as failed, the session ends for an "error".
-    with suppress(TimeoutError):
-        async with session:
-            conversation = session.conversation(topic=topic)
-            for said, _ in script:
-                async with conversation.turn(said) as turn:
-                    await graph.ainvoke(turn.input, cast(Any, turn.config))
-            session.feedback(False, comment="not answered")
+    conversation = session.conversation(topic=topic)
+    try:
+        for said, _ in script:
+            async with conversation.turn(said) as turn:
+                await graph.ainvoke(turn.input, cast(Any, turn.config))
+    except TimeoutError:  # the provider's: the turn has failed, and the user says nothing more
+        session.end("inactive_timeout")  # a demo does not wait for the half hour after which the silence ends it
+    else:
+        session.feedback(False, comment="not answered")
+        session.end()
     return session.id
 
 
