@@ -23,7 +23,7 @@ $(VENV)/.made:
 	touch $@
 
 $(VENV)/.app: $(VENV)/.made pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --editable ".[report]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.app

@@ -157,7 +157,7 @@ def run(tracker: SessionTracker) -> list[str]:
         The ids of its five sessions; the second goes on with the conversation of the first.
     """
     graph = build(DeskModel(), Payments())
-    alice = "alice@example.com"
+    alice = "alice@demo.example"
 
     with tracker.session(user_id=alice, channel="web", tier="premium", locale="en-GB") as first:
         late_order = first.conversation(topic="late_order").id
@@ -192,10 +192,10 @@ def _stream(graph: Graph, turn: Turn, given: Any) -> None:
 
 async def _others(graph: Graph, tracker: SessionTracker) -> list[str]:
     """Serve two more users at the same time, in one event loop."""
-    bob = "bob@example.com"
+    bob = "bob@demo.example"
     shipping, invoices, password = await asyncio.gather(
         _atalk(graph, tracker, SHIPPING, user_id=bob, channel="web", tier="free"),
-        _by_callback(graph, tracker, INVOICES, user_id="carol@example.com", channel="api", tier="enterprise"),
+        _by_callback(graph, tracker, INVOICES, user_id="carol@demo.example", channel="api", tier="enterprise"),
         _atalk(graph, tracker, PASSWORD, user_id=bob, channel="mobile", tier="free"),
     )
     return [shipping, invoices, password]
