@@ -44,10 +44,12 @@ class Claim:
     Attributes:
         items: The oldest rows; none when nothing waits, or another process is sending.
         busy_s: Seconds until a sender in another process must have said that it lives; 0 when there is none.
+        is_all: Whether these were all that waited.
     """
 
     items: tuple[OutboxItem, ...] = ()
     busy_s: float = 0.0
+    is_all: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -185,6 +185,15 @@ class SpanTarget:
             with self.processor.capturing() as spans:
                 yield spans
 
+    @contextmanager
+    def flushed_by(self, writer: Any) -> Iterator[None]:
+        """Have a flush of the provider in this thread leave a writer alone, which is flushing it."""
+        if self.processor is None:
+            yield
+        else:
+            with self.processor.flushed_by(writer):
+                yield
+
     def is_sampled(self, trace_id: str) -> bool:
         """Tell whether the spans of a trace are recorded, as Langfuse's client decides it for the trace's scores.
 

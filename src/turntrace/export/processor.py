@@ -115,12 +115,23 @@ class TurnSpanProcessor(SpanProcessor):
         finally:
             self._captured.spans = None
 
+    @contextmanager
+    def flushed_by(self, writer: Any) -> Iterator[None]:
+        """Leave a writer alone while it flushes the provider in this thread."""
+        self._captured.flusher = writer
+        try:
+            yield
+        finally:
+            self._captured.flusher = None
+
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
         """Write down what has ended; then have the processors before this one flush the spans that ended by it."""
         if getattr(self._captured, "flushing", False):
             return True
         until = time.monotonic() + timeout_millis / 1000
-        written = [writer.drain(max(0.0, until - time.monotonic())) for writer in list(self._flushers)]
+        flushing = getattr(self._captured, "flusher", None)
+        writers = [writer for writer in self._flushers if writer is not flushing]
+        written = [writer.drain(max(0.0, until - time.monotonic())) for writer in writers]
         provider = self._provider()
         if provider is not None and any(written):
             self._captured.flushing = True

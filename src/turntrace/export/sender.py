@@ -191,14 +191,13 @@ class Sender:
             self._leased_until = time.monotonic() + self._lease_s
             done = deliver(self.server, claim.items, self._is_still_ours)
             stopped_by = done.stopped_by
-            is_last = stopped_by is not None or len(claim.items) < _MAX_ROWS
-            holds = self._lease_s if stopped_by is not None or not is_last else 0
+            holds = 0.0 if stopped_by is None and claim.is_all else self._lease_s
             self._outbox.settle(self._owner, done.sent, done.refused, lease_s=holds)
             items, refused = items + done.items, refused + len(done.refused)
             self._note(done)
             if on_sent is not None:
                 on_sent(done)
-            if stopped_by is not None:
+            if stopped_by is not None or claim.is_all:
                 return Sent(items, refused, stopped_by)
 
     def _is_still_ours(self) -> bool:

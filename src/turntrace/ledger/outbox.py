@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from functools import cache
+from typing import Any, Final, NamedTuple
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import BigInteger, Connection, bindparam, delete, func, insert, select, update
 
 from turntrace.ledger.engine import Database
 from turntrace.ledger.schema import insert_for
@@ -16,7 +17,16 @@ _DROPPED: Final = "outbox_dropped"
 _MEASURED_EVERY: Final = 16
 """The size is measured when so many parts of what is allowed may have been added."""
 _ROWS: Final = ("kind", "body", "items", "created_ns")
-_FEW: Final = 500
+_COLUMNS: Final = (outbox.c.id, *(outbox.c[name] for name in _ROWS))
+_SIZES: Final = select(outbox.c.id, func.length(outbox.c.body)).order_by(outbox.c.id).limit(bindparam("most"))
+_UP_TO: Final = select(*_COLUMNS).where(outbox.c.id <= bindparam("last")).order_by(outbox.c.id)
+_ANY: Final = select(outbox.c.id).limit(1)
+_DONE: Final = delete(outbox).where(outbox.c.id == bindparam("done"))
+_HELD: Final = (
+    update(leases)
+    .where(leases.c.name == _LEASE, leases.c.owner == bindparam("holder"))
+    .values(until_ns=bindparam("until"))
+)
 _WHY_LENGTH: Final = 500
 
 
@@ -49,23 +59,20 @@ class StoredOutbox:
             max_bytes: How many bytes at most; a row that is larger comes alone.
         """
         if not self.waits():
-            return Claim()
+            return Claim()  # without making writers wait
         with self._database.writing() as connection:
             busy_s = _take_lease(connection, owner, lease_s)
-        if busy_s > 0:
-            return Claim(busy_s=busy_s)
-        sizes = select(outbox.c.id, func.length(outbox.c.body)).order_by(outbox.c.id).limit(max_rows)
-        with self._database.reading() as connection:
-            chosen: list[int] = []
-            total = 0
-            # All are fetched: a query that is left open would hold this connection to what it saw then.
-            for row_id, size in connection.execute(sizes).all():
+            if busy_s > 0:
+                return Claim(busy_s=busy_s)
+            last, total = 0, 0
+            sizes = connection.execute(_SIZES, {"most": max_rows + 1}).all()
+            for row_id, size in sizes[:max_rows]:
                 total += size
-                if chosen and total > max_bytes:
+                if last and total > max_bytes:
                     break
-                chosen.append(row_id)
-            rows = connection.execute(select(outbox).where(outbox.c.id.in_(chosen)).order_by(outbox.c.id))
-            return Claim(tuple(OutboxItem(**row) for row in rows.mappings()))
+                last = row_id
+            items = tuple(OutboxItem(*row) for row in connection.execute(_UP_TO, {"last": last}).all())
+            return Claim(items, is_all=len(items) == len(sizes))
 
     def renew(self, owner: str, *, lease_s: float) -> bool:
         """Go on holding the lease; tell whether it is still held.
@@ -90,10 +97,9 @@ class StoredOutbox:
             for refusal in apart:
                 values = {name: getattr(refusal.item, name) for name in _ROWS}
                 connection.execute(insert(refused).values(values | {"why": refusal.why[:_WHY_LENGTH]}))
-            for few in range(0, len(sent), _FEW):
-                connection.execute(delete(outbox).where(outbox.c.id.in_(sent[few : few + _FEW])))
-            held = update(leases).where(leases.c.name == _LEASE, leases.c.owner == owner)
-            connection.execute(held.values(until_ns=_in(lease_s) if lease_s else 0))
+            if sent:
+                connection.execute(_DONE, [{"done": row_id} for row_id in sent])
+            connection.execute(_HELD, {"holder": owner, "until": _in(lease_s) if lease_s else 0})
 
     def release(self, owner: str) -> None:
         """Give the lease back."""
@@ -110,7 +116,7 @@ class StoredOutbox:
     def waits(self) -> bool:
         """Tell whether anything waits."""
         with self._database.reading() as connection:
-            return connection.execute(select(outbox.c.id).limit(1)).first() is not None
+            return connection.execute(_ANY).first() is not None
 
     def status(self) -> OutboxStatus:
         """Return what is in it."""
@@ -165,21 +171,24 @@ class StoredOutbox:
 def _take_lease(connection: Connection, owner: str, lease_s: float) -> float:
     """Take or renew the lease; return for how many seconds another one has it, or 0."""
     now = time.time_ns()
-    wanted = {"owner": owner, "until_ns": _in(lease_s)}
-    taken = (
-        insert_for(connection.dialect.name, leases)
-        .values(name=_LEASE, **wanted)
-        .on_conflict_do_update(
-            index_elements=[leases.c.name],
-            set_=wanted,
-            where=(leases.c.owner == owner) | (leases.c.until_ns <= now),
-        )
-        .returning(leases.c.owner)
-    )
-    if connection.execute(taken).first() is not None:
+    taken = _taken(connection.dialect.name)
+    if connection.execute(taken, {"taker": owner, "until": _in(lease_s), "now": now}).first() is not None:
         return 0.0
     until = connection.execute(select(leases.c.until_ns).where(leases.c.name == _LEASE)).scalar_one()
     return max(float(until - now) / 1e9, 0.001)
+
+
+@cache
+def _taken(dialect: str) -> Any:
+    taker, until = bindparam("taker", type_=leases.c.owner.type), bindparam("until", type_=BigInteger())
+    wanted = {"owner": taker, "until_ns": until}
+    is_free = (leases.c.owner == taker) | (leases.c.until_ns <= bindparam("now", type_=BigInteger()))
+    return (
+        insert_for(dialect, leases)
+        .values(name=_LEASE, **wanted)
+        .on_conflict_do_update(index_elements=[leases.c.name], set_=wanted, where=is_free)
+        .returning(leases.c.owner)
+    )
 
 
 def _in(seconds: float) -> int:

@@ -80,6 +80,11 @@ class Evaluators:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
+    @property
+    def are_any(self) -> bool:
+        """Whether there is an evaluator."""
+        return bool(self._evaluators)
+
     def submit(self, session: SessionSummary) -> None:
         """Have a session evaluated soon."""
         if not self._evaluators:

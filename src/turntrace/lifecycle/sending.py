@@ -76,9 +76,13 @@ class Sending:
         """
         left = time_left(timeout)
         written = self.writer.drain(left())
+        self._send(left())
+        return written
+
+    def _send(self, timeout: float | None) -> None:
         if self.sender is not None and not self._is_stopped:
             try:
-                self.sender.drain(left())
+                self.sender.drain(timeout)
             except LedgerError as error:
                 if self.writer.is_ledger_away:
                     logger.debug("turntrace: %s It is sent later.", error)
@@ -86,13 +90,15 @@ class Sending:
                     caught("sending what waits in the outbox", error)
             except Exception as error:
                 caught("sending what waits in the outbox", error)
-        return written
 
     def flush(self, timeout: float | None) -> bool:
         """Do what `drain` does, with what the provider holds back."""
         left = time_left(timeout)
-        self._target.flush(left())
-        return self.drain(left())
+        written = self.writer.drain(left())
+        with self._target.flushed_by(self):
+            self._target.flush(left())
+        self._send(left())
+        return written
 
     def stop(self, timeout: float) -> None:
         """End the threads; what is written after it, a later process sends."""

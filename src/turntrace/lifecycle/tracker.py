@@ -318,10 +318,10 @@ class SessionTracker(Turns, Afterwards):
             ConfigurationError: If the timeout is no number of seconds.
         """
         left = time_left(checked_timeout(timeout))
-        written = self._writer.drain(left())
-        if self._evaluators.drain(left()):
-            written = self._writer.drain(left()) and written
-        return self._sending.flush(left()) and written
+        if self._evaluators.are_any:
+            self._writer.drain(left())
+            self._evaluators.drain(left())
+        return self._sending.flush(left())
 
     async def aflush(self, timeout: float | None = 30.0) -> bool:
         """Do what `flush` does, without blocking the event loop."""
