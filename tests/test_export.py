@@ -444,6 +444,15 @@ def test_with_keys_nothing_is_lost_at_an_exit_without_a_flush(server: Server, ur
     assert in_ledger(url) == (1, [])
 
 
+@pytest.mark.parametrize("is_heard", [False, True], ids=["alone", "with a processor of the app's"])
+def test_roots_are_marked_as_langfuses_sdk_marks_them(server: Server, url: str, is_heard: bool) -> None:
+    hears = "from opentelemetry.sdk.trace import SpanProcessor\ntrace.get_tracer_provider().add_span_processor("
+    listener = f"{hears}SpanProcessor())\n" if is_heard else ""
+    run(PLAYS.replace("with tracker", f"{listener}with tracker", 1) + "tracker.flush()\n", url, **keys(server))
+    marked = {span.name for span in server.spans() if span.attributes.get("langfuse.internal.is_app_root")}
+    assert marked == {"session.start", "conversation.turn", "session.end"}
+
+
 def test_a_flush_of_langfuses_client_alone_sends_the_last_turn(server: Server, url: str) -> None:
     slowly = PLAYS.replace("SessionTracker()", "SessionTracker(classify=lambda text: time.sleep(0.3) or 'question')")
     run("import time\n" + slowly + "from langfuse import get_client\nget_client().flush()", url, **keys(server))

@@ -233,6 +233,9 @@ LANGFUSE_PROMPT_NAME: Final = _name(
 LANGFUSE_PROMPT_VERSION: Final = _name(
     "langfuse.observation.prompt.version", int, "generation", "version of that prompt", source="Langfuse"
 )
+LANGFUSE_IS_APP_ROOT: Final = _name(
+    "langfuse.internal.is_app_root", bool, "turn", "as Langfuse's SDK marks the root of a trace", source="Langfuse"
+)
 LANGFUSE_METADATA_PREFIX: Final = "langfuse.observation.metadata."
 
 GEN_AI_OPERATION_NAME: Final = _name(

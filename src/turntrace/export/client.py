@@ -11,8 +11,8 @@ from typing import Any
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace import Tracer as SdkTracer
+from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.id_generator import IdGenerator, RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import Decision, TraceIdRatioBased
 
@@ -20,6 +20,8 @@ from turntrace.attributes import SCOPE_NAME, AttributeValue
 from turntrace.boundary import caught
 from turntrace.current import Scope
 from turntrace.errors import ConfigurationError
+from turntrace.export.alone import Alone
+from turntrace.export.encode import EndedSpan
 from turntrace.export.exporter import OutboxExporter, what_to_queue
 from turntrace.export.processor import SERVING, TurnSpanProcessor, processor_of
 from turntrace.export.server import LangfuseServer
@@ -93,6 +95,9 @@ class SpanTarget:
         if isinstance(self._tracer, SdkTracer):  # the tracer of our name is ours, perhaps of several trackers
             own = self._tracer.id_generator
             self._ids = self._tracer.id_generator = own if isinstance(own, _Ids) else _Ids(own)
+        self._alone: Alone | None = None
+        if to_outbox and self._ids is not None and self.processor is not None and isinstance(provider, TracerProvider):
+            self._alone = Alone(provider, self.processor, with_langfuses=exporter is not None)
 
     @property
     def chooses_ids(self) -> bool:
@@ -100,7 +105,13 @@ class SpanTarget:
         return self._ids is not None
 
     def start(
-        self, name: str, *, attributes: Mapping[str, AttributeValue], start_ns: int, parent: Context
+        self,
+        name: str,
+        *,
+        attributes: Mapping[str, AttributeValue],
+        start_ns: int,
+        parent: Context,
+        has_ended: bool = False,
     ) -> trace.Span:
         """Start a span.
 
@@ -109,7 +120,13 @@ class SpanTarget:
             attributes: Its attributes at the start, where filters of processors look.
             start_ns: When it starts, in nanoseconds since 1970.
             parent: The context whose current span is its parent.
+            has_ended: Whether what it stands for has ended, so that nobody asks for it between its start and its end.
         """
+        if has_ended and self._alone is not None and self._ids is not None:
+            above = trace.get_current_span(parent).get_span_context()
+            written = self._alone.span(name, attributes, start_ns, above, self._ids.generate_span_id)
+            if written is not None:
+                return written
         try:
             return self._tracer.start_span(name, context=parent, attributes=attributes, start_time=start_ns)
         except Exception as error:  # of a span processor of the app's: the step goes on without its span
@@ -125,6 +142,7 @@ class SpanTarget:
         ids: tuple[int, int],
         below: trace.Span | None = None,
         linked: trace.SpanContext | None = None,
+        has_ended: bool = False,
     ) -> trace.Span:
         """Start the root of a trace, or what stands below the span of a request.
 
@@ -136,7 +154,13 @@ class SpanTarget:
             below: The span of the request that the turn serves, which is its parent then (see `claim_request`).
             linked: The span of other code that was current: it is linked, not the parent, so that a turn stays one
                 trace.
+            has_ended: Whether what it stands for has ended.
         """
+        is_top = below is None and linked is None
+        if has_ended and is_top and self._alone is not None:
+            written = self._alone.root(name, attributes, start_ns, ids)
+            if written is not None:
+                return written
         parent = _EMPTY
         links: tuple[trace.Link, ...] = ()
         if below is not None:
@@ -177,7 +201,7 @@ class SpanTarget:
         return True
 
     @contextmanager
-    def capturing(self) -> Iterator[list[ReadableSpan]]:
+    def capturing(self) -> Iterator[list[EndedSpan]]:
         """Capture the spans of ours that this thread ends in a block; none where the provider tells nobody."""
         if self.processor is None:
             yield []

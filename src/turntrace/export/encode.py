@@ -7,11 +7,17 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span
 from opentelemetry.sdk.trace import ReadableSpan
 
+from turntrace.export.written import WrittenSpan, to_request
 
-def to_otlp(spans: Sequence[ReadableSpan]) -> bytes:
+EndedSpan = ReadableSpan | WrittenSpan
+"""A span that has ended, to be written down."""
+
+
+def to_otlp(spans: Sequence[EndedSpan]) -> bytes:
     """Return spans as an OTLP ``ExportTraceServiceRequest`` in protobuf."""
-    body: bytes = encode_spans(spans).SerializeToString()
-    return body
+    others = [span for span in spans if isinstance(span, ReadableSpan)]
+    body: bytes = encode_spans(others).SerializeToString() if others else b""
+    return body + to_request(span for span in spans if isinstance(span, WrittenSpan))  # put together they are one
 
 
 def from_otlp(body: bytes) -> ExportTraceServiceRequest:

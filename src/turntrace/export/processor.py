@@ -14,6 +14,7 @@ from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerPro
 from turntrace.attributes import LANGFUSE_METADATA_PREFIX, SCOPE_NAME
 from turntrace.boundary import caught
 from turntrace.current import Scope, current_scope, turn_that_left
+from turntrace.export.encode import EndedSpan
 
 _LANGFUSE_SDK = "langfuse-sdk"
 
@@ -92,9 +93,7 @@ class TurnSpanProcessor(SpanProcessor):
         """Hand a span that has ended to its turn, or to the block that captures."""
         scope = span.instrumentation_scope
         if scope is not None and scope.name == SCOPE_NAME:
-            captured = getattr(self._captured, "spans", None)
-            if captured is not None:
-                captured.append(span)
+            self.capture(span)
             return
         if span.context is not None and self._requests.get(span.context.trace_id) == span.context.span_id:
             del self._requests[span.context.trace_id]
@@ -105,10 +104,16 @@ class TurnSpanProcessor(SpanProcessor):
             except Exception as error:
                 caught("collecting a span of other code", error)
 
+    def capture(self, span: EndedSpan) -> None:
+        """Hand a span of ours that has ended to the block that captures in this thread."""
+        captured = getattr(self._captured, "spans", None)
+        if captured is not None:
+            captured.append(span)
+
     @contextmanager
-    def capturing(self) -> Iterator[list[ReadableSpan]]:
+    def capturing(self) -> Iterator[list[EndedSpan]]:
         """Capture the spans of ours that this thread ends in a block."""
-        spans: list[ReadableSpan] = []
+        spans: list[EndedSpan] = []
         self._captured.spans = spans
         try:
             yield spans

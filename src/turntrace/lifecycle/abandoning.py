@@ -3,9 +3,8 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from opentelemetry.sdk.trace import ReadableSpan
-
 from turntrace import attributes as a
+from turntrace.export import EndedSpan
 from turntrace.ledger import ABANDONED, LedgerWriter
 from turntrace.lifecycle.ending import Failure, end_span, words_of
 from turntrace.lifecycle.jobs import SpanJob, known_json
@@ -97,7 +96,7 @@ class _AbandonedRoot(SpanJob):
         """Put the span into the outbox."""
         self._put_spans(ledger)
 
-    def _root(self, begun: RootStart) -> list[ReadableSpan]:
+    def _root(self, begun: RootStart) -> list[EndedSpan]:
         turn, target = self.turn, self._tracker.target
         failure = Failure(ABANDONED, None, failed=False)
         asked = {"turn": turn.number, "type": turn.input_type, "length": turn.input_length}

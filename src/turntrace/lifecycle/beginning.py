@@ -101,9 +101,15 @@ def begun_turn(
     )
     linked = around.get_span_context()
 
-    def start_root(_: OpenStep, late: Mapping[str, AttributeValue]) -> trace.Span:
+    def start_root(root: OpenStep, late: Mapping[str, AttributeValue]) -> trace.Span:
         known = begins._replace(tags=turn.words)  # a turn that was written down late has another number now
-        return known.start(tracker.target, late, below=below, linked=linked if linked.is_valid else None)
+        return known.start(
+            tracker.target,
+            late,
+            below=below,
+            linked=linked if linked.is_valid else None,
+            has_ended=root.end_ns is not None,
+        )
 
     turn = Turn(
         conversation,

@@ -40,7 +40,7 @@ class SettleTurn(SpanJob):
             self._late = TurnAccount()
         account = self._late or self._turn.account
         added, others = self._take_ended(account)
-        self._keep(end_steps(self._turn, added, account) + others)
+        self._keep([*end_steps(self._turn, added, account), *others])
         account.spans += len(others)
 
     def _take_ended(self, account: TurnAccount) -> tuple[list[EndedStep], list[ReadableSpan]]:
@@ -115,6 +115,7 @@ class FinishTurn(SettleTurn):
         target = self._tracker.target
         ends_root = not waits or target.to_outbox or not target.chooses_ids
         if ends_root:
+            turn.root.end_ns = self._ended_ns
             turn.root.start(summary.attributes() | _content(turn, summary, question, answer) | words_of(self._failure))
         spans = end_steps(turn, added, account)
         account.spans += len(others)
@@ -126,7 +127,7 @@ class FinishTurn(SettleTurn):
                     end_span(root, self._ended_ns, self._failure)
                 else:  # another process may have been first: where nothing is overwritten, one of both ends it
                     self._root_to_end = root
-        self._keep(spans + others + ended)
+        self._keep([*spans, *others, *ended])
         self._count = account.spans
         self._steps = list(account.steps)
         is_known = root is not None and root.get_span_context().is_valid

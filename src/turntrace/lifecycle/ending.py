@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import Span, StatusCode, format_span_id
 
 from turntrace import attributes as a
@@ -11,7 +10,7 @@ from turntrace.attributes import AttributeValue
 from turntrace.boundary import never_breaks
 from turntrace.content import to_json
 from turntrace.decisions import ContextGiven
-from turntrace.export import ids_of
+from turntrace.export import EndedSpan, ids_of
 from turntrace.lifecycle.pricing import cost_usd
 from turntrace.lifecycle.steps import OpenStep, TurnAccount
 from turntrace.lifecycle.windows import add_given, given_to
@@ -78,7 +77,7 @@ def _add_step(step: OpenStep, account: TurnAccount) -> EndedStep:
     return EndedStep(step, late, cost, given)
 
 
-def end_steps(turn: "Turn", ended: list[EndedStep], account: TurnAccount) -> list[ReadableSpan]:
+def end_steps(turn: "Turn", ended: list[EndedStep], account: TurnAccount) -> list[EndedSpan]:
     """End the spans of steps. They are started in the order in which the steps began, parents first."""
     failures = [_failure_of(turn, each.step) for each in ended]
     begun = sorted(zip(ended, failures, strict=True), key=lambda pair: pair[0].step.start_ns)

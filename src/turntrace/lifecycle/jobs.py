@@ -3,10 +3,8 @@
 import time
 from typing import TYPE_CHECKING, Any
 
-from opentelemetry.sdk.trace import ReadableSpan
-
 from turntrace.content import to_json
-from turntrace.export import to_otlp
+from turntrace.export import EndedSpan, to_otlp
 from turntrace.ledger import LedgerWriter
 from turntrace.waiting import SPANS
 
@@ -19,13 +17,13 @@ class SpanJob:
 
     def __init__(self, tracker: "SessionTracker") -> None:
         self._tracker = tracker
-        self._spans: list[ReadableSpan] = []
+        self._spans: list[EndedSpan] = []
         self._body = b""
 
     def prepare(self) -> None:
         """Do what needs no transaction."""
 
-    def _keep(self, spans: list[ReadableSpan]) -> None:
+    def _keep(self, spans: list[EndedSpan]) -> None:
         self._spans.extend(spans)
         if self._spans and self._tracker.target.to_outbox:
             self._body = to_otlp(self._spans)

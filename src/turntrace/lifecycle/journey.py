@@ -119,13 +119,17 @@ class EnterStage(SpanJob):
             if self._turn is not None:
                 parent = trace.set_span_in_context(self._turn.root.span, _EMPTY)
                 attributes = {**self._turn.tags, **attributes}
-                span = target.start(a.JOURNEY_STAGE, attributes=attributes, start_ns=at_ns, parent=parent)
+                span = target.start(
+                    a.JOURNEY_STAGE, attributes=attributes, start_ns=at_ns, parent=parent, has_ended=True
+                )
             else:
                 parts = (a.JOURNEY_STAGE, self._session.id, entered.name, entered.stage, str(at_ns))
                 ids = (int(derived_id(*parts), 16), int(derived_id(*parts, "span")[:16], 16))
                 attributes = {**tags_of(self._session.facts), **attributes, a.LANGFUSE_TRACE_NAME: a.JOURNEY_STAGE}
                 attributes[a.GEN_AI_OPERATION_NAME] = a.JOURNEY_STAGE
-                span = target.start_root(a.JOURNEY_STAGE, attributes=attributes, start_ns=at_ns, ids=ids)
+                span = target.start_root(
+                    a.JOURNEY_STAGE, attributes=attributes, start_ns=at_ns, ids=ids, has_ended=True
+                )
             self._recorded = int(span.is_recording())
             end_span(span, at_ns, None)
         return ended

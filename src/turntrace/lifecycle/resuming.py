@@ -65,8 +65,9 @@ def resumed_turn(tracker: "SessionTracker", found: TurnTakenUp) -> Turn:
     linked = trace.get_current_span().get_span_context()
     is_other = linked.is_valid and trace.format_trace_id(linked.trace_id) != begun.ids[0]
 
-    def start_root(_: OpenStep, late: Mapping[str, AttributeValue]) -> trace.Span:
-        return begun.start(tracker.target, late, linked=linked if is_other else None)
+    def start_root(root: OpenStep, late: Mapping[str, AttributeValue]) -> trace.Span:
+        ended = root.end_ns is not None
+        return begun.start(tracker.target, late, linked=linked if is_other else None, has_ended=ended)
 
     return Turn(
         Conversation(Session(tracker, session), known.conversation_id, begun.tags.topic),

@@ -77,6 +77,7 @@ class RootStart(NamedTuple):
         *,
         below: trace.Span | None = None,
         linked: trace.SpanContext | None = None,
+        has_ended: bool = False,
     ) -> trace.Span:
         """Start the root.
 
@@ -85,6 +86,7 @@ class RootStart(NamedTuple):
             late: What came to be known since the turn began.
             below: The span of the request that it stands below; by default the one that it began below.
             linked: The span of other code that was current, for a root that stands below nothing.
+            has_ended: Whether the turn has ended.
         """
         return target.start_root(
             a.SPAN_TURN,
@@ -93,6 +95,7 @@ class RootStart(NamedTuple):
             ids=(int(self.ids[0], 16), int(self.ids[1], 16)),
             below=below or self._above(),
             linked=linked,
+            has_ended=has_ended,
         )
 
     def _above(self) -> trace.Span | None:

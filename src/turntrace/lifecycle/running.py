@@ -220,7 +220,9 @@ class RunningTurn:
         if step.known is not None:
             begun.update(step.known)
         begun.update(late)
-        return self._tracker.target.start(step.name, attributes=begun, start_ns=step.start_ns, parent=context)
+        return self._tracker.target.start(
+            step.name, attributes=begun, start_ns=step.start_ns, parent=context, has_ended=step.end_ns is not None
+        )
 
     def close_step(
         self,

@@ -4,11 +4,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from opentelemetry.sdk.trace import ReadableSpan
-
 from turntrace import attributes as a
 from turntrace.attributes import AttributeValue
-from turntrace.export import Score, scores_of, session_score, write_score
+from turntrace.export import EndedSpan, Score, scores_of, session_score, write_score
 from turntrace.identity import derived_id
 from turntrace.ledger import LedgerWriter
 from turntrace.lifecycle.abandoning import abandon_waiting
@@ -117,13 +115,13 @@ def _facts_of(session: SessionSummary) -> SessionFacts:
     return SessionFacts(**facts, sessions_total=session.user_sessions_total)
 
 
-def _session_start(tracker: "SessionTracker", session: SessionFacts) -> list[ReadableSpan]:
+def _session_start(tracker: "SessionTracker", session: SessionFacts) -> list[EndedSpan]:
     asked = {"channel": session.channel, "type": session.type, "locale": session.locale}
     known = {"previous_session": session.previous_id, "sessions_total": session.sessions_total}
     return _session_span(tracker, a.SPAN_SESSION_START, session.attributes(), session.started_ns, asked, known)
 
 
-def _session_end(tracker: "SessionTracker", ended: SessionSummary) -> list[ReadableSpan]:
+def _session_end(tracker: "SessionTracker", ended: SessionSummary) -> list[EndedSpan]:
     words = {name: getattr(ended, name) for name in ("id", "user_id", "channel", "tier", "org_id", "started_ns")}
     tags = SessionFacts(**words)
     return _session_span(
@@ -148,7 +146,7 @@ def _session_span(
     at_ns: int,
     asked: dict[str, Any],
     known: dict[str, Any],
-) -> list[ReadableSpan]:
+) -> list[EndedSpan]:
     shown = {
         a.LANGFUSE_OBSERVATION_TYPE: "event",
         a.LANGFUSE_TRACE_NAME: name,
@@ -162,7 +160,11 @@ def _session_span(
     trace_id, span_id = derived_id(name, session_id), derived_id(name, session_id, "span")
     with tracker.target.capturing() as ended:
         span = tracker.target.start_root(
-            name, attributes={**attributes, **shown}, start_ns=at_ns, ids=(int(trace_id, 16), int(span_id[:16], 16))
+            name,
+            attributes={**attributes, **shown},
+            start_ns=at_ns,
+            ids=(int(trace_id, 16), int(span_id[:16], 16)),
+            has_ended=True,
         )
         end_span(span, at_ns, None)
     return ended
