@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _IDS_REMEMBERED: Final = 100_000
 _ROOT_STATE: Final = (False, "")
+_KINDS_OF_ID: Final = {str, type(None)}
 
 
 # --- what a model was given -------------------------------------------------------------------------------------------
@@ -119,6 +120,13 @@ class _Conversation:
     sites: dict[tuple[bool, str], _Site] = field(default_factory=dict)
     lost: set[str] = field(default_factory=set)
 
+    def ids_before(self, messages: Sequence[Any]) -> list[str | None]:
+        """Return the ids that messages begin with, where they were seen at another place: none need be read again."""
+        for site in self.sites.values():
+            if 0 < len(site.ids) <= len(messages) and _goes_on(messages, site.ids):
+                return site.ids.copy()
+        return []
+
     @property
     def size(self) -> int:
         return len(self.lost) + sum(len(site.ids) for site in self.sites.values())
@@ -176,16 +184,16 @@ def _looked(turn: "Turn", glimpse: Glimpse, conversation: _Conversation) -> _Dec
     node = nodes[-1] if nodes else glimpse.step.name
     site = conversation.sites.get(place)
     if site is None:
-        site = conversation.sites[place] = _Site()
+        site = conversation.sites[place] = _Site(conversation.ids_before(glimpse.messages))
     messages, seen = glimpse.messages, site.ids
     count = len(seen)
     run = (turn.id, _top(glimpse.step).start_ns)
     before, site.node = site.node, node
     same_run, site.run = site.run == run, run
     if count <= len(messages) and (not count or _goes_on(messages, seen)):
-        seen.extend([_id_of(message) for message in messages[count:]])
+        seen.extend(_ids_of(messages[count:]))
         return None
-    site.ids = [_id_of(message) for message in messages]
+    site.ids = _ids_of(messages)
     now = set(site.ids)
     gone = tuple([each for each in seen if each is not None and each not in now and each not in conversation.lost])
     overlaps = any(each is not None and each in now for each in seen)
@@ -218,6 +226,14 @@ def _goes_on(messages: Sequence[Any], seen: Sequence[str | None]) -> bool:
     """Tell whether messages begin with those that were seen: what is removed moves all that comes after it."""
     middle, last = len(seen) // 2, len(seen) - 1
     return seen[last] is not None and all(_id_of(messages[at]) == seen[at] for at in (0, middle, last))
+
+
+def _ids_of(messages: Sequence[Any]) -> list[str | None]:
+    try:
+        found = [None if message.type == "system" else message.id for message in messages]
+    except AttributeError:
+        return [_id_of(message) for message in messages]
+    return found if {*map(type, found)} <= _KINDS_OF_ID else [_id_of(message) for message in messages]
 
 
 def _id_of(message: Any) -> str | None:
