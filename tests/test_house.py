@@ -13,6 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+import fresh
 import turntrace
 
 PROJECT = Path(__file__).parents[1]
@@ -145,9 +146,22 @@ def test_everything_at_the_top_is_documented_and_there() -> None:
 
 
 def test_nothing_else_is_public_at_the_top() -> None:
-    rooms = set(FLOORS) | set(ABOVE_ALL)
-    public = {name for name in vars(turntrace) if not name.startswith("_")}
-    assert public - rooms == set(turntrace.__all__)
+    assert {name for name in dir(turntrace) if not name.startswith("_")} == set(turntrace.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'anything'"):
+        turntrace.anything  # noqa: B018
+
+
+def test_the_command_line_looks_without_langgraph() -> None:
+    command = [sys.executable, "-c", "import sys, turntrace.cli.main; print(*sys.modules)"]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert "turntrace.ledger" in loaded
+    assert [name for name in loaded if name.startswith(("langgraph", "langfuse", "plotly", "tiktoken"))] == []
+
+
+def test_a_tracker_brings_its_callback_along() -> None:
+    script = "from turntrace import SessionTracker\ntracker = SessionTracker('sqlite://')\n"
+    asked = "print(len(tracker.start_session().conversation('c').start_turn('Hi').config['callbacks']))"
+    assert fresh.run(script + asked).split()[-1] == "1"
 
 
 def test_ci_tries_the_floor_of_every_dependency() -> None:

@@ -27,10 +27,10 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from turntrace import SessionTracker
 from turntrace import attributes as a
 from turntrace.export import from_otlp
 from turntrace.ledger import Ledger
-from turntrace.lifecycle import SessionTracker
 
 NS_PER_SECOND: Final = 1_000_000_000
 
