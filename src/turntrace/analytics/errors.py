@@ -13,7 +13,7 @@ from turntrace.analytics.filters import ALL, Filters, of_sessions, of_turns, of_
 from turntrace.analytics.times import DAY_NS, iso_day
 from turntrace.ledger import Ledger
 from turntrace.ledger.rows import plain_summary, steps_from
-from turntrace.ledger.statements import ABANDONED
+from turntrace.ledger.shapes import ABANDONED
 from turntrace.ledger.tables import is_failing, sessions, turns
 from turntrace.records import Step
 from turntrace.summaries import SessionSummary

@@ -6,7 +6,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, RowMapping, exists, select, text, update
 
 from turntrace.ledger.schema import insert_for
-from turntrace.ledger.statements import INTERRUPT, INTERRUPTED
+from turntrace.ledger.shapes import INTERRUPT, INTERRUPTED
 from turntrace.ledger.tables import feedback, open_turns, sessions, turns
 
 _ACTIONS: Final[Mapping[str, str]] = {"failed": "failed", "abandoned": "failed", "interrupted": "interrupted"}

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from turntrace.ledger.statements import LATE_SUMS
-from turntrace.ledger.taking_up import TurnWritten
+from turntrace.ledger.shapes import LATE_SUMS, TurnWritten
 from turntrace.records import Step, TurnSummary
 
 _ADDED: Final = (

@@ -20,7 +20,7 @@ from turntrace.ledger.rows import (
     turn_summary,
     user_summary,
 )
-from turntrace.ledger.statements import INTERRUPTED, OPEN
+from turntrace.ledger.shapes import INTERRUPTED, OPEN
 from turntrace.ledger.tables import decisions, feedback, open_turns, outbox, sessions, turns
 from turntrace.ledger.taking_up import newest_turn, turn_at
 from turntrace.ledger.writing import owner_of

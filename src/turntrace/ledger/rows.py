@@ -11,9 +11,9 @@ from turntrace.decisions import PruningDecision
 from turntrace.errors import IdentityError
 from turntrace.identity import safe_text
 from turntrace.ledger.journeys import hand_over, journeys_of
-from turntrace.ledger.statements import OPEN
+from turntrace.ledger.shapes import OPEN
 from turntrace.ledger.tables import decisions, open_turns, sessions, turns
-from turntrace.records import SessionFacts, Step, TurnOwn, TurnSummary
+from turntrace.records import SessionFacts, Step, TurnSummary
 from turntrace.summaries import SessionSummary, UserSummary
 
 _DAY_NS: Final = 86_400 * 1_000_000_000
@@ -147,18 +147,6 @@ def running_turn(row: RowMapping) -> TurnSummary:
 def open_row(turn: TurnSummary) -> dict[str, Any]:
     """Return the row of a turn that goes on."""
     return {name: getattr(turn, name) for name in _OPEN_COLUMNS}
-
-
-def own_text(own: TurnOwn) -> str | None:
-    """Write what a turn began with as the ledger keeps it; None for nothing."""
-    known = {name: value for name in TurnOwn.__slots__ if (value := getattr(own, name))}
-    return json.dumps(known, separators=(",", ":")) if known else None
-
-
-def own_from(text: str | None) -> TurnOwn:
-    """Read back what `own_text` wrote."""
-    known = json.loads(text) if text else {}
-    return TurnOwn(**{**known, "tags": tuple(known.get("tags", ()))})
 
 
 _DECISION_COLUMNS: Final = tuple(name for name in PruningDecision.__slots__ if name in decisions.c)

@@ -24,30 +24,11 @@ from sqlalchemy.engine import Dialect
 
 from turntrace.ledger.engine import Prepared
 from turntrace.ledger.schema import insert_for
+from turntrace.ledger.shapes import INTERRUPT, INTERRUPTED
 from turntrace.ledger.tables import conversations, decisions, gates, open_turns, outbox, sessions, turns
-
-OPEN: Final = "open"
-"""Status of a turn that has begun and has not ended."""
-
-COMPLETED: Final = "completed"
-"""Status of a turn that ended well."""
-
-INTERRUPTED: Final = "interrupted"
-"""Status of a turn that waits for a person, or that was handed over to another process."""
-
-INTERRUPT: Final = "interrupt"
-"""Type of the output of a turn that waits, or waited to its end, for a person."""
-
-ABANDONED: Final = "abandoned"
-"""Status of a turn that nobody ended, or answered."""
 
 TURN_COLUMNS: Final = tuple(column.name for column in turns.c if column.name not in ("spans", "steps"))
 """Columns of a turn that are named as the fields of `turntrace.records.TurnSummary`."""
-
-LATE_SUMS: Final = (
-    *("spans", "tool_calls", "llm_calls", "input_tokens", "output_tokens", "cost_usd", "unpriced_calls", "prunings"),
-)
-"""What steps that end after their turn add to it."""
 
 _SAME_SUMS: Final = (
     "llm_calls",

@@ -8,8 +8,8 @@ transactions that hold the spans and the row together.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Final, NamedTuple, TypeVar
+from dataclasses import replace
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import Connection, Engine, RowMapping, insert, select, union_all
 from sqlalchemy.engine import URL
@@ -21,15 +21,10 @@ from turntrace.ledger.engine import Database
 from turntrace.ledger.erasing import Erased, erase_waiting, forget, forget_ended
 from turntrace.ledger.outbox import StoredOutbox
 from turntrace.ledger.questions import LedgerQuestions
-from turntrace.ledger.rows import (
-    continue_session,
-    first_session,
-    has_open_turn,
-    session_facts,
-)
+from turntrace.ledger.rows import continue_session, first_session, has_open_turn, session_facts
+from turntrace.ledger.shapes import SessionOpened, TurnBegun, TurnTakenUp
 from turntrace.ledger.statements import Statements
 from turntrace.ledger.tables import gates, open_turns, sessions, turns
-from turntrace.ledger.taking_up import TurnTakenUp
 from turntrace.ledger.writing import LedgerWriter
 from turntrace.records import SessionFacts, TurnSummary
 
@@ -38,37 +33,6 @@ _SETTLE_S: Final = 30.0
 _TRIES: Final = 20
 _AGAIN_S: Final = 0.05
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class SessionOpened:
-    """How a session was opened.
-
-    Attributes:
-        session: The session, begun or continued.
-        is_new: Whether it began now.
-        is_announced: Whether its ``session.start`` is on record: not so when the process was killed before.
-        expired_id: The session of the same user and channel that had been silent too long and is to be ended.
-        expired_activity_ns: When that was active last, in nanoseconds since 1970.
-    """
-
-    session: SessionFacts
-    is_new: bool
-    is_announced: bool = False
-    expired_id: str | None = None
-    expired_activity_ns: int = 0
-
-
-class TurnBegun(NamedTuple):
-    """A turn that has begun.
-
-    Attributes:
-        number: Its number in the conversation, from 1, without gaps.
-        unanswered_id: The turn before it, where that waits for a person, who will not answer it any more.
-    """
-
-    number: int
-    unanswered_id: str | None
 
 
 class Ledger(LedgerQuestions):

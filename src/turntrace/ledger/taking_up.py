@@ -1,47 +1,14 @@
 """Turns that wait, for a person or for another process: which they are, and how they go on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, RowMapping, insert, select, update
 
 from turntrace.ledger.rows import first_session, open_row, running_turn, session_facts, steps_from, turn_summary
-from turntrace.ledger.statements import COMPLETED, INTERRUPTED, OPEN
+from turntrace.ledger.shapes import COMPLETED, INTERRUPTED, OPEN, TurnTakenUp, TurnWritten
 from turntrace.ledger.tables import open_turns, sessions, turns
-from turntrace.records import SessionFacts, Step, TurnSummary
-
-
-@dataclass(frozen=True, slots=True)
-class TurnWritten:
-    """A turn as it is written down.
-
-    Attributes:
-        turn: What is known of it.
-        steps: Its steps.
-        spans: How many spans its trace has, the root left out.
-        roots: How many roots it has: none while it waits, or where spans are not recorded.
-    """
-
-    turn: TurnSummary
-    steps: tuple[Step, ...]
-    spans: int
-    roots: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class TurnTakenUp:
-    """A turn that goes on.
-
-    Attributes:
-        turn: What is known of it.
-        session: The session that it is in.
-        before: What was written down when it began to wait; None when its process was killed before it could.
-    """
-
-    turn: TurnSummary
-    session: SessionFacts
-    before: TurnWritten | None
+from turntrace.records import TurnSummary
 
 
 def newest_turn(connection: Connection, conversation_id: str) -> TurnSummary | None:

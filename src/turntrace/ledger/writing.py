@@ -2,8 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any
 
 from sqlalchemy import Connection, RowMapping, delete, select, update
 
@@ -18,48 +17,13 @@ from turntrace.ledger.ends import (
 )
 from turntrace.ledger.journeys import enter_stage, unconverted_in
 from turntrace.ledger.parts import put_together
-from turntrace.ledger.rows import (
-    decision_values,
-    first_session,
-    full_summary,
-    plain_summary,
-    steps_text,
-)
-from turntrace.ledger.statements import ABANDONED, INTERRUPTED, SESSION_SUMS, TURN_COLUMNS, Statements
+from turntrace.ledger.rows import decision_values, first_session, full_summary, plain_summary, steps_text
+from turntrace.ledger.shapes import ABANDONED, INTERRUPTED, StageWanted, TurnEnd, TurnWritten
+from turntrace.ledger.statements import SESSION_SUMS, TURN_COLUMNS, Statements
 from turntrace.ledger.tables import conversations, open_turns, outbox, sessions, turns
-from turntrace.ledger.taking_up import TurnWritten, newest_turn, written_turn
+from turntrace.ledger.taking_up import newest_turn, written_turn
 from turntrace.records import Step, TurnSummary, TurnTags
 from turntrace.summaries import SessionSummary, StageEntered
-
-
-class TurnEnd(IntEnum):
-    """What came of ending a turn; it is true when the turn ended by it."""
-
-    ENDED_BEFORE = 0
-    ENDED = 1
-    ENDED_AFTER_SESSION = 2
-
-
-class StageWanted(NamedTuple):
-    """A step of a journey as the app asks for it.
-
-    Attributes:
-        name: Name of the journey.
-        stages: Its stages, in order.
-        stage: The stage to enter; None to stay where it stands.
-        converts: Whether the journey is converted by it.
-        session_id: The session in which this is.
-        turn_number: Number of the turn in which this is; None for that of the session's last one.
-        at_ns: When, in nanoseconds since 1970.
-    """
-
-    name: str
-    stages: tuple[str, ...]
-    stage: str | None
-    converts: bool
-    session_id: str
-    turn_number: int | None
-    at_ns: int
 
 
 class LedgerWriter:

@@ -5,17 +5,18 @@ from typing import TYPE_CHECKING, Any
 
 from turntrace import attributes as a
 from turntrace.export import EndedSpan
-from turntrace.ledger import ABANDONED, LedgerWriter
+from turntrace.ledger import ABANDONED
 from turntrace.lifecycle.ending import Failure, end_span, words_of
 from turntrace.lifecycle.jobs import SpanJob, known_json
 from turntrace.lifecycle.rooting import RootStart
 from turntrace.records import SessionFacts, TurnSummary
 
 if TYPE_CHECKING:
+    from turntrace.ledger import LedgerWriter
     from turntrace.lifecycle.tracker import SessionTracker
 
 
-def abandon_running(tracker: "SessionTracker", ledger: LedgerWriter, row: Any) -> bool:
+def abandon_running(tracker: "SessionTracker", ledger: "LedgerWriter", row: Any) -> bool:
     """Close a turn whose process died: its row, and the span that its trace lacks, the root.
 
     Args:
@@ -37,7 +38,7 @@ def abandon_running(tracker: "SessionTracker", ledger: LedgerWriter, row: Any) -
     return bool(ended)
 
 
-def abandon_waiting(tracker: "SessionTracker", ledger: LedgerWriter, row: Any) -> bool:
+def abandon_waiting(tracker: "SessionTracker", ledger: "LedgerWriter", row: Any) -> bool:
     """Close a turn that waits for a person who does not answer; tell whether it was closed by this.
 
     Args:
@@ -68,7 +69,7 @@ class AbandonWaiting:
     def prepare(self) -> None:
         """Do nothing: what it is about is in the ledger."""
 
-    def write(self, ledger: LedgerWriter) -> None:
+    def write(self, ledger: "LedgerWriter") -> None:
         """Close it, unless it goes on after all."""
         for row in ledger.waiting_turns(1, turn_id=self._turn_id):
             abandon_waiting(self._tracker, ledger, row)
@@ -92,7 +93,7 @@ class _AbandonedRoot(SpanJob):
         """How many spans that is: one, or none where spans are not recorded."""
         return len(self._spans)
 
-    def put(self, ledger: LedgerWriter) -> None:
+    def put(self, ledger: "LedgerWriter") -> None:
         """Put the span into the outbox."""
         self._put_spans(ledger)
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from turntrace.errors import StateError
 from turntrace.identity import check_id
-from turntrace.ledger import Ledger
 from turntrace.lifecycle.checks import checked_time, idle_ns_of
 from turntrace.lifecycle.erasing import Forgotten, forget_before, forget_user
 from turntrace.lifecycle.feedback import FEEDBACK_NAME, PutFeedback
@@ -15,6 +14,7 @@ from turntrace.lifecycle.sweep import Swept, sweep
 from turntrace.summaries import SessionSummary, UserSummary
 
 if TYPE_CHECKING:
+    from turntrace.ledger import Ledger
     from turntrace.lifecycle.tracker import SessionTracker
 
 R = TypeVar("R")
@@ -23,7 +23,7 @@ R = TypeVar("R")
 class Afterwards:
     """The part of a tracker that looks at what is on record."""
 
-    ledger: Ledger
+    ledger: "Ledger"
     idle_ns: int
     clock: Callable[[], int]
     hash_user: Callable[[str | int], str]

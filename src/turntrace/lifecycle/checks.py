@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from opentelemetry import trace
 
 from turntrace.boundary import caught
 from turntrace.errors import ConfigurationError
 from turntrace.identity import check_text, hash_user
-from turntrace.ledger import Ledger
 from turntrace.settings import MAX_IDLE_S
+
+if TYPE_CHECKING:
+    from turntrace.ledger import Ledger
 
 SESSION_TYPES: Final = ("chat", "api", "batch")
 
@@ -189,7 +191,7 @@ def outbox_bytes_of(megabytes: float) -> int:
     return int(megabytes * 1_000_000)
 
 
-def hash_key_of(given: str | bytes | None, from_environment: Any, ledger: Ledger) -> bytes:
+def hash_key_of(given: str | bytes | None, from_environment: Any, ledger: "Ledger") -> bytes:
     """Return the key for hashing users: the given one, that of the environment, or the one that the ledger keeps."""
     key = given
     if key is None and from_environment is not None:

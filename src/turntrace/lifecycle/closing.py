@@ -12,7 +12,7 @@ from turntrace.boundary import never_breaks
 from turntrace.content import Message, classify_output, read_message
 from turntrace.export import ids_of
 from turntrace.identity import safe_text
-from turntrace.ledger import INTERRUPT, INTERRUPTED, LATE_SUMS, LedgerWriter, TurnEnd
+from turntrace.ledger import INTERRUPT, INTERRUPTED, LATE_SUMS, TurnEnd
 from turntrace.lifecycle.abandoning import AbandonWaiting
 from turntrace.lifecycle.ending import EndedStep, Failure, add_up, end_span, end_steps, words_of
 from turntrace.lifecycle.jobs import SpanJob, known_json
@@ -22,6 +22,7 @@ from turntrace.lifecycle.windows import Noted, add_given
 from turntrace.records import Step, TurnSummary, elapsed_ms
 
 if TYPE_CHECKING:
+    from turntrace.ledger import LedgerWriter
     from turntrace.lifecycle.turn import Turn
 
 
@@ -50,7 +51,7 @@ class SettleTurn(SpanJob):
         events = [each.step for each in self._noted if each.step is not None]
         return add_up(steps + events, account), others
 
-    def write(self, ledger: LedgerWriter) -> None:
+    def write(self, ledger: "LedgerWriter") -> None:
         """Put the spans into the outbox; what ended after its turn is added to the turn and its session."""
         session_id = self._turn.conversation.session.id
         if self._tracker.is_forgotten(session_id) or self._was_erased(ledger, session_id):
@@ -63,11 +64,11 @@ class SettleTurn(SpanJob):
             # Where its session has ended, the totals that were sent then are sent again with this.
             EndSession(self._tracker, self._turn.conversation.session.id).write(ledger)
 
-    def _was_erased(self, ledger: LedgerWriter, session_id: str) -> bool:
+    def _was_erased(self, ledger: "LedgerWriter", session_id: str) -> bool:
         """Tell whether another process erased the user while the turn ran; a guest's session is in another ledger."""
         return not self._turn.is_visit and ledger.session(session_id) is None
 
-    def _put_decisions(self, ledger: LedgerWriter) -> None:
+    def _put_decisions(self, ledger: "LedgerWriter") -> None:
         tags = self._turn.words
         for noted in self._noted:
             ledger.put_decision(noted.decision, noted.dropped, tags)
@@ -134,7 +135,7 @@ class FinishTurn(SettleTurn):
         trace_id, root_span_id = ids_of(root) if root is not None and is_known else turn.planned_ids
         self._summary = replace(summary, trace_id=trace_id, root_span_id=root_span_id)
 
-    def write(self, ledger: LedgerWriter) -> None:
+    def write(self, ledger: "LedgerWriter") -> None:
         """Put the spans into the outbox and end the row of the turn, in one transaction."""
         if self._summary is None or self._tracker.is_forgotten(self._summary.session_id):
             self._tracker.finished(self._turn)
@@ -182,7 +183,7 @@ class _WholeRoot(SpanJob):
             end_span(span, whole.ended_ns, failure)
         self._keep(ended)
 
-    def write(self, ledger: LedgerWriter) -> None:
+    def write(self, ledger: "LedgerWriter") -> None:
         """Put it into the outbox."""
         self._put_spans(ledger)
 

@@ -16,11 +16,11 @@ from turntrace.boundary import caught
 from turntrace.errors import ConfigurationError
 from turntrace.export import session_score
 from turntrace.identity import check_text, safe_text
-from turntrace.ledger import LedgerWriter
 from turntrace.lifecycle.session_jobs import put_scores
 from turntrace.summaries import SessionSummary
 
 if TYPE_CHECKING:
+    from turntrace.ledger import LedgerWriter
     from turntrace.lifecycle.tracker import SessionTracker
 
 Scores: TypeAlias = Mapping[str, "str | bool | float"]
@@ -184,6 +184,6 @@ class _PutScores:
     def prepare(self) -> None:
         """Do nothing: all is known."""
 
-    def write(self, ledger: LedgerWriter) -> None:
+    def write(self, ledger: "LedgerWriter") -> None:
         """Put the scores into the outbox."""
         put_scores(self._tracker, ledger, self._scores)

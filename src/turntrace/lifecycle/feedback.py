@@ -6,10 +6,10 @@ from turntrace import attributes as a
 from turntrace.errors import ConfigurationError
 from turntrace.export import session_score, trace_score
 from turntrace.identity import check_text, derived_id
-from turntrace.ledger import LedgerWriter
 from turntrace.lifecycle.session_jobs import EndSession, put_scores
 
 if TYPE_CHECKING:
+    from turntrace.ledger import LedgerWriter
     from turntrace.lifecycle.tracker import SessionTracker
 
 FEEDBACK_NAME: Final = "user_feedback"
@@ -53,7 +53,7 @@ class PutFeedback:
     def prepare(self) -> None:
         """Do nothing: all is known."""
 
-    def write(self, ledger: LedgerWriter) -> None:
+    def write(self, ledger: "LedgerWriter") -> None:
         """Write the row, and put the scores into the outbox, in one transaction."""
         if ledger.session(self._session_id) is None:
             return  # it was erased

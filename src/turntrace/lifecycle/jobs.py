@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from turntrace.content import to_json
 from turntrace.export import EndedSpan, to_otlp
-from turntrace.ledger import LedgerWriter
 from turntrace.waiting import SPANS
 
 if TYPE_CHECKING:
+    from turntrace.ledger import LedgerWriter
     from turntrace.lifecycle.tracker import SessionTracker
 
 
@@ -28,7 +28,7 @@ class SpanJob:
         if self._spans and self._tracker.target.to_outbox:
             self._body = to_otlp(self._spans)
 
-    def _put_spans(self, ledger: LedgerWriter) -> None:
+    def _put_spans(self, ledger: "LedgerWriter") -> None:
         if self._body:
             ledger.put(SPANS, self._body, items=len(self._spans), created_ns=time.time_ns())
 

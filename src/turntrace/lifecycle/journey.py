@@ -9,13 +9,14 @@ from opentelemetry.context import Context
 from turntrace import attributes as a
 from turntrace.errors import ConfigurationError
 from turntrace.identity import check_text, derived_id
-from turntrace.ledger import LedgerWriter, StageWanted
+from turntrace.ledger import StageWanted
 from turntrace.lifecycle.ending import end_span
 from turntrace.lifecycle.jobs import SpanJob
 from turntrace.lifecycle.session_jobs import EndSession, tags_of
 from turntrace.summaries import JourneySummary, StageEntered
 
 if TYPE_CHECKING:
+    from turntrace.ledger import LedgerWriter
     from turntrace.lifecycle.session import Session
     from turntrace.lifecycle.turn import Turn
 
@@ -94,7 +95,7 @@ class EnterStage(SpanJob):
         self._turn = turn
         self._recorded = 0
 
-    def write(self, ledger: LedgerWriter) -> None:
+    def write(self, ledger: "LedgerWriter") -> None:
         """Enter the stage and put its event into the outbox, in one transaction."""
         session = ledger.session(self._session.id)
         # Whose it is, is known of the session by now, or not at all any more: it was erased.
@@ -145,7 +146,7 @@ class _CountSpans:
     def prepare(self) -> None:
         """Do nothing: all is known."""
 
-    def write(self, ledger: LedgerWriter) -> None:
+    def write(self, ledger: "LedgerWriter") -> None:
         """Add them."""
         ledger.add_to_turn(self._turn.words, {"spans": self._spans})
 

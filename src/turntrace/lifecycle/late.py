@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from turntrace.errors import StateError
-from turntrace.ledger import LedgerWriter, TurnBegun
+from turntrace.ledger import TurnBegun
 
 if TYPE_CHECKING:
+    from turntrace.ledger import LedgerWriter
     from turntrace.lifecycle.session import Session
     from turntrace.lifecycle.tracker import SessionTracker
     from turntrace.lifecycle.turn import Turn
@@ -23,7 +24,7 @@ class BeginSessionLate:
         """Write it down in a transaction of its own, before anything that falls into it."""
         self._tracker.open_again(self._session)
 
-    def write(self, ledger: LedgerWriter) -> None:
+    def write(self, ledger: "LedgerWriter") -> None:
         """Nothing is left to be written."""
 
 
@@ -55,5 +56,5 @@ class BeginTurnLate:
         self._turn.renumber(found.number)
         self._begun(found)
 
-    def write(self, ledger: LedgerWriter) -> None:
+    def write(self, ledger: "LedgerWriter") -> None:
         """Nothing is left to be written."""

@@ -7,7 +7,7 @@ from opentelemetry import trace
 
 from turntrace.attributes import AttributeValue
 from turntrace.identity import time_of_checkpoint
-from turntrace.ledger import ABANDONED, INTERRUPT, INTERRUPTED, OPEN, Ledger, TurnTakenUp
+from turntrace.ledger import ABANDONED, INTERRUPT, INTERRUPTED, OPEN, TurnTakenUp
 from turntrace.lifecycle.rooting import RootStart
 from turntrace.lifecycle.session import Conversation, Session
 from turntrace.lifecycle.steps import OpenStep
@@ -15,6 +15,7 @@ from turntrace.lifecycle.turn import Turn
 from turntrace.records import TurnRequest, TurnSummary
 
 if TYPE_CHECKING:
+    from turntrace.ledger import Ledger
     from turntrace.lifecycle.tracker import SessionTracker
 
 
@@ -36,7 +37,7 @@ def is_to_resume(turn: TurnSummary, checkpoint_id: str | None, *, answers: bool)
     return at_ns is not None and at_ns >= (turn.ended_ns or turn.started_ns)
 
 
-def forked_from(ledger: Ledger, request: TurnRequest, checkpoint_id: str | None, *, has_input: bool) -> str | None:
+def forked_from(ledger: "Ledger", request: TurnRequest, checkpoint_id: str | None, *, has_input: bool) -> str | None:
     """Return the id of the turn that a run replays from a checkpoint, or without one goes on from, or None.
 
     Front ends name the checkpoint that they show with each message: one within the newest turn is no fork.

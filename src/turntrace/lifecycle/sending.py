@@ -2,14 +2,16 @@
 
 import logging
 import time
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from turntrace.boundary import caught
 from turntrace.errors import LedgerError
 from turntrace.export import Pace, Sender, SpanTarget
-from turntrace.ledger import Ledger, LedgerWriter
 from turntrace.lifecycle.writer import Writer, time_left
 from turntrace.waiting import SPANS
+
+if TYPE_CHECKING:
+    from turntrace.ledger import Ledger, LedgerWriter
 
 logger = logging.getLogger("turntrace")
 
@@ -26,7 +28,7 @@ class Sending:
         pace: How long the sender waits for what.
     """
 
-    def __init__(self, ledger: Ledger, target: SpanTarget, max_bytes: int, pace: Pace | None) -> None:
+    def __init__(self, ledger: "Ledger", target: SpanTarget, max_bytes: int, pace: Pace | None) -> None:
         self._ledger = ledger
         self._target = target
         self._max_bytes = max_bytes
@@ -120,6 +122,6 @@ class _KeepSpans:
     def prepare(self) -> None:
         """Do nothing: all is known."""
 
-    def write(self, ledger: LedgerWriter) -> None:
+    def write(self, ledger: "LedgerWriter") -> None:
         """Put them there."""
         ledger.put(SPANS, self._body, items=self._spans, created_ns=self._at_ns)

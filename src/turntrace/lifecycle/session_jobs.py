@@ -8,7 +8,6 @@ from turntrace import attributes as a
 from turntrace.attributes import AttributeValue
 from turntrace.export import EndedSpan, Score, scores_of, session_score, write_score
 from turntrace.identity import derived_id
-from turntrace.ledger import LedgerWriter
 from turntrace.lifecycle.abandoning import abandon_waiting
 from turntrace.lifecycle.dropoff import DropoffFacts
 from turntrace.lifecycle.ending import end_span
@@ -18,6 +17,7 @@ from turntrace.summaries import SessionSummary
 from turntrace.waiting import SCORE
 
 if TYPE_CHECKING:
+    from turntrace.ledger import LedgerWriter
     from turntrace.lifecycle.tracker import SessionTracker
 
 INACTIVE_TIMEOUT: Final = "inactive_timeout"
@@ -38,7 +38,7 @@ class AnnounceSession(SpanJob):
         """Make the span."""
         self._keep(_session_start(self._tracker, self._session))
 
-    def write(self, ledger: LedgerWriter) -> None:
+    def write(self, ledger: "LedgerWriter") -> None:
         """Put the span into the outbox, once for the session."""
         if ledger.announced(self._session.id):
             self._put_spans(ledger)
@@ -63,7 +63,7 @@ class EndSession(SpanJob):
         self._ended_ns = ended_ns
         self._evaluated = False
 
-    def write(self, ledger: LedgerWriter) -> None:
+    def write(self, ledger: "LedgerWriter") -> None:
         """End the session and put its span into the outbox, in one transaction, once."""
         if self._reason == INACTIVE_TIMEOUT:  # whom it waited for did not come back
             for row in ledger.waiting_turns(_MOST_WAITING, session_id=self._session_id):
@@ -95,7 +95,7 @@ class EndSession(SpanJob):
             tracker.evaluate(ended)
 
 
-def put_scores(tracker: "SessionTracker", ledger: LedgerWriter, scores: Iterable[Score]) -> None:
+def put_scores(tracker: "SessionTracker", ledger: "LedgerWriter", scores: Iterable[Score]) -> None:
     """Put scores into the outbox, where there is a Langfuse to take them; none of a trace that is not sampled."""
     target = tracker.target
     if target.takes_scores:

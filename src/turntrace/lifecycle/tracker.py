@@ -7,17 +7,15 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, ClassVar, Final, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
 from opentelemetry import trace
-from sqlalchemy import Engine
 
 from turntrace.boundary import never_breaks, off_watched_loop
 from turntrace.content import ContentLevel, ContentPolicy, classify_input
 from turntrace.errors import ConfigurationError
 from turntrace.export import Pace, SpanTarget, open_target
 from turntrace.identity import check_id, check_text, new_id
-from turntrace.ledger import Ledger
 from turntrace.lifecycle.asking import Afterwards
 from turntrace.lifecycle.checks import (
     UserHasher,
@@ -47,6 +45,9 @@ from turntrace.lifecycle.writer import Job, time_left
 from turntrace.records import SessionFacts
 from turntrace.settings import read_settings
 from turntrace.summaries import SessionSummary
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
 
 _STOP_S: Final = 30.0
 
@@ -98,7 +99,7 @@ class SessionTracker(Turns, Afterwards):
 
     def __init__(
         self,
-        ledger: str | Engine | None = None,
+        ledger: "str | Engine | None" = None,
         *,
         content: ContentPolicy | ContentLevel | None = None,
         idle_after: float | timedelta | None = None,
@@ -118,6 +119,8 @@ class SessionTracker(Turns, Afterwards):
         clock: Callable[[], int] = time.time_ns,
         ids: Callable[[], str] = new_id,
     ) -> None:
+        from turntrace.ledger import Ledger  # with SQLAlchemy, which whoever only imports turntrace does without
+
         settings = read_settings()
         level = settings.content if content is None else content
         self.content = level if isinstance(level, ContentPolicy) else ContentPolicy(level)

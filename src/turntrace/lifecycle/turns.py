@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from turntrace.errors import LedgerError, StateError
-from turntrace.ledger import Ledger
 from turntrace.lifecycle.beginning import begun_turn
 from turntrace.lifecycle.closing import FinishTurn, SettleTurn
 from turntrace.lifecycle.resuming import forked_from, is_to_resume, resumed_turn
@@ -17,6 +16,7 @@ from turntrace.lifecycle.writer import Writer
 from turntrace.records import SessionFacts, TurnRequest
 
 if TYPE_CHECKING:
+    from turntrace.ledger import Ledger
     from turntrace.lifecycle.tracker import SessionTracker
 
 _WRITTEN_S: Final = 5.0
@@ -26,7 +26,7 @@ _NUMBERS: Final = 10_000
 class Turns:
     """The part of a tracker that has the turns."""
 
-    ledger: Ledger
+    ledger: "Ledger"
     channel: str
     propagate: bool
     idle_ns: int

@@ -11,11 +11,13 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 from itertools import chain, repeat
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from turntrace.boundary import caught
 from turntrace.errors import LedgerError
-from turntrace.ledger import Ledger, LedgerWriter
+
+if TYPE_CHECKING:
+    from turntrace.ledger import Ledger, LedgerWriter
 
 logger = logging.getLogger("turntrace")
 
@@ -43,7 +45,7 @@ class Job(Protocol):
     def prepare(self) -> None:
         """Do what needs no transaction of the writer's; called again only when it raised a `LedgerError`."""
 
-    def write(self, ledger: LedgerWriter) -> None:
+    def write(self, ledger: "LedgerWriter") -> None:
         """Write, within a transaction; called again when that failed."""
 
 
@@ -64,7 +66,7 @@ class Writer:
     """
 
     def __init__(
-        self, ledger: Ledger, written: Callable[[], object] = lambda: None, *, most_waiting: int = MOST_WAITING
+        self, ledger: "Ledger", written: Callable[[], object] = lambda: None, *, most_waiting: int = MOST_WAITING
     ) -> None:
         self._most_waiting = most_waiting
         self._dropped = itertools.count()
@@ -174,24 +176,29 @@ class Writer:
             self._here.release()
 
     def _run(self) -> None:
-        while True:
-            batch = [self._jobs.get()]
-            self._hurry.wait(_LINGER_S)  # a moment for more to come: one transaction then serves them all
-            while len(batch) < _BATCH:
-                try:
-                    batch.append(self._jobs.get_nowait())
-                except queue.Empty:
-                    break
-            marks = [job for job in batch if isinstance(job, threading.Event)]
-            if marks:
-                self._hurry.clear()
-            jobs = self._prepared([job for job in batch if not isinstance(job, threading.Event)])
-            if jobs:
-                self._write(jobs)
-            for mark in marks:
-                mark.set()
-            if _STOP in marks:
-                return self._stopped()
+        while not self._write_some():
+            pass
+        self._stopped()
+
+    def _write_some(self) -> bool:
+        """Wait for jobs and do them; tell whether to stop. Between two calls the thread holds no turn in memory."""
+        batch = [self._jobs.get()]
+        self._hurry.wait(_LINGER_S)  # a moment for more to come: one transaction then serves them all
+        while len(batch) < _BATCH:
+            try:
+                batch.append(self._jobs.get_nowait())
+            except queue.Empty:
+                break
+        marks = [job for job in batch if isinstance(job, threading.Event)]
+        if marks:
+            self._hurry.clear()
+        jobs = self._prepared([job for job in batch if not isinstance(job, threading.Event)])
+        if jobs:
+            self._write(jobs)
+        del batch, jobs
+        for mark in marks:
+            mark.set()
+        return _STOP in marks
 
     def _stopped(self) -> None:
         with self._start_lock:
