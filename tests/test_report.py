@@ -33,6 +33,7 @@ from turntrace.ledger.rows import steps_text
 from turntrace.ledger.tables import conversations, decisions, journeys, sessions, stages, turns
 from turntrace.records import Step
 from turntrace.report import LangfusePlace, Report, ReportServer, collect, render, serve, write_report
+from turntrace.report.figures import whole
 from turntrace.report.filtering import applied, filter_form, filters_of
 from turntrace.report.words import duration, label, money, shortened, show_command, visible
 
@@ -802,6 +803,32 @@ def test_windows_that_are_nearly_empty_are_told_in_tokens() -> None:
 
 def test_open_sessions_are_said_to_be_of_unknown_outcome(page: Page) -> None:
     assert "Of all others it is unknown, and of those that are open." in page.text
+
+
+def test_numbers_of_turns_that_are_few_but_far_apart_are_written_where_there_is_room() -> None:
+    def axis(numbers: tuple[int, ...]) -> dict[str, Any]:
+        ledger = of_days(*(f"2026-11-{day:02}" for day in range(1, 1 + len(numbers))))
+        with ledger.asking() as connection:
+            for at, number in enumerate(numbers):
+                connection.execute(update(turns).where(turns.c.id == f"t{at}").values(number=number))
+            connection.commit()
+        found: dict[str, Any] = page_of(ledger).figures["plot-latency-by-turn-0"]["layout"]["xaxis"]
+        return found
+
+    assert axis((1, 3, 4, 5))["tickvals"] == [1, 3, 4, 5]
+    assert "tickvals" not in axis((1, 3, 4, 5, 40))
+
+
+def test_large_counts_are_written_short_and_small_ones_whole() -> None:
+    assert whole(3) == {"dtick": 1, "tick0": 0}
+    assert whole(9_999) == {"tickformat": ",d"}
+    assert whole(3_000_000) == {"tickformat": "~s"}
+
+
+def test_charts_side_by_side_begin_at_the_same_height(page: Page) -> None:
+    for chart in ("usage-by-model", "usage-by-tier", "usage-by-channel"):
+        tokens, cost = (page.figures[f"plot-{chart}-{number}"]["layout"] for number in range(2))
+        assert (tokens["height"], tokens["margin"]) == (cost["height"], cost["margin"])
 
 
 def test_ticks_of_figures_are_never_slanted(page: Page) -> None:

@@ -122,13 +122,13 @@ def _fit_for_page(get_script: Any) -> str:
 
 # --- the top ----------------------------------------------------------------------------------------------------------
 def _header(report: Report, parts: Sequence[Section], refresh_s: float | None) -> Markup:
-    about = f"{_of(report)} Made {moment(report.at_ns)}; all days and times are in UTC."
+    made = element("time", moment(report.at_ns))
     links = [(part.id, part.title) for part in parts] + [("look-at", "Sessions to look at")]
     is_served = refresh_s is not None
     return element(
         "header",
         element("h1", TITLE),
-        element("p", about, class_="about"),
+        element("p", *_of(report), " Made ", made, "; all days and times are in UTC.", class_="about"),
         filter_form(report.filters, report.choices) if is_served else applied(report.filters),
         _refresh(refresh_s) if refresh_s else None,
         element(
@@ -139,13 +139,13 @@ def _header(report: Report, parts: Sequence[Section], refresh_s: float | None) -
     )
 
 
-def _of(report: Report) -> str:
+def _of(report: Report) -> Sequence[str]:
     total = report.totals
     if total.first_ns is None or total.last_ns is None:
-        return "No sessions."
-    first, last = moment(total.first_ns)[:10], moment(total.last_ns)[:10]
-    days = f"on {first}" if first == last else f"from {first} to {last}"
-    return f"{times(total.sessions, 'session')} {days}."
+        return ("No sessions.",)
+    first, last = (element("time", moment(at)[:10]) for at in (total.first_ns, total.last_ns))
+    days = ("on ", first) if first == last else ("from ", first, " to ", last)
+    return (times(total.sessions, "session"), " ", *days, ".")
 
 
 def _refresh(refresh_s: float) -> Markup:
@@ -237,7 +237,7 @@ def _section(report: Report, section: Section) -> Markup:
         "section",
         element("h2", section.title, id=f"{section.id}-title"),
         *intro,
-        element("div", *cards, class_="cards") if cards else _empty(report, section.empty),
+        element("div", *cards, class_="cards") if cards else _empty(report, f"{section.nothing} {section.empty}"),
         id=section.id,
         aria_labelledby=f"{section.id}-title",
     )
@@ -286,7 +286,7 @@ def _card(chart: Chart, *, is_wide: bool) -> Markup:
 def _empty(report: Report, hint: str) -> Markup:
     demo = element("code", "turntrace demo")
     if not report.is_empty:
-        return element("p", "Nothing of this is on record. ", hint, class_="empty")
+        return element("p", hint, class_="empty")
     if report.filters != ALL:
         return element("p", "No session meets these filters. Leave some of them out.", class_="empty")
     return element(
