@@ -932,6 +932,17 @@ def test_an_empty_ledger_says_so_in_every_section() -> None:
     assert empty.tiles["Drop-off rate"][0] == "\N{EN DASH}"
 
 
+@pytest.mark.parametrize("refresh_s", [None, 30])
+def test_a_page_without_charts_is_small(six_weeks: Ledger, refresh_s: float | None) -> None:
+    html = render(collect(six_weeks, Filters(channel="none"), now_ns=NOW), refresh_s=refresh_s)
+    assert len(html.encode()) < 60_000
+    found = Page(html)
+    [script] = found.scripts[1:]
+    [content] = [each["content"] for each in found.of("meta") if each.get("http-equiv") == "Content-Security-Policy"]
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{allowed}';" in str(content)
+
+
 def test_filters_that_nothing_meets_say_so(six_weeks: Ledger) -> None:
     empty = Page(render(collect(six_weeks, Filters(channel="none"), now_ns=NOW)))
     assert empty.text.count("No session meets these filters.") == SECTIONS

@@ -50,11 +50,11 @@ def render(report: Report, *, langfuse: LangfusePlace | None = None, refresh_s: 
         for chart in part.charts
         for number, plot in enumerate(chart.plots)
     }
-    scripts = (_plotly_script(), _own("report.js"))
+    scripts = _scripts(has_charts=bool(figures))
     head = element(
         "head",
         element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=policy(is_served=refresh_s is not None)),
+        element("meta", http_equiv="Content-Security-Policy", content=policy(scripts, is_served=refresh_s is not None)),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="referrer", content="no-referrer"),
         element("meta", name="color-scheme", content="light dark"),
@@ -79,9 +79,18 @@ def render(report: Report, *, langfuse: LangfusePlace | None = None, refresh_s: 
     return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
 
 
-def policy(*, is_served: bool) -> str:
-    """Return the page's content security policy: its own scripts, by their hashes, and nothing else."""
-    hashes = " ".join(f"'sha256-{_hash(script)}'" for script in (_plotly_script(), _own("report.js")))
+def policy(scripts: Sequence[str] | None = None, *, is_served: bool) -> str:
+    """Return the page's content security policy: its own scripts, by their hashes, and nothing else.
+
+    Args:
+        scripts: The scripts of the page. Default: those of a page with charts.
+        is_served: Whether it may send its form.
+
+    Raises:
+        ConfigurationError: If plotly is not installed.
+    """
+    scripts = _scripts(has_charts=True) if scripts is None else scripts
+    hashes = " ".join(f"'sha256-{_hash(script)}'" for script in scripts)
     rules = (
         "default-src 'none'",
         f"script-src {hashes}",
@@ -91,6 +100,12 @@ def policy(*, is_served: bool) -> str:
         f"form-action {chr(39)}{'self' if is_served else 'none'}{chr(39)}",
     )
     return "; ".join(rules)
+
+
+def _scripts(*, has_charts: bool) -> tuple[str, ...]:
+    """Return the scripts of a page: plotly's, of some megabytes, only where there is something to draw."""
+    plotly = _plotly_script()  # also where it is not needed: whether it is installed is said at once
+    return (plotly, _own("report.js")) if has_charts else (_own("report.js"),)
 
 
 def _hash(script: str) -> str:
