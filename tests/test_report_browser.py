@@ -340,21 +340,28 @@ def test_a_cell_of_retention_says_its_share_wherever_there_is_room(browser: Brow
 def test_the_filter_of_the_tables_works(browser: Browser, address: str, report: Report) -> None:
     with opened(browser, address) as page:
         rows = page.locator(".sessions tbody tr:visible")
-        assert rows.count() == 55
-        shown = [*report.failing, *report.latest, *report.slowest, *report.dearest, *report.longest]
+        assert rows.count() == 65
+        shown = [
+            *report.failing,
+            *report.unsatisfied,
+            *report.latest,
+            *report.slowest,
+            *report.dearest,
+            *report.longest,
+        ]
         page.select_option("#table-filter [name=channel]", "web")
         assert rows.count() == sum(session.channel == "web" for session in shown)
         page.select_option("#table-filter [name=end]", "inactive_timeout")
         silent = [each for each in shown if each.channel == "web" and each.end_reason == "inactive_timeout"]
         assert rows.count() == len(silent)
-        expect(page.locator("#table-filter output")).to_have_text(f"{len(silent)} of 55 rows")
+        expect(page.locator("#table-filter output")).to_have_text(f"{len(silent)} of 65 rows")
         page.select_option("#table-filter [name=channel]", "")
         page.select_option("#table-filter [name=end]", "")
         page.fill("#table-filter [name=text]", report.dearest[0].id[:12].upper())
         assert set(page.locator(".sessions tbody tr:visible th").all_inner_texts()) == {report.dearest[0].id[:8]}
         page.fill("#table-filter [name=text]", "nothing is called so")
         assert rows.count() == 0
-        assert page.get_by_text("No session of this table matches.").locator("visible=true").count() == 5
+        assert page.get_by_text("No session of this table matches.").locator("visible=true").count() == 6
 
 
 def test_a_row_leads_to_langfuse_and_to_the_terminal(browser: Browser, address: str, report: Report) -> None:

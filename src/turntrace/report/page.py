@@ -8,7 +8,7 @@ from importlib import resources
 from importlib.metadata import version
 from typing import Any, Final
 
-from turntrace.analytics import ALL, interval
+from turntrace.analytics import ALL, SATISFIED, interval
 from turntrace.errors import ConfigurationError
 from turntrace.report.charts import sections
 from turntrace.report.charts.endings import outcomes_table
@@ -17,17 +17,23 @@ from turntrace.report.figures import Chart, Section
 from turntrace.report.filtering import applied, filter_form
 from turntrace.report.langfuse import LangfusePlace
 from turntrace.report.markup import Markup, element, joined, json_for_script, raw
-from turntrace.report.tables import OPEN, folded, session_table, table
+from turntrace.report.tables import COLUMNS, OPEN, WITH_FEEDBACK, folded, session_table, table
 from turntrace.report.words import between, count, duration, moment, money, percent, times, visible
 
 TITLE: Final = "Sessions of the agent"
 _NO_CHARTS: Final = "The charts need JavaScript; the tables below them hold the same figures."
 _SESSION_TABLES: Final = (
-    ("failing", "Sessions with failed turns", "Those that began last in which a turn failed."),
-    ("latest", "Latest sessions", "Those that began last."),
-    ("slowest", "Slowest sessions", "By the mean latency of a turn."),
-    ("dearest", "Dearest sessions", "By their cost."),
-    ("longest", "Longest sessions", "By the time from the first to the last activity."),
+    ("failing", "Sessions with failed turns", "Those that began last in which a turn failed.", COLUMNS),
+    (
+        "unsatisfied",
+        "Least satisfied sessions",
+        f"By the mean of their feedback, where that is below {percent(SATISFIED)}; the latest of equal ones first.",
+        WITH_FEEDBACK,
+    ),
+    ("latest", "Latest sessions", "Those that began last.", COLUMNS),
+    ("slowest", "Slowest sessions", "By the mean latency of a turn.", COLUMNS),
+    ("dearest", "Dearest sessions", "By their cost.", COLUMNS),
+    ("longest", "Longest sessions", "By the time from the first to the last activity.", COLUMNS),
 )
 
 
@@ -316,8 +322,8 @@ def _empty(report: Report, hint: str) -> Markup:
 # --- sessions to look at ----------------------------------------------------------------------------------------------
 def _sessions(report: Report, langfuse: LangfusePlace | None) -> Markup:
     tables = [
-        session_table(an_id, title, reading, found, langfuse)
-        for an_id, title, reading in _SESSION_TABLES
+        session_table(an_id, title, reading, found, langfuse, columns)
+        for an_id, title, reading, columns in _SESSION_TABLES
         if (found := getattr(report, an_id)) or an_id == "latest"
     ]
     intro = "Look again in a terminal by the command of a row"
@@ -333,7 +339,7 @@ def _sessions(report: Report, langfuse: LangfusePlace | None) -> Markup:
 
 
 def _table_filter(report: Report) -> Markup:
-    shown = [session for an_id, _, _ in _SESSION_TABLES for session in getattr(report, an_id)]
+    shown = [session for an_id, *_ in _SESSION_TABLES for session in getattr(report, an_id)]
     channels = sorted({visible(session.channel) for session in shown})
     ends = sorted({visible(session.end_reason or OPEN) for session in shown})
     return element(
