@@ -465,6 +465,10 @@ SESSION_ORDERS: dict[str, Callable[[Row], Any]] = {
     "slowest": lambda row: row["active_ms"] / row["total_turns"] if row["total_turns"] else -1,
     "most tokens": lambda row: row["input_tokens"] + row["output_tokens"],
     "most failed": lambda row: row["failed_turns"],
+    "least satisfied": lambda row: (
+        -row["feedback_sum"] / row["feedback_count"] if row["feedback_count"] else -2,
+        row["started_ns"],
+    ),
 }
 
 
@@ -642,12 +646,24 @@ def test_users_come_in_each_order(made: Made, filters: Filters) -> None:
 def test_sessions_come_in_each_order_with_ties_by_their_ids(made: Made, filters: Filters) -> None:
     assert set(ORDERS) == set(SESSION_ORDERS)
     for by, order in SESSION_ORDERS.items():
-        rows = sorted(kept_sessions(made.records, filters), key=lambda row: (-order(row), row["id"]))
-        ids = [row["id"] for row in rows]
+        rows = sorted(kept_sessions(made.records, filters), key=lambda row: row["id"])
+        ids = [row["id"] for row in sorted(rows, key=order, reverse=True)]
         ask: Any = by
         assert [each.id for each in analytics.sessions_by(made.ledger, ask, filters, limit=500)] == ids, by
         page = analytics.sessions_by(made.ledger, ask, filters, limit=5, offset=3)
         assert [each.id for each in page] == ids[3:8]
+
+
+def test_the_least_satisfied_of_equal_ones_are_the_latest_also_where_a_sum_is_not_exact(engine: Engine) -> None:
+    records = Records()
+    given = {"late": (1e-17, 1), "early": (-1e-17, 2), "third": (1.0, 3), "most": (2.0, 2), "none": (0.0, 0)}
+    for n, (name, (total, times)) in enumerate(given.items()):
+        records.add_session(name, user_id="u", started_ns=MONDAY - n * 10**9, feedback_sum=total, feedback_count=times)
+    ledger = records.write(engine)
+    found = analytics.sessions_by(ledger, "least_satisfied")
+    assert [session.id for session in found] == list(given)
+    assert [session.user_satisfaction for session in found] == [1e-17, 0.0, 1 / 3, 1.0, None]
+    assert analytics.sessions_by(ledger, "least satisfied") == found
 
 
 # --- what must hold of any figures ------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from turntrace.ledger.rows import steps_text
 from turntrace.ledger.tables import conversations, decisions, journeys, sessions, stages, turns
 from turntrace.records import Step
 from turntrace.report import LangfusePlace, Report, ReportServer, collect, render, serve, write_report
+from turntrace.report.figures import whole
 from turntrace.report.filtering import applied, filter_form, filters_of
 from turntrace.report.words import duration, label, money, shortened, show_command, visible
 
@@ -399,6 +400,11 @@ ASKED: dict[str, Any] = {
     "prunings": analytics.prunings,
     "estimate_errors": analytics.estimate_errors,
     "failing": analytics.sessions_with_errors,
+    "unsatisfied": lambda ledger, filters: [
+        session
+        for session in analytics.sessions_by(ledger, "least satisfied", filters)
+        if session.user_satisfaction is not None and session.user_satisfaction < 0.5
+    ],
     "latest": lambda ledger, filters: analytics.sessions_by(ledger, "newest", filters, limit=15),
     "slowest": lambda ledger, filters: analytics.sessions_by(ledger, "slowest", filters),
     "dearest": lambda ledger, filters: analytics.sessions_by(ledger, "dearest", filters),
@@ -566,17 +572,39 @@ def test_the_errors_are_those_of_the_turns(report: Report, page: Page) -> None:
 
 def test_sessions_with_failed_turns_are_looked_at_first(report: Report, page: Page) -> None:
     captions = list(page.tables)
-    assert captions.index("Sessions with failed turns") == captions.index("Latest sessions") - 1
+    assert captions.index("Sessions with failed turns") == captions.index("Latest sessions") - 2
     rows = page.tables["Sessions with failed turns"][1:]
     assert [row[4:6] for row in rows] == [[str(each.total_turns), str(each.failed_turns)] for each in report.failing]
     assert all(each.failed_turns for each in report.failing)
+
+
+def test_sessions_whose_users_were_least_satisfied_are_told_by_their_feedback(six_weeks: Ledger, page: Page) -> None:
+    rows = six_weeks.sessions(limit=10_000)
+    poor = [each for each in rows if each.user_satisfaction is not None and each.user_satisfaction < 0.5]
+    poor.sort(key=lambda each: (each.user_satisfaction, -each.started_ns))
+    head, *found = page.tables["Least satisfied sessions"]
+    assert [row[0] for row in found] == [each.id[:8] for each in poor[:10]]
+    assert {row[head.index("feedback")] for row in found} == {"0%"}
+    assert "feedback" not in page.tables["Latest sessions"][0]
+
+
+def test_sessions_of_half_satisfied_users_are_not_among_the_least_satisfied() -> None:
+    ledger = of_days("2026-11-23", "2026-11-24", "2026-11-25")
+    assert "Least satisfied sessions" not in page_of(ledger).tables, "nobody said anything"
+    with ledger.asking() as connection:
+        for at, total in enumerate((1.0, 0.98)):
+            given = {"feedback_sum": total, "feedback_count": 2}
+            connection.execute(update(sessions).where(sessions.c.id == f"{at:032x}").values(given))
+        connection.commit()
+    head, *rows = page_of(ledger).tables["Least satisfied sessions"]
+    assert [(row[1][:10], row[head.index("feedback")]) for row in rows] == [("2026-11-24", "49%")]
 
 
 def test_where_no_turn_failed_it_says_of_how_many() -> None:
     ledger = Ledger("sqlite://")
     nasty(ledger)
     found = Page(render(collect(ledger, now_ns=NOW)))
-    assert f"Of {len(NASTY)} turns none failed or was abandoned (95%: 0\N{EN DASH}24% do)." in found.text
+    assert f"No errors. Of {len(NASTY)} turns none failed or was abandoned (95%: 0\N{EN DASH}24% do)." in found.text
     assert "Sessions with failed turns" not in found.tables
 
 
@@ -624,8 +652,8 @@ def test_a_session_has_its_command_and_its_page_in_langfuse(report: Report) -> N
     slowest = report.slowest[0]
     assert place.session_url(slowest.id) == f"https://langfuse.example.com/project/project%201/sessions/{slowest.id}"
     links = [link for link in linked.of("a") if link.get("target")]
-    assert links[25]["href"] == place.session_url(slowest.id)
-    assert len(links) == 55
+    assert links[35]["href"] == place.session_url(slowest.id)
+    assert len(links) == 65
     assert {link["rel"] for link in links} == {"noopener noreferrer"}
     assert linked.tables["Slowest sessions"][1][-1] == f"turntrace show {slowest.id[:8]}"
     assert not [link for link in Page(render(report)).of("a") if link.get("target")]
@@ -804,6 +832,32 @@ def test_open_sessions_are_said_to_be_of_unknown_outcome(page: Page) -> None:
     assert "Of all others it is unknown, and of those that are open." in page.text
 
 
+def test_numbers_of_turns_that_are_few_but_far_apart_are_written_where_there_is_room() -> None:
+    def axis(numbers: tuple[int, ...]) -> dict[str, Any]:
+        ledger = of_days(*(f"2026-11-{day:02}" for day in range(1, 1 + len(numbers))))
+        with ledger.asking() as connection:
+            for at, number in enumerate(numbers):
+                connection.execute(update(turns).where(turns.c.id == f"t{at}").values(number=number))
+            connection.commit()
+        found: dict[str, Any] = page_of(ledger).figures["plot-latency-by-turn-0"]["layout"]["xaxis"]
+        return found
+
+    assert axis((1, 3, 4, 5))["tickvals"] == [1, 3, 4, 5]
+    assert "tickvals" not in axis((1, 3, 4, 5, 40))
+
+
+def test_large_counts_are_written_short_and_small_ones_whole() -> None:
+    assert whole(3) == {"dtick": 1, "tick0": 0}
+    assert whole(9_999) == {"tickformat": ",d"}
+    assert whole(3_000_000) == {"tickformat": "~s"}
+
+
+def test_charts_side_by_side_begin_at_the_same_height(page: Page) -> None:
+    for chart in ("usage-by-model", "usage-by-tier", "usage-by-channel"):
+        tokens, cost = (page.figures[f"plot-{chart}-{number}"]["layout"] for number in range(2))
+        assert (tokens["height"], tokens["margin"]) == (cost["height"], cost["margin"])
+
+
 def test_ticks_of_figures_are_never_slanted(page: Page) -> None:
     lying = [each["layout"]["xaxis"] for each in page.figures.values() if each["data"][0].get("orientation") == "h"]
     assert lying
@@ -882,7 +936,7 @@ def test_a_file_states_its_filters(six_weeks: Ledger, page: Page) -> None:
 
 def test_a_session_can_be_found_in_the_tables(report: Report, page: Page) -> None:
     rows = [each for each in page.of("tr") if "data-text" in each]
-    assert len(rows) == 55
+    assert len(rows) == 65
     first = report.failing[0]
     assert (rows[0]["data-channel"], rows[0]["data-end"]) == (first.channel, first.end_reason or "open")
     assert first.id in str(rows[0]["data-text"])
@@ -903,6 +957,17 @@ def test_an_empty_ledger_says_so_in_every_section() -> None:
     assert len(empty.of("h2")) == SECTIONS
     assert empty.tiles["Sessions"] == ("0", "0 open")
     assert empty.tiles["Drop-off rate"][0] == "\N{EN DASH}"
+
+
+@pytest.mark.parametrize("refresh_s", [None, 30])
+def test_a_page_without_charts_is_small(six_weeks: Ledger, refresh_s: float | None) -> None:
+    html = render(collect(six_weeks, Filters(channel="none"), now_ns=NOW), refresh_s=refresh_s)
+    assert len(html.encode()) < 60_000
+    found = Page(html)
+    [script] = found.scripts[1:]
+    [content] = [each["content"] for each in found.of("meta") if each.get("http-equiv") == "Content-Security-Policy"]
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{allowed}';" in str(content)
 
 
 def test_filters_that_nothing_meets_say_so(six_weeks: Ledger) -> None:

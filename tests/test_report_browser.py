@@ -11,10 +11,12 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from sqlalchemy import delete, update
 
 from test_report import DAY, MONDAY, NASTY, NOW, Synthetic, nasty, served
 from turntrace.analytics import Filters
 from turntrace.ledger import Ledger
+from turntrace.ledger.tables import sessions, turns
 from turntrace.report import LangfusePlace, Report, collect, render, write_report
 from turntrace.report.words import shortened
 
@@ -178,6 +180,90 @@ def test_its_buttons_send_nothing_anywhere(browser: Browser, address: str) -> No
         assert saved.value.suggested_filename.endswith(".png")
 
 
+COVERED = """() => [...document.querySelectorAll('.plot')].flatMap(plot => {
+    const [bar] = plot.querySelectorAll('.modebar');
+    const covers = bar.getBoundingClientRect();
+    const drawn = [...plot.querySelectorAll('text, .legend, .point path')];
+    const written = [...plot.closest('.card').querySelectorAll('h3, .reading, .plot-title')].map(each => {
+        const range = document.createRange();
+        range.selectNodeContents(each);
+        return range;
+    });
+    return [...drawn, ...written].filter(each => [...each.getClientRects()].some(box =>
+        box.width && box.left < covers.right && box.right > covers.left && box.top < covers.bottom
+        && box.bottom > covers.top)).map(each => `${plot.id}: ${each.textContent ?? each}`);
+})"""
+
+
+@pytest.mark.parametrize("width", [PHONE, DESK])
+def test_its_buttons_show_while_a_mouse_rests_on_a_chart_and_cover_nothing(
+    browser: Browser, address: str, width: int
+) -> None:
+    with opened(browser, address, width=width) as page:
+        assert page.evaluate(COVERED) == []
+        chart = page.locator("#plot-journey-1-0")
+        group = chart.locator(".modebar-group").first
+        assert group.evaluate("each => getComputedStyle(each).opacity") == "0"
+        chart.scroll_into_view_if_needed()
+        chart.hover()
+        expect(group).to_have_css("opacity", "1")
+        box = group.bounding_box()
+        assert box is not None
+        page.mouse.move(box["x"] + 10, box["y"] + 5, steps=20)
+        expect(group).to_have_css("opacity", "1")
+
+
+def test_on_a_touch_screen_charts_have_no_buttons(browser: Browser, address: str) -> None:
+    with opened(browser, address, width=PHONE, has_touch=True, is_mobile=True) as page:
+        assert page.locator(".plot .main-svg").count() > 28
+        assert page.locator(".modebar-btn").count() == 0
+
+
+TOUCHING = """() => [...document.querySelectorAll('.plot')].flatMap(plot => ['x', 'y'].flatMap(axis => {
+    const boxes = [...plot.querySelectorAll(`.${axis}tick text`)].map(each => each.getBoundingClientRect());
+    const [from, to, least] = axis === 'x' ? ['left', 'right', 6] : ['top', 'bottom', 0];
+    boxes.sort((one, other) => one[from] - other[from]);
+    const touch = boxes.some((box, at) => at && box[from] - boxes[at - 1][to] < least);
+    return touch ? [`${plot.id} ${axis}`] : [];
+}))"""
+
+
+@pytest.mark.parametrize("width", [PHONE, 1100, DESK])
+def test_labels_of_ticks_do_not_touch(browser: Browser, address: str, folder: Path, width: int) -> None:
+    ledger = Ledger("sqlite://")
+    cheap(ledger)
+    write_report(ledger, folder / "cheap.html", now_ns=NOW)
+    with opened(browser, address, width=width) as page:
+        assert page.evaluate(TOUCHING) == []
+    with opened(browser, (folder / "cheap.html").as_uri(), width=width) as page:
+        assert page.evaluate(TOUCHING) == []
+        labels = page.locator("#plot-usage-by-channel-1 .xtick text").all_text_contents()
+        assert labels[0] == "$0"
+        assert len(labels) >= 2
+        picture(page, folder, f"cheap-{width}")
+
+
+def test_a_window_that_grows_narrow_has_fewer_labels(browser: Browser, address: str) -> None:
+    with opened(browser, address) as page:
+        for width in (760, PHONE, DESK):
+            page.set_viewport_size({"width": width, "height": 900})
+            page.wait_for_timeout(1_500)
+            assert page.evaluate(TOUCHING) == [], width
+
+
+def cheap(ledger: Ledger) -> None:
+    """Write sessions that cost next to nothing, with few turns whose numbers are far apart."""
+    synthetic = Synthetic(seed=3)
+    with ledger.asking() as connection:
+        engine = connection.engine
+    synthetic.write(ledger, users=4)
+    with engine.begin() as connection:
+        keep = (1, 3, 4, 5, 31)
+        connection.execute(delete(turns).where(turns.c.number.not_in(keep)))
+        connection.execute(update(turns).values(cost_usd=turns.c.cost_usd / 10_000))
+        connection.execute(update(sessions).values(total_cost_usd=sessions.c.total_cost_usd / 10_000))
+
+
 def test_its_colours_follow_the_scheme_when_it_changes(browser: Browser, address: str) -> None:
     def colours(page: Page) -> tuple[str, str]:
         ground: str = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -212,6 +298,26 @@ def test_it_is_light_and_narrow_on_paper(browser: Browser, address: str, folder:
         assert data_of(page, "session-turns")[0]["color"] == dark
 
 
+def test_on_paper_no_heading_stands_alone_and_no_table_is_cut_off(browser: Browser, address: str) -> None:
+    with opened(browser, address) as page:
+        pdf = page.pdf(outline=True, tagged=True).decode("latin-1")
+        found = re.findall(r"/Title \((.*?)\)\n/Dest \[(\d+) 0 R /XYZ \S+ (\S+) 0\]", pdf)
+        places = {title.replace("\\", ""): (int(sheet), float(above)) for title, sheet, above in found}
+        headings = [*zip(page.locator("h2, h3").all_inner_texts(), page.locator("h2, h3").all(), strict=True)]
+        levels = [heading.evaluate("each => each.tagName") for _, heading in headings]
+        assert levels.count("H2") == 10
+        for (title, _), (below, _), level in zip(headings, headings[1:], levels, strict=False):
+            sheet, above = places[title]
+            assert above > 100, f"{title} stands at the foot of a page"
+            if level == "H2":
+                assert places[below][0] == sheet, f"{title} stands alone"
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        page.emulate_media(media="print")
+        page.set_viewport_size({"width": 720, "height": 900})
+        wide = "all => all.filter(each => each.scrollWidth > each.clientWidth).length"
+        assert page.eval_on_selector_all(".sessions .scroll", wide) == 0
+
+
 def test_without_scripts_the_tables_are_there(browser: Browser, address: str, report: Report) -> None:
     with opened(browser, address, java_script_enabled=False) as page:
         expect(page.locator("noscript .empty")).to_be_visible()
@@ -234,21 +340,28 @@ def test_a_cell_of_retention_says_its_share_wherever_there_is_room(browser: Brow
 def test_the_filter_of_the_tables_works(browser: Browser, address: str, report: Report) -> None:
     with opened(browser, address) as page:
         rows = page.locator(".sessions tbody tr:visible")
-        assert rows.count() == 55
-        shown = [*report.failing, *report.latest, *report.slowest, *report.dearest, *report.longest]
+        assert rows.count() == 65
+        shown = [
+            *report.failing,
+            *report.unsatisfied,
+            *report.latest,
+            *report.slowest,
+            *report.dearest,
+            *report.longest,
+        ]
         page.select_option("#table-filter [name=channel]", "web")
         assert rows.count() == sum(session.channel == "web" for session in shown)
         page.select_option("#table-filter [name=end]", "inactive_timeout")
         silent = [each for each in shown if each.channel == "web" and each.end_reason == "inactive_timeout"]
         assert rows.count() == len(silent)
-        expect(page.locator("#table-filter output")).to_have_text(f"{len(silent)} of 55 rows")
+        expect(page.locator("#table-filter output")).to_have_text(f"{len(silent)} of 65 rows")
         page.select_option("#table-filter [name=channel]", "")
         page.select_option("#table-filter [name=end]", "")
         page.fill("#table-filter [name=text]", report.dearest[0].id[:12].upper())
         assert set(page.locator(".sessions tbody tr:visible th").all_inner_texts()) == {report.dearest[0].id[:8]}
         page.fill("#table-filter [name=text]", "nothing is called so")
         assert rows.count() == 0
-        assert page.get_by_text("No session of this table matches.").locator("visible=true").count() == 5
+        assert page.get_by_text("No session of this table matches.").locator("visible=true").count() == 6
 
 
 def test_a_row_leads_to_langfuse_and_to_the_terminal(browser: Browser, address: str, report: Report) -> None:

@@ -13,6 +13,7 @@ Each takes a `Ledger` and `Filters`; none changes anything. ::
 from turntrace.analytics.asking import MOST_TURNS, ask_together
 from turntrace.analytics.confidence import Rate, interval
 from turntrace.analytics.endings import (
+    SATISFIED,
     Dropoffs,
     IntentOutcome,
     Outcome,
@@ -72,6 +73,7 @@ __all__ = [
     "MOST_LOOKED_INTO",
     "MOST_TURNS",
     "ORDERS",
+    "SATISFIED",
     "Choices",
     "Cohort",
     "ContextOfTurn",

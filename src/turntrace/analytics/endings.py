@@ -15,7 +15,8 @@ from turntrace.ledger.tables import journeys, sessions, turns
 SUCCESSFUL: Final = "successful"
 UNSUCCESSFUL: Final = "unsuccessful"
 UNKNOWN: Final = "unknown"
-_SATISFIED: Final = 0.5
+SATISFIED: Final = 0.5
+"""A mean of feedback from which on a user counts as satisfied."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +134,7 @@ def outcome_of() -> ColumnElement[str]:
     - why it ended: ``completed`` is success, ``error`` is not;
     - a drop-off is not success.
     """
-    satisfied = sessions.c.feedback_sum >= _SATISFIED * sessions.c.feedback_count
+    satisfied = sessions.c.feedback_sum >= SATISFIED * sessions.c.feedback_count
     return case(
         (sessions.c.ended_ns.is_(None), UNKNOWN),
         (sessions.c.feedback_count > 0, case((satisfied, SUCCESSFUL), else_=UNSUCCESSFUL)),

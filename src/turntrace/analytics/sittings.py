@@ -132,16 +132,30 @@ def session_lengths(ledger: Ledger, filters: Filters = ALL) -> SessionLengths:
     )
 
 
-SortedBy = Literal["newest", "longest", "most turns", "dearest", "slowest", "most tokens", "most failed"]
+SortedBy = Literal[
+    "newest",
+    "longest",
+    "most turns",
+    "dearest",
+    "slowest",
+    "most tokens",
+    "most failed",
+    "least satisfied",
+    "least_satisfied",
+]
 
-_ORDERS: Final[dict[str, Any]] = {
-    "newest": sessions.c.started_ns.desc(),
-    "longest": (sessions.c.last_activity_ns - sessions.c.started_ns).desc(),
-    "most turns": sessions.c.total_turns.desc(),
-    "dearest": sessions.c.total_cost_usd.desc(),
-    "slowest": (sessions.c.active_ms * 1.0 / func.nullif(sessions.c.total_turns, 0)).desc().nulls_last(),
-    "most tokens": (sessions.c.input_tokens + sessions.c.output_tokens).desc(),
-    "most failed": sessions.c.failed_turns.desc(),
+_latest: Final = sessions.c.started_ns.desc()
+# In millionths: sums of feedback are kept by adding and taking back, so equal means may differ in their last digits.
+_satisfied: Final = func.round(1_000_000.0 * sessions.c.feedback_sum / func.nullif(sessions.c.feedback_count, 0))
+_ORDERS: Final[dict[str, Sequence[Any]]] = {
+    "newest": [_latest],
+    "longest": [(sessions.c.last_activity_ns - sessions.c.started_ns).desc()],
+    "most turns": [sessions.c.total_turns.desc()],
+    "dearest": [sessions.c.total_cost_usd.desc()],
+    "slowest": [(sessions.c.active_ms * 1.0 / func.nullif(sessions.c.total_turns, 0)).desc().nulls_last()],
+    "most tokens": [(sessions.c.input_tokens + sessions.c.output_tokens).desc()],
+    "most failed": [sessions.c.failed_turns.desc()],
+    "least satisfied": [_satisfied.asc().nulls_last(), _latest],
 }
 ORDERS: Final = tuple(_ORDERS)
 
@@ -152,11 +166,12 @@ def sessions_by(
     """Return the sessions that come first in an order, without the figures of their users.
 
     The slowest are so by the mean latency of their turns (those without any come last), the longest by the time from
-    their first to their last activity. Equal ones come in the order of their ids.
+    their first to their last activity. The least satisfied have the lowest mean of feedback, and the latest of equal
+    ones come first (those without any feedback come last). Equal ones come in the order of their ids.
 
     Args:
         ledger: The ledger.
-        by: The order.
+        by: The order; an underscore in its name is as good as a space.
         filters: Which sessions.
         limit: How many at most; None for all.
         offset: How many to leave out before.
@@ -164,8 +179,9 @@ def sessions_by(
     Raises:
         ConfigurationError: If there is no such order.
     """
-    if by not in _ORDERS:
+    order = _ORDERS.get(str(by).replace("_", " "))
+    if order is None:
         raise ConfigurationError(f"The order of sessions is {by!r:.40}. Allowed are: {', '.join(ORDERS)}.")
-    query = select(sessions).where(of_sessions(filters)).order_by(_ORDERS[by], in_bytes(sessions.c.id)).limit(limit)
+    query = select(sessions).where(of_sessions(filters)).order_by(*order, in_bytes(sessions.c.id)).limit(limit)
     with checked_ledger(ledger).asking() as connection:
         return [plain_summary(row) for row in connection.execute(query.offset(offset)).mappings().all()]

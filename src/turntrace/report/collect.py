@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, Final
 
 from turntrace import analytics
-from turntrace.analytics import ALL, Filters
+from turntrace.analytics import ALL, SATISFIED, Filters
 from turntrace.ledger import Ledger
 from turntrace.summaries import SessionSummary
 
@@ -48,6 +48,7 @@ class Report:
         prunings: What was pruned by which strategy.
         estimate_errors: How good our counts of tokens are, by model.
         failing: The sessions with failed turns that began last.
+        unsatisfied: The sessions with the lowest mean of feedback, below that of satisfied users.
         latest: The sessions that began last.
         slowest: Those with the longest mean latency of a turn.
         dearest: Those that cost most.
@@ -80,6 +81,7 @@ class Report:
     prunings: Sequence[analytics.Prunings]
     estimate_errors: Sequence[analytics.EstimateError]
     failing: Sequence[SessionSummary]
+    unsatisfied: Sequence[SessionSummary]
     latest: Sequence[SessionSummary]
     slowest: Sequence[SessionSummary]
     dearest: Sequence[SessionSummary]
@@ -117,6 +119,11 @@ def _sessions(by: Any, limit: int) -> Callable[[Ledger, Filters], Any]:
     return lambda ledger, filters: analytics.sessions_by(ledger, by, filters, limit=limit)
 
 
+def _unsatisfied(ledger: Ledger, filters: Filters) -> list[SessionSummary]:
+    found = analytics.sessions_by(ledger, "least satisfied", filters, limit=_SHOWN)
+    return [each for each in found if each.user_satisfaction is not None and each.user_satisfaction < SATISFIED]
+
+
 # Those that read all turns come first: they take the longest.
 _QUESTIONS: Final[Mapping[str, Callable[[Ledger, Filters], Any]]] = {
     "latency": analytics.latency_by_turn,
@@ -141,6 +148,7 @@ _QUESTIONS: Final[Mapping[str, Callable[[Ledger, Filters], Any]]] = {
     "outcomes": analytics.outcomes,
     "totals": analytics.totals,
     "failing": analytics.sessions_with_errors,
+    "unsatisfied": _unsatisfied,
     "latest": _sessions("newest", _LATEST),
     "slowest": _sessions("slowest", _SHOWN),
     "dearest": _sessions("dearest", _SHOWN),

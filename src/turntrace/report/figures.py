@@ -22,13 +22,18 @@ took long."""
 FEW: Final = 20
 """Points that stand for fewer are drawn hollow."""
 
+NOTHING: Final = "Nothing of this is on record."
 _DAY_WIDE_MS: Final = 65_000_000
 _FEW_DAYS: Final = 8
 _LONG_DAYS: Final = 31
 _SPARSE: Final = 4
 _BARS_MOST: Final = 15
 _ROW_PX: Final = 30
+_BARE_PX: Final = 10
 _NARROW: Final = 16
+_MANY: Final = 10_000
+_FEW_NUMBERS: Final = 12
+_CLOSE: Final = 16
 Data = dict[str, Any]
 
 
@@ -95,6 +100,7 @@ class Section:
         charts: Its charts; none when there is nothing to draw.
         empty: What to do to see something here.
         intro: What is to be known of all of it.
+        nothing: What is said before `empty`.
     """
 
     id: str
@@ -102,6 +108,7 @@ class Section:
     charts: Sequence[Chart]
     empty: str
     intro: Sequence[str] = field(default_factory=tuple)
+    nothing: str = NOTHING
 
 
 def unit_of_ms(most: float) -> tuple[str, float]:
@@ -117,9 +124,13 @@ def in_unit(values: Sequence[float | None], length: float) -> list[float | None]
 
 
 _LEGEND: Final = {
-    **{"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
+    **{"orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yanchor": "top", "yref": "container"},
     "traceorder": "normal",
 }
+_LEGEND_PX: Final = 37
+"""What plotly makes of a row of the legend; those beside it that have none begin at the same height."""
+_BELOW_PX: Final = 44
+"""The ticks and the title below lying bars."""
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------
@@ -127,7 +138,8 @@ def layout(*, height: int = 300, **more: Any) -> Data:
     """Return a layout: calm, on the page's own ground, with the legend above."""
     base: Data = {
         "height": height,
-        "margin": {"l": 8, "r": 8, "t": 34 if more.get("showlegend", True) else 10, "b": 8},
+        "margin": {"l": 8, "r": 8, "t": _LEGEND_PX if more.get("showlegend", True) else _BARE_PX, "b": 8},
+        "minreducedheight": _ROW_PX,
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"size": 12, "color": MUTED},
@@ -151,8 +163,16 @@ def titled(text: str, **more: Any) -> Data:
 
 
 def whole(most: float | None) -> Data:
-    """Return how an axis of counts is written: by ones where there are few, never by halves."""
-    return {} if most is None or most > 5 else {"dtick": 1, "tick0": 0}
+    """Return how an axis of counts is written: by ones where there are few, never by halves, and many as 20k or 3M."""
+    if most is None:
+        return {}
+    return {"dtick": 1, "tick0": 0} if most <= 5 else {"tickformat": ",d" if most < _MANY else "~s"}
+
+
+def numbered(numbers: Sequence[int]) -> Data:
+    """Return how an axis of numbers is written: each where they are few and close, else as there is room."""
+    few = len(numbers) <= _FEW_NUMBERS and numbers[-1] - numbers[0] < _CLOSE
+    return {"tickmode": "array", "tickvals": list(numbers)} if few else {"tickformat": ",d"}
 
 
 def roomy(low: float, high: float, least: float) -> list[float]:
@@ -180,7 +200,7 @@ def without_gaps(on: Sequence[str]) -> str:
 
 def day_axis(on: Sequence[str], most: int) -> Data:
     """Return an axis for days with at most so many labels; the last day has one where days are few."""
-    shared = titled("", showgrid=False, tickangle=0)
+    shared = axis(showgrid=False, tickangle=0)
     if not are_few_days(on):
         return shared | {"type": "date", "hoverformat": "%a %Y-%m-%d", "nticks": most}
     step = -(-len(on) // most)
@@ -252,7 +272,8 @@ def lying(name: str, values: Sequence[float | None], color: str, hover: str, **m
 
 def lying_layout(names: Sequence[str], title: str, *, most: float | None = None, **more: Any) -> Data:
     """Return the layout of lying bars, the first one at the top; `most` is the largest number of what is counted."""
-    height = 96 + _ROW_PX * max(1, len(names))
+    above = _LEGEND_PX if more.get("showlegend", True) else _BARE_PX
+    height = above + _ROW_PX * max(1, len(names)) + _BELOW_PX
     beside = named([label(name) for name in names], autorange="reversed", fixedrange=True)
     narrow = {"names": [label(name, length=_NARROW) for name in names]}  # for a phone
     return layout(

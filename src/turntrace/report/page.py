@@ -8,7 +8,7 @@ from importlib import resources
 from importlib.metadata import version
 from typing import Any, Final
 
-from turntrace.analytics import ALL, interval
+from turntrace.analytics import ALL, SATISFIED, interval
 from turntrace.errors import ConfigurationError
 from turntrace.report.charts import sections
 from turntrace.report.charts.endings import outcomes_table
@@ -17,17 +17,23 @@ from turntrace.report.figures import Chart, Section
 from turntrace.report.filtering import applied, filter_form
 from turntrace.report.langfuse import LangfusePlace
 from turntrace.report.markup import Markup, element, joined, json_for_script, raw
-from turntrace.report.tables import OPEN, folded, session_table, table
+from turntrace.report.tables import COLUMNS, OPEN, WITH_FEEDBACK, folded, session_table, table
 from turntrace.report.words import between, count, duration, moment, money, percent, times, visible
 
 TITLE: Final = "Sessions of the agent"
 _NO_CHARTS: Final = "The charts need JavaScript; the tables below them hold the same figures."
 _SESSION_TABLES: Final = (
-    ("failing", "Sessions with failed turns", "Those that began last in which a turn failed."),
-    ("latest", "Latest sessions", "Those that began last."),
-    ("slowest", "Slowest sessions", "By the mean latency of a turn."),
-    ("dearest", "Dearest sessions", "By their cost."),
-    ("longest", "Longest sessions", "By the time from the first to the last activity."),
+    ("failing", "Sessions with failed turns", "Those that began last in which a turn failed.", COLUMNS),
+    (
+        "unsatisfied",
+        "Least satisfied sessions",
+        f"By the mean of their feedback, where that is below {percent(SATISFIED)}; the latest of equal ones first.",
+        WITH_FEEDBACK,
+    ),
+    ("latest", "Latest sessions", "Those that began last.", COLUMNS),
+    ("slowest", "Slowest sessions", "By the mean latency of a turn.", COLUMNS),
+    ("dearest", "Dearest sessions", "By their cost.", COLUMNS),
+    ("longest", "Longest sessions", "By the time from the first to the last activity.", COLUMNS),
 )
 
 
@@ -50,11 +56,11 @@ def render(report: Report, *, langfuse: LangfusePlace | None = None, refresh_s: 
         for chart in part.charts
         for number, plot in enumerate(chart.plots)
     }
-    scripts = (_plotly_script(), _own("report.js"))
+    scripts = _scripts(has_charts=bool(figures))
     head = element(
         "head",
         element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=policy(is_served=refresh_s is not None)),
+        element("meta", http_equiv="Content-Security-Policy", content=policy(scripts, is_served=refresh_s is not None)),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="referrer", content="no-referrer"),
         element("meta", name="color-scheme", content="light dark"),
@@ -79,9 +85,18 @@ def render(report: Report, *, langfuse: LangfusePlace | None = None, refresh_s: 
     return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
 
 
-def policy(*, is_served: bool) -> str:
-    """Return the page's content security policy: its own scripts, by their hashes, and nothing else."""
-    hashes = " ".join(f"'sha256-{_hash(script)}'" for script in (_plotly_script(), _own("report.js")))
+def policy(scripts: Sequence[str] | None = None, *, is_served: bool) -> str:
+    """Return the page's content security policy: its own scripts, by their hashes, and nothing else.
+
+    Args:
+        scripts: The scripts of the page. Default: those of a page with charts.
+        is_served: Whether it may send its form.
+
+    Raises:
+        ConfigurationError: If plotly is not installed.
+    """
+    scripts = _scripts(has_charts=True) if scripts is None else scripts
+    hashes = " ".join(f"'sha256-{_hash(script)}'" for script in scripts)
     rules = (
         "default-src 'none'",
         f"script-src {hashes}",
@@ -91,6 +106,12 @@ def policy(*, is_served: bool) -> str:
         f"form-action {chr(39)}{'self' if is_served else 'none'}{chr(39)}",
     )
     return "; ".join(rules)
+
+
+def _scripts(*, has_charts: bool) -> tuple[str, ...]:
+    """Return the scripts of a page: plotly's, of some megabytes, only where there is something to draw."""
+    plotly = _plotly_script()  # also where it is not needed: whether it is installed is said at once
+    return (plotly, _own("report.js")) if has_charts else (_own("report.js"),)
 
 
 def _hash(script: str) -> str:
@@ -122,13 +143,13 @@ def _fit_for_page(get_script: Any) -> str:
 
 # --- the top ----------------------------------------------------------------------------------------------------------
 def _header(report: Report, parts: Sequence[Section], refresh_s: float | None) -> Markup:
-    about = f"{_of(report)} Made {moment(report.at_ns)}; all days and times are in UTC."
+    made = element("time", moment(report.at_ns))
     links = [(part.id, part.title) for part in parts] + [("look-at", "Sessions to look at")]
     is_served = refresh_s is not None
     return element(
         "header",
         element("h1", TITLE),
-        element("p", about, class_="about"),
+        element("p", *_of(report), " Made ", made, "; all days and times are in UTC.", class_="about"),
         filter_form(report.filters, report.choices) if is_served else applied(report.filters),
         _refresh(refresh_s) if refresh_s else None,
         element(
@@ -139,13 +160,13 @@ def _header(report: Report, parts: Sequence[Section], refresh_s: float | None) -
     )
 
 
-def _of(report: Report) -> str:
+def _of(report: Report) -> Sequence[str]:
     total = report.totals
     if total.first_ns is None or total.last_ns is None:
-        return "No sessions."
-    first, last = moment(total.first_ns)[:10], moment(total.last_ns)[:10]
-    days = f"on {first}" if first == last else f"from {first} to {last}"
-    return f"{times(total.sessions, 'session')} {days}."
+        return ("No sessions.",)
+    first, last = (element("time", moment(at)[:10]) for at in (total.first_ns, total.last_ns))
+    days = ("on ", first) if first == last else ("from ", first, " to ", last)
+    return (times(total.sessions, "session"), " ", *days, ".")
 
 
 def _refresh(refresh_s: float) -> Markup:
@@ -237,7 +258,7 @@ def _section(report: Report, section: Section) -> Markup:
         "section",
         element("h2", section.title, id=f"{section.id}-title"),
         *intro,
-        element("div", *cards, class_="cards") if cards else _empty(report, section.empty),
+        element("div", *cards, class_="cards") if cards else _empty(report, f"{section.nothing} {section.empty}"),
         id=section.id,
         aria_labelledby=f"{section.id}-title",
     )
@@ -286,7 +307,7 @@ def _card(chart: Chart, *, is_wide: bool) -> Markup:
 def _empty(report: Report, hint: str) -> Markup:
     demo = element("code", "turntrace demo")
     if not report.is_empty:
-        return element("p", "Nothing of this is on record. ", hint, class_="empty")
+        return element("p", hint, class_="empty")
     if report.filters != ALL:
         return element("p", "No session meets these filters. Leave some of them out.", class_="empty")
     return element(
@@ -301,8 +322,8 @@ def _empty(report: Report, hint: str) -> Markup:
 # --- sessions to look at ----------------------------------------------------------------------------------------------
 def _sessions(report: Report, langfuse: LangfusePlace | None) -> Markup:
     tables = [
-        session_table(an_id, title, reading, found, langfuse)
-        for an_id, title, reading in _SESSION_TABLES
+        session_table(an_id, title, reading, found, langfuse, columns)
+        for an_id, title, reading, columns in _SESSION_TABLES
         if (found := getattr(report, an_id)) or an_id == "latest"
     ]
     intro = "Look again in a terminal by the command of a row"
@@ -318,7 +339,7 @@ def _sessions(report: Report, langfuse: LangfusePlace | None) -> Markup:
 
 
 def _table_filter(report: Report) -> Markup:
-    shown = [session for an_id, _, _ in _SESSION_TABLES for session in getattr(report, an_id)]
+    shown = [session for an_id, *_ in _SESSION_TABLES for session in getattr(report, an_id)]
     channels = sorted({visible(session.channel) for session in shown})
     ends = sorted({visible(session.end_reason or OPEN) for session in shown})
     return element(

@@ -4,14 +4,13 @@
   const figures = JSON.parse(document.getElementById("figures").textContent);
   const plots = Object.keys(figures).map((id) => document.getElementById(id));
   const isNarrow = matchMedia("(max-width: 720px)");
-  const isCoarse = matchMedia("(pointer: coarse)").matches;
-  const zooming = ["zoomIn2d", "zoomOut2d", "resetScale2d"];
+  const hasMouse = matchMedia("(hover: hover) and (pointer: fine)").matches;
   const config = {
     responsive: true,
     displaylogo: false,
-    displayModeBar: "hover",
+    displayModeBar: hasMouse && "hover", // else they would always lie upon the chart
     // These and no others: plotly's own choice has one that sends the chart to a service of theirs.
-    modeBarButtons: isCoarse ? [zooming] : [["toImage"], ["zoom2d", "pan2d"], zooming],
+    modeBarButtons: [["toImage"], ["zoom2d", "pan2d"], ["zoomIn2d", "zoomOut2d", "resetScale2d"]],
     showSendToCloud: false,
     plotlyServerURL: "",
   };
@@ -27,31 +26,66 @@
     return Object.fromEntries(Object.entries(value).map(([name, each]) => [name, coloured(each, name, style)]));
   }
 
-  function draw(plot, more) {
+  function draw(plot) {
     const style = getComputedStyle(root);
     const { data, layout } = coloured(figures[plot.id], "", style);
     layout.font.family = getComputedStyle(document.body).fontFamily;
-    if (isCoarse) {
-      layout.dragmode = false; // a finger on a chart scrolls the page
-      layout.margin.t = layout.showlegend === false ? 30 : 58; // the buttons are always there, above the legend
-      layout.height += layout.margin.t - figures[plot.id].layout.margin.t;
-      plot.style.height = `${layout.height}px`;
-    }
+    if (!hasMouse) layout.dragmode = false; // a finger on a chart scrolls the page
     if (isNarrow.matches) fitNarrow(data, layout);
+    if ("print" in root.dataset) fitPaper(layout);
+    plot.style.height = `${layout.height}px`;
     fitCells(plot, data, layout);
-    return Plotly.react(plot, data, { ...layout, ...more }, config);
+    let drawn = Plotly.react(plot, data, { ...layout }, config);
+    for (let again = 0; again < 4 && collide(ticks(plot)); again += 1) {
+      fewer(layout.xaxis, ticks(plot).length);
+      drawn = Plotly.react(plot, data, { ...layout }, config);
+    }
+    return drawn;
+  }
+
+  // --- labels below a chart that would touch each other --------------------------------------------------------------
+  function ticks(plot) {
+    const boxes = [...plot.querySelectorAll(".xtick text")].map((text) => text.getBoundingClientRect());
+    return boxes.sort((one, other) => one.left - other.left);
+  }
+
+  function collide(boxes) {
+    return boxes.some((box, at) => at > 0 && box.width > 0 && box.left - boxes[at - 1].right < 8);
+  }
+
+  function fewer(axis, shown) {
+    if (axis.tickmode === "array") everySecond(axis);
+    else if (axis.dtick) axis.dtick *= 2;
+    else axis.nticks = Math.max(2, Math.min(shown, axis.nticks ?? shown) - 1);
+  }
+
+  function everySecond(axis) {
+    const last = axis.tickvals.length - 1; // the last one stays
+    const kept = (_, at) => (last - at) % 2 === 0;
+    axis.tickvals = axis.tickvals.filter(kept);
+    if (axis.ticktext) axis.ticktext = axis.ticktext.filter(kept);
   }
 
   function fitNarrow(data, layout) {
+    fitAlone(layout);
     const mayThin = layout.xaxis.type === "category" || layout.meta?.thin;
-    if (mayThin && layout.xaxis.tickvals.length > 5) {
-      const last = layout.xaxis.tickvals.length - 1; // every second label, the last one too
-      const kept = (_, at) => (last - at) % 2 === 0;
-      layout.xaxis.tickvals = layout.xaxis.tickvals.filter(kept);
-      layout.xaxis.ticktext = layout.xaxis.ticktext.filter(kept);
-    }
+    if (mayThin && layout.xaxis.tickvals.length > 5) everySecond(layout.xaxis);
     if (layout.meta?.names) layout.yaxis.ticktext = layout.meta.names;
     if (layout.xaxis.nticks) layout.xaxis.nticks = Math.min(layout.xaxis.nticks, 5);
+  }
+
+  function fitPaper(layout) {
+    fitAlone(layout);
+    layout.autosize = false;
+    layout.width = 640; // what a page has room for
+    if (!layout.meta?.names) layout.height = Math.min(layout.height, 240); // those with rows are as high as these need
+  }
+
+  function fitAlone(layout) {
+    if (layout.showlegend !== false) return;
+    const spare = Math.max(0, layout.margin.t - 10); // it begins as low as the one with a legend that stood beside it
+    layout.margin.t -= spare;
+    layout.height -= spare;
   }
 
   function fitCells(plot, data, layout) {
@@ -81,11 +115,18 @@
     root.dataset.ready = "true";
   }
 
-  isNarrow.addEventListener("change", drawAll);
+  let width = innerWidth;
+  let waiting = 0;
+  addEventListener("resize", () => {
+    if (innerWidth === width) return; // on a phone, the bar of the browser comes and goes
+    width = innerWidth;
+    clearTimeout(waiting);
+    waiting = setTimeout(drawAll, 200); // with as many labels as there is room for
+  });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
   addEventListener("beforeprint", () => {
     root.dataset.print = "";
-    for (const plot of plots) draw(plot, { width: 640, autosize: false }); // what a page of paper has
+    drawAll();
   });
   addEventListener("afterprint", () => {
     delete root.dataset.print;

@@ -6,27 +6,31 @@ from typing import Final
 from turntrace.report.figures import Table
 from turntrace.report.langfuse import LangfusePlace
 from turntrace.report.markup import Markup, element, joined
-from turntrace.report.words import beginning, count, duration, moment, money, short_id, show_command, times, visible
+from turntrace.report.words import (
+    beginning,
+    count,
+    duration,
+    moment,
+    money,
+    percent,
+    short_id,
+    show_command,
+    times,
+    visible,
+)
 from turntrace.summaries import SessionSummary
 
 OPEN: Final = "open"
 _SHORT: Final = 24
-_COLUMNS: Final = (
-    *(
-        "session",
-        "began",
-        "user",
-        "channel",
-        "turns",
-        "failed",
-        "tokens",
-        "cost",
-        "lasted",
-        "mean turn",
-        "ended",
-        "look again",
-    ),
+COLUMNS: Final = (
+    *("session", "began", "user", "channel", "turns", "failed"),
+    *("tokens", "cost", "lasted", "mean turn", "ended", "look again"),
 )
+"""The columns of a table of sessions."""
+
+WITH_FEEDBACK: Final = tuple("feedback" if name == "tokens" else name for name in COLUMNS)
+"""The same with the mean of the feedback."""
+
 _TEXTS: Final = ("began", "user", "channel", "ended", "look again")
 
 
@@ -67,15 +71,20 @@ def folded(content: Table, caption: str, an_id: str) -> Markup:
 
 # --- sessions ---------------------------------------------------------------------------------------------------------
 def session_table(
-    an_id: str, title: str, reading: str, sessions: Sequence[SessionSummary], langfuse: LangfusePlace | None
+    an_id: str,
+    title: str,
+    reading: str,
+    sessions: Sequence[SessionSummary],
+    langfuse: LangfusePlace | None,
+    columns: Sequence[str] = COLUMNS,
 ) -> Markup:
     """Return sessions as a table, whose rows become blocks where there is no room."""
-    head = [element("th", name, scope="col", class_="text" if name in _TEXTS else None) for name in _COLUMNS]
+    head = [element("th", name, scope="col", class_="text" if name in _TEXTS else None) for name in columns]
     body = element(
         "table",
         element("caption", title, class_="unseen"),
         element("thead", element("tr", *head)),
-        element("tbody", *(_row(session, langfuse) for session in sessions)),
+        element("tbody", *(_row(session, langfuse, columns) for session in sessions)),
     )
     return element(
         "details",
@@ -89,28 +98,30 @@ def session_table(
     )
 
 
-def _row(session: SessionSummary, langfuse: LangfusePlace | None) -> Markup:
+def _row(session: SessionSummary, langfuse: LangfusePlace | None, columns: Sequence[str]) -> Markup:
     end = session.end_reason or OPEN
     texts = (session.id, session.user_id, session.channel, session.tier, session.org_id, end, session.last_intent)
-    cells = (
-        moment(session.started_ns),
-        _user(session),
-        element("bdi", visible(session.channel)),
-        count(session.total_turns),
-        _failed(session),
-        count(session.total_tokens),
-        money(session.total_cost_usd),
-        duration(session.duration_ms),
-        duration(session.avg_turn_latency_ms),
-        _end(session, end),
-        element("code", element("bdi", visible(show_command(beginning(session.id)))), title=visible(session.id)),
-    )
+    command = visible(show_command(beginning(session.id)))
+    cells = {
+        "began": moment(session.started_ns),
+        "user": _user(session),
+        "channel": element("bdi", visible(session.channel)),
+        "turns": count(session.total_turns),
+        "failed": _failed(session),
+        "feedback": percent(session.user_satisfaction),
+        "tokens": count(session.total_tokens),
+        "cost": money(session.total_cost_usd),
+        "lasted": duration(session.duration_ms),
+        "mean turn": duration(session.avg_turn_latency_ms),
+        "ended": _end(session, end),
+        "look again": element("code", element("bdi", command), title=visible(session.id)),
+    }
     return element(
         "tr",
         element("th", _session(session, langfuse), scope="row"),
         *(
-            element("td", cell, class_="text" if name in _TEXTS else None, data_name=name)
-            for name, cell in zip(_COLUMNS[1:], cells, strict=True)
+            element("td", cells[name], class_="text" if name in _TEXTS else None, data_name=name)
+            for name in columns[1:]
         ),
         data_text=" ".join(visible(text) for text in texts if text).lower(),
         data_channel=visible(session.channel),

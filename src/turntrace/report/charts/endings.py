@@ -89,7 +89,7 @@ def _by_turn(all_ended: Sequence[Dropoffs]) -> list[Chart]:
         barmode="overlay",
         hovermode="x unified",
         xaxis=turn_axis(numbers),
-        yaxis=titled("sessions", nticks=6, tickformat=",d", **whole(max(each.ended for each in found))),
+        yaxis=titled("sessions", nticks=6, **whole(max(each.ended for each in found))),
     )
     rows = [
         (number_of_turn(int(each.at)) if each.at else "no turn", *row[1:])

@@ -9,6 +9,7 @@ from turntrace.report.figures import (
     FEW,
     GRAY,
     MUTED,
+    NOTHING,
     ORANGE,
     SOFT,
     Chart,
@@ -48,7 +49,8 @@ def errors_section(report: Report) -> Section:
             charts.append(_by_intent(found.by_intent))
         if found.by_step:
             charts.append(_by_step(found))
-    return Section("errors", "Errors", charts, _none(found.all), _intro(found.all))
+    nothing = "No errors." if found.all.turns else NOTHING
+    return Section("errors", "Errors", charts, _none(found.all), _intro(found.all), nothing)
 
 
 def _none(every: ErrorsAt) -> str:
@@ -117,7 +119,7 @@ def _by_day(found: Sequence[ErrorsAt]) -> Chart:
     if any(gone):
         counted.append(bars("abandoned", on, gone, GRAY, "%{y:,} abandoned", width=width))
     most = max(each.times for each in found)
-    turns = titled("turns", nticks=6, tickformat=",d", **whole(most))
+    turns = titled("turns", nticks=6, **whole(most))
     share = line(
         *("rate", on, _rates(found), ORANGE, "%{text}"),
         n=[each.turns for each in found],
@@ -125,7 +127,11 @@ def _by_day(found: Sequence[ErrorsAt]) -> Chart:
         error_y=_whiskers(found),
     )
     plots = [
-        Plot(counted, layout(barmode="stack", hovermode="x unified", xaxis=days, yaxis=turns), "Turns"),
+        Plot(
+            counted,
+            layout(barmode="stack", hovermode="x unified", xaxis=days, yaxis=turns, showlegend=any(gone)),
+            "Turns",
+        ),
         Plot([share], layout(showlegend=False, xaxis=days, yaxis=_of_turns()), "Share of all turns"),
     ]
     return Chart(
@@ -183,7 +189,7 @@ def _by_class(found: Sequence[ErrorsAt]) -> Chart:
         "errors-by-class",
         "Errors by class",
         "Each bar is the turns that ended with an error of this class; the table has their share of all turns.",
-        [Plot(data, lying_layout(names, "turns", most=most, barmode="stack"))],
+        [Plot(data, lying_layout(names, "turns", most=most, barmode="stack", showlegend=any(gone)))],
         _table("class", found, [visible(each.at) or _UNKNOWN for each in found]),
         left_out(found, "classes"),
     )

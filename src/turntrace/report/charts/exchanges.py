@@ -26,10 +26,12 @@ from turntrace.report.figures import (
     line,
     lying,
     lying_layout,
+    numbered,
     of_names,
     roomy,
     titled,
     unit_of_ms,
+    whole,
     without_gaps,
 )
 from turntrace.report.words import count, duration, money, times, visible
@@ -53,10 +55,8 @@ def number_of_turn(number: int) -> str:
 
 def turn_axis(numbers: Sequence[int]) -> Data:
     """Return the axis for numbers of turns."""
-    found = titled("turn of the conversation", tickformat=",d", showgrid=False, rangemode="normal", zeroline=False)
-    found["range"] = roomy(min(numbers), max(numbers), 8)
-    if len(numbers) <= 12:
-        found |= {"tickmode": "array", "tickvals": list(numbers)}
+    found = titled("turn of the conversation", showgrid=False, rangemode="normal", zeroline=False)
+    found |= {"range": roomy(numbers[0], numbers[-1], 8), **numbered(numbers)}
     return found | {"labelalias": {str(MOST_TURNS + 1): f">{MOST_TURNS}"}}
 
 
@@ -180,7 +180,12 @@ def _by_day(usages: Sequence[Usage]) -> Chart:
     plots = [
         Plot(
             tokens,
-            layout(barmode="stack", hovermode="x unified", xaxis=days, yaxis=titled("tokens", nticks=6)),
+            layout(
+                barmode="stack",
+                hovermode="x unified",
+                xaxis=days,
+                yaxis=titled("tokens", nticks=6, **whole(_most_tokens(usages))),
+            ),
             "Tokens",
         ),
         Plot(
@@ -210,18 +215,23 @@ def _by(of: str, usages: Sequence[Usage], what: str, *, is_wide: bool) -> Chart:
         lying("output", [e.output_tokens for e in shown], SOFT, "%{hovertext}: %{x:,} tokens out", hovertext=full),
     ]
     cost = [lying("cost", [each.cost_usd for each in shown], BLUE, "%{hovertext}: $%{x:,.4f}", hovertext=full)]
+    tokens_looks = lying_layout(names, "tokens", most=_most_tokens(shown), barmode="stack")
     cost_looks = lying_layout(names, "US dollars", showlegend=False)
-    cost_looks["margin"] |= {"t": 34}  # so that its bars are beside those of the tokens
+    cost_looks |= {name: tokens_looks[name] for name in ("height", "margin")}  # its bars are beside those of the tokens
     cost_looks["xaxis"] |= _dollars(usages)
     return Chart(
         f"usage-by-{of}",
         f"Tokens and cost by {of}",
         f"Each bar is what was used by {what}, the dearest first: tokens in and out, and what they cost.",
-        [Plot(tokens, lying_layout(names, "tokens", barmode="stack"), "Tokens"), Plot(cost, cost_looks, "Cost")],
+        [Plot(tokens, tokens_looks, "Tokens"), Plot(cost, cost_looks, "Cost")],
         _table(of, usages),
         left_out(usages, f"{of}s"),
         is_wide=is_wide,
     )
+
+
+def _most_tokens(usages: Sequence[Usage]) -> int:
+    return max((each.input_tokens + each.output_tokens for each in usages), default=0)
 
 
 def _dollars(usages: Sequence[Usage]) -> Data:

@@ -23,6 +23,7 @@ from turntrace.report.figures import (
     layout,
     line,
     named,
+    numbered,
     roomy,
     titled,
     whole,
@@ -66,7 +67,7 @@ def _over_time(days: Sequence[DayOfSessions]) -> Chart:
         barmode="overlay",
         hovermode="x unified",
         xaxis=day_axis(on, 8),
-        yaxis=titled("sessions, users", nticks=6, tickformat=",d", **whole(max(sessions))),
+        yaxis=titled("sessions, users", nticks=6, **whole(max(sessions))),
     )
     rows = [
         (
@@ -114,16 +115,14 @@ def _turns(lengths: SessionLengths) -> Chart:
     more = sum(each.sessions for each in lengths.turns if each.length > _MOST_BARS)
     x, y = [each.length for each in exact], [each.sessions for each in exact]
     looks = layout(
-        xaxis=titled("turns of the session", tickformat=",d", showgrid=False, rangemode="normal"),
-        yaxis=titled("sessions", nticks=6, tickformat=",d", **whole(max(y))),
+        xaxis=titled("turns of the session", showgrid=False, rangemode="normal"),
+        yaxis=titled("sessions", nticks=6, **whole(max(y))),
         showlegend=False,
     )
     if more:
         x, y = [*x, _MOST_BARS + 1], [*y, more]
         looks["xaxis"]["labelalias"] = {str(_MOST_BARS + 1): f"over {_MOST_BARS}"}
-    looks["xaxis"]["range"] = roomy(min(x), max(x), 8)
-    if len(x) <= 12:
-        looks["xaxis"] |= {"tickmode": "array", "tickvals": x}
+    looks["xaxis"] |= {"range": roomy(x[0], x[-1], 8), **numbered(x)}
     return Chart(
         "session-turns",
         "Session length in turns",
@@ -145,7 +144,7 @@ def _durations(lengths: SessionLengths, found: Sequence[Lasted]) -> Chart:
         spoken.append(f"more than {number} {unit}")
     looks = layout(
         xaxis=named(ticks, range=roomy(0, len(ticks) - 1, 6), title={"text": "up to", "font": {"size": 12}}),
-        yaxis=titled("sessions", nticks=6, tickformat=",d", **whole(max(sums))),
+        yaxis=titled("sessions", nticks=6, **whole(max(sums))),
         showlegend=False,
         meta={"thin": True},
     )

@@ -23,6 +23,7 @@ from turntrace.report.figures import (
     lying_layout,
     of_names,
     titled,
+    whole,
 )
 from turntrace.report.words import NONE, count, label, percent, visible
 
@@ -71,7 +72,7 @@ def _tokens(contexts: Sequence[ContextOfTurn], windows: Sequence[WindowOfTurn]) 
     )
     return _by_turn(
         *("Context by turn number, in tokens", reading, contexts, rows),
-        *(titled("tokens", nticks=6, tickformat=","), "%{y:,} tokens"),
+        *(titled("tokens", nticks=6, **whole(max(each.p99 for each in contexts))), "%{y:,} tokens"),
         values=lambda name: [getattr(each, name) for each in contexts],
     )
 
