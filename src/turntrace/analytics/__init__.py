@@ -38,6 +38,7 @@ from turntrace.analytics.exchanges import (
     by_model,
     estimate_errors,
     latency_by_turn,
+    slow_above_ms,
     usage_by_channel,
     usage_by_day,
     usage_by_model,
@@ -58,9 +59,11 @@ from turntrace.analytics.sittings import (
     DayOfSessions,
     Length,
     SessionLengths,
+    SlowestTurn,
     session_lengths,
     sessions_by,
     sessions_over_time,
+    slowest_turns,
 )
 from turntrace.analytics.times import day_of
 from turntrace.analytics.totals import Choices, Totals, choices, totals, users_that_begin
@@ -91,6 +94,7 @@ __all__ = [
     "Prunings",
     "Rate",
     "SessionLengths",
+    "SlowestTurn",
     "Totals",
     "TurnErrors",
     "Usage",
@@ -119,6 +123,8 @@ __all__ = [
     "sessions_by",
     "sessions_over_time",
     "sessions_with_errors",
+    "slow_above_ms",
+    "slowest_turns",
     "totals",
     "turn_errors",
     "usage_by_channel",
