@@ -29,6 +29,7 @@ from turntrace.demo.transcripts import find_sources, read_lines
 from turntrace.errors import ConfigurationError
 from turntrace.ledger import Ledger
 from turntrace.ledger.tables import conversations, decisions, journeys, sessions, stages, turns
+from turntrace.records import TurnSummary
 
 SECOND = 1_000_000_000
 DAY = 86_400 * SECOND
@@ -245,6 +246,7 @@ def kept_sessions(records: Records, filters: Filters, *, of_turns: bool = True) 
         and (filters.until_ns is None or row["started_ns"] < filters.until_ns)
         and (filters.end_reason != "open" or row["ended_ns"] is None)
         and (filters.end_reason in (None, "open") or row["end_reason"] == filters.end_reason)
+        and (not filters.unsatisfied or (row["feedback_count"] and row["feedback_sum"] / row["feedback_count"] < 0.5))
     ]
     if not of_turns or not filters.of_some_turns:
         return found
@@ -511,6 +513,8 @@ FILTERS = {
     "error": Filters(error="TimeoutError"),
     "failed": Filters(failed=True),
     "failed, of a model": Filters(failed=True, model="gpt-4o", channel="web"),
+    "unsatisfied": Filters(unsatisfied=True),
+    "unsatisfied, of a topic": Filters(unsatisfied=True, topic="billing", channel="web"),
     "nothing meets it": Filters(channel="telex"),
 }
 
@@ -635,6 +639,7 @@ def test_users_come_in_each_order(made: Made, filters: Filters) -> None:
         "most turns": lambda row: row["turns"],
         "dearest": lambda row: row["cost_usd"],
         "most dropoffs": lambda row: row["dropoffs"],
+        "least satisfied": lambda row: -2 if row["satisfaction"] is None else -row["satisfaction"],
     }
     for by, order in orders.items():
         found = analytics.users(made.ledger, by, filters)
@@ -644,8 +649,10 @@ def test_users_come_in_each_order(made: Made, filters: Filters) -> None:
 
 
 def test_sessions_come_in_each_order_with_ties_by_their_ids(made: Made, filters: Filters) -> None:
-    assert set(ORDERS) == set(SESSION_ORDERS)
-    for by, order in SESSION_ORDERS.items():
+    slowest = {key: max(row["latency_ms"] for row in rows) for key, rows in turns_by_session(made.records).items()}
+    orders = SESSION_ORDERS | {"slowest turn": lambda row: slowest.get(row["id"], -1)}
+    assert set(ORDERS) == set(orders)
+    for by, order in orders.items():
         rows = sorted(kept_sessions(made.records, filters), key=lambda row: row["id"])
         ids = [row["id"] for row in sorted(rows, key=order, reverse=True)]
         ask: Any = by
@@ -660,10 +667,24 @@ def test_the_least_satisfied_of_equal_ones_are_the_latest_also_where_a_sum_is_no
     for n, (name, (total, times)) in enumerate(given.items()):
         records.add_session(name, user_id="u", started_ns=MONDAY - n * 10**9, feedback_sum=total, feedback_count=times)
     ledger = records.write(engine)
-    found = analytics.sessions_by(ledger, "least_satisfied")
+    found = analytics.sessions_by(ledger, "least satisfied")
     assert [session.id for session in found] == list(given)
     assert [session.user_satisfaction for session in found] == [1e-17, 0.0, 1 / 3, 1.0, None]
-    assert analytics.sessions_by(ledger, "least satisfied") == found
+
+
+def turns_by_session(records: Records) -> dict[str, list[Row]]:
+    return grouped(records.turns, lambda turn: turn["session_id"])
+
+
+def test_the_slowest_turn_of_each_session_is_told_with_its_number(made: Made) -> None:
+    ids = [row["id"] for row in made.records.sessions]
+    found = analytics.slowest_turns(made.ledger, [*ids, "none such"])
+    assert found.keys() == turns_by_session(made.records).keys()
+    for session_id, rows in turns_by_session(made.records).items():
+        most = max(row["latency_ms"] for row in rows)
+        assert found[session_id].latency_ms == most
+        assert found[session_id].number in [row["number"] for row in rows if row["latency_ms"] == most]
+    assert analytics.slowest_turns(made.ledger, []) == {}
 
 
 # --- what must hold of any figures ------------------------------------------------------------------------------------
@@ -695,13 +716,14 @@ EVERY_QUESTION = sorted(
     if callable(getattr(analytics, name))
     and name
     not in ("ask_together", "day_of", "interval", "funnel", "users", "users_that_begin", "sessions_by", "choices")
+    and name not in ("slow_above_ms", "slowest_turns")
     and not name[0].isupper()
 )
 
 
 def every_answer(ledger: Ledger, filters: Filters = ALL) -> dict[str, Any]:
     answers = {name: getattr(analytics, name)(ledger, filters) for name in EVERY_QUESTION}
-    answers |= {f"sessions_by {by}": analytics.sessions_by(ledger, by, filters) for by in SESSION_ORDERS}  # type: ignore[arg-type]
+    answers |= {f"sessions_by {by}": analytics.sessions_by(ledger, by, filters) for by in ORDERS}  # type: ignore[arg-type]
     answers["choices"] = analytics.choices(ledger)
     return answers | {"users": analytics.users(ledger, "dearest", filters)}
 
@@ -1119,18 +1141,26 @@ def test_days_and_times_are_read_in_utc(text: str, expected: int) -> None:
     assert day_of(text) == expected
 
 
-@pytest.mark.parametrize("text", ["tomorrow", "", "25.11.2026", "7", "-7d", "7 parsecs"])
+@pytest.mark.parametrize("text", ["tomorrow", "", "25.11.2026", "7", "-7d", "7 parsecs", "1h30", "h", "14.05", "14"])
 def test_what_is_no_day_is_refused_with_what_is_allowed(text: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         day_of(text, "--until")
     assert str(caught.value) == (
-        f"--until is {text!r}. Allowed are a day and a time in ISO 8601, how long ago, today and yesterday: "
-        "--until 2026-11-25, --until 2026-11-25T12:00, --until 7d, --until 2h or --until 90m."
+        f"--until is {text!r}. Allowed are a day and a time in ISO 8601, a time of today, how long ago, today and "
+        "yesterday: --until 2026-11-25, --until 2026-11-25T12:00, --until 14:05, --until 7d, --until 2h or --until "
+        "1h30m."
     )
 
 
 @pytest.mark.parametrize(
-    ("text", "why"), [("2026-13-01", "month"), ("2026-02-30", "day"), ("2026-11-25T25:00", "hour")]
+    ("text", "why"),
+    [
+        ("2026-13-01", "month"),
+        ("2026-02-30", "day"),
+        ("2026-11-25T25:00", "hour"),
+        ("25:00", "hour"),
+        ("9:60", "minute"),
+    ],
 )
 def test_a_day_that_there_is_not_is_refused_with_the_reason(text: str, why: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"^--since is '{text}': {why} .*\. Allowed are "):
@@ -1145,6 +1175,8 @@ def test_a_day_that_there_is_not_is_refused_with_the_reason(text: str, why: str)
         ("90m", MONDAY + DAY - 5400 * SECOND),
         (" 1 W ", MONDAY - 6 * DAY),
         ("30s", MONDAY + DAY - 30 * SECOND),
+        ("1h30m", MONDAY + DAY - 5400 * SECOND),
+        ("1d 2H 3m", MONDAY - (2 * 3600 + 180) * SECOND),
         ("999999999w", -(2**63)),
         ("today", MONDAY + DAY),
         ("Yesterday", MONDAY),
@@ -1155,6 +1187,63 @@ def test_how_long_ago_is_counted_from_now(text: str, expected: int, monkeypatch:
     monkeypatch.setattr("time.time_ns", lambda: MONDAY + DAY + later_that_day)
     assert day_of(text) == expected
     assert Filters(since=text).since_ns == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("14:05", MONDAY + (14 * 60 + 5) * 60 * SECOND),
+        ("9:30", MONDAY + (9 * 60 + 30) * 60 * SECOND),
+        (" 00:00 ", MONDAY),
+        ("18:00:00", MONDAY + 18 * 3600 * SECOND),
+        ("17:59:59Z", MONDAY + (18 * 3600 - 1) * SECOND),
+        ("01:00+01:00", MONDAY),
+        ("00:30-05:00", MONDAY + 5 * 3600 * SECOND + 1800 * SECOND),
+    ],
+)
+def test_a_time_is_one_of_today(text: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.time_ns", lambda: MONDAY + 18 * 3600 * SECOND)
+    assert day_of(text) == expected
+    assert Filters(since=text).since_ns == expected
+
+
+def test_a_time_of_today_that_lies_ahead_is_refused_with_how_to_say_the_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.time_ns", lambda: MONDAY + 18 * 3600 * SECOND)
+    for name, text, typed in (
+        ("--since", "18:01", "--since 2026-11-01T18:01"),
+        ("until", "23:59:59", "until='2026-11-01T23:59'"),
+        ("since", "20:00+01:00", "since='2026-11-01T20:00+01:00'"),
+    ):
+        with pytest.raises(ConfigurationError) as caught:
+            day_of(text, name)
+        now = "19:00 there" if "+" in text else "18:00 UTC"
+        assert str(caught.value) == (
+            f"{name} is {text!r}, a time of today that lies ahead: it is {now}. Say the day too, as by {typed}."
+        )
+
+
+def test_a_range_that_ends_before_it_begins_is_refused() -> None:
+    for until in ("2026-11-01T12:00:00", "2026-11-02"):
+        with pytest.raises(ConfigurationError) as caught:
+            Filters(since="2026-11-02", until=until)
+        assert str(caught.value) == (
+            f"until is {until} and since is 2026-11-02: nothing lies between. until is to be later than since; it is "
+            "the first moment that does not count."
+        )
+    with pytest.raises(ConfigurationError, match="nothing lies between"):
+        Filters(since_ns=MONDAY).of(until_ns=MONDAY - 1)
+    assert Filters(since="2026-11-02", until_ns=MONDAY + 1).until_ns == MONDAY + 1
+
+
+def test_a_slow_turn_takes_over_a_second_and_three_times_the_median() -> None:
+    def limit(*latencies: int, status: str = "completed") -> float | None:
+        return analytics.slow_above_ms([TurnSummary("t", "s", latency_ms=ms, status=status) for ms in latencies])
+
+    assert limit(1000, 2000, 9000) == 6000
+    assert limit(100, 100, 900) == 1000
+    assert limit(1000, 3000) == 6000
+    assert limit(5000, status="failed") == 15_000
+    assert limit() is limit(5000, status="open") is limit(5000, status="abandoned") is None
 
 
 def test_a_day_is_the_one_that_a_time_is_in() -> None:
@@ -1174,7 +1263,8 @@ def test_filters_say_what_they_leave_in() -> None:
     assert str(Filters(conversation_id="c-1", error="TimeoutError", failed=True)) == (
         "conversation_id c-1, error TimeoutError, a failed turn"
     )
-    assert Filters(failed=False) == ALL
+    assert Filters(failed=False, unsatisfied=False) == ALL
+    assert str(Filters(channel="web", unsatisfied=True)) == "channel web, feedback below 0.5"
 
 
 @pytest.mark.parametrize(
@@ -1212,7 +1302,7 @@ def test_filters_take_days_and_times_as_people_have_them(
         ({"until_ns": 2**63}, "Allowed are nanoseconds from the years 1677 to 2262."),
         (
             {"since": "x"},
-            "since is 'x'. Allowed are a day and a time in ISO 8601, how long ago, today and yesterday: since=",
+            "since is 'x'. Allowed are a day and a time in ISO 8601, a time of today, how long ago, today and",
         ),
         ({"until": 1_700_000_000}, "until is 1700000000, of type int. Allowed are a date, a datetime, a timedelta"),
         ({"since": "7d", "since_ns": 1}, "since and since_ns say the same in two ways: pass one of them."),
@@ -1220,6 +1310,7 @@ def test_filters_take_days_and_times_as_people_have_them(
         ({"user_id": b"x"}, "user_id is b'x'. Allowed are a text"),
         ({"topic": ["a"]}, "topic is ['a']. Allowed are a text"),
         ({"failed": "yes"}, "failed is 'yes'. Allowed are True, and False or None for any."),
+        ({"unsatisfied": 1}, "unsatisfied is 1. Allowed are True, and False or None for any."),
     ],
     ids=str,
 )

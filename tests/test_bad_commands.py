@@ -24,7 +24,15 @@ ABOUT = ("since", "until", "channel", "tier", "org", "topic", "model", "end-reas
 WAYS: tuple[tuple[str, ...], ...] = (
     *((command, f"--{option}=") for command in ("sessions", "users", "funnel", "dropoff") for option in ABOUT),
     *(("sessions", "--json", "--limit="), ("users", "--csv", "--limit="), ("sessions", "--sort="), ("funnel", "")),
-    *(("show", ""), ("show", "--json", ""), ("show", "--context", ""), ("sweep", "--idle-after="), ("replay", "")),
+    *(
+        ("show", ""),
+        ("show", "c", "--turn="),
+        ("show", "--brief", ""),
+        ("show", "--json", ""),
+        ("show", "--context", ""),
+        ("sweep", "--idle-after="),
+        ("replay", ""),
+    ),
     *(("replay", "--context-limit="), ("replay", "-n"), ("doctor", "--verify="), ("doctor", "--ledger=")),
     *(("export", "--status", "--ledger="), ("export", "--ledger="), ("report", "--port="), ("", ""), ("demo", "")),
 )

@@ -226,7 +226,7 @@ def test_a_session_is_found_by_the_beginning_of_its_id(run: Run, url: str, ids: 
         assert "conversation [link=x]talk" in result.stdout
         assert "question → answer" in result.stdout
     for given, why in (
-        ("zz", "No session has an id that begins with 'zz', and no conv"),
+        ("zz", "No session, turn or trace has an id that begins with 'zz', and no conv"),
         ("ab", "2 sessions have ids"),
     ):
         result = run("show", given, "--ledger", url)
@@ -265,9 +265,9 @@ def test_the_demo_shows_a_session_as_a_tree_and_all_as_a_table(run: Run, url: st
     after = [tree[number + 1] for number, line in enumerate(tree) if line.startswith("event context.prune")]
     assert [line.split("  ")[0] for line in after] == ["llm gpt-4o-mini"] * 3
     head = next(number for number, line in enumerate(lines) if line.startswith("session  "))
-    assert lines[head].split() == ["session", "user", "channel", "turns", "tokens", "cost", "duration", "ended"]
+    assert lines[head].split() == ["session", "user", "channel", "started", "UTC", "turns", "failed", "cost", "ended"]
     shown = [line.split()[-1] for line in lines[head + 2 : head + 7]]
-    assert sorted(shown) == ["completed", "handoff", "inactive_timeout", "user_exit", "user_exit"]
+    assert sorted(shown) == ["completed", "handoff", "inactive_tim\u2026", "user_exit", "user_exit"]
     assert url in result.stdout
     assert "LANGFUSE_PUBLIC_KEY" in result.stdout
     assert "turntrace export" in result.stdout
@@ -443,6 +443,9 @@ def test_a_sweep_ends_what_was_silent(run: Run, url: str) -> None:
     result = run("sweep", "--ledger", url)
     assert (result.exit_code, result.stdout) == (0, "Ended 1 session, closed 0 turns as abandoned.\n")
     assert "Ended 0 sessions" in run("sweep", "--ledger", url, "--idle-after", "60").stdout
+    told = " ".join(run("sweep", "--help").stdout.split())
+    assert "Default: TURNTRACE_IDLE_AFTER, else 1800." in told
+    assert "it holds for every session of the ledger" in told
     wrong = run("sweep", "--ledger", url, "--idle-after", "-1")
     assert wrong.exit_code == 2
     assert "idle_after" in wrong.output

@@ -41,8 +41,6 @@ STAGES = ("signup", "connect", "first_answer")
 BEGIN_NS = 1_767_261_600_000_000_000
 """10 o'clock on the first of January 2026, in UTC."""
 
-WITHOUT_KEYS = "in Langfuse: Sessions, by the session's id; with Langfuse's keys set, its address stands here"
-
 Run = Callable[..., Result]
 
 
@@ -227,6 +225,10 @@ def read_csv(result: Result) -> list[dict[str, str]]:
         ("--sort most-tokens --limit 1", "people"),
         ("--sort dearest --limit 1", "people"),
         ("--sort slowest --limit 1", "fourth"),
+        ("--sort slowest-turn --limit 2", "fourth first"),
+        ("--sort least-satisfied --limit 1", "fourth"),
+        ("--unsatisfied", "fourth"),
+        ("--unsatisfied --channel mobile", ""),
         ("--sort newest --limit 1", "last"),
         ("--conversation refunds", "people"),
         ("--conversation first-talk", "first"),
@@ -267,9 +269,75 @@ def test_sessions_with_failures_are_found_by_them(run: Run, url: str) -> None:
         assert failed.items() >= {"bad": "2", "late": "1", "left": "0"}.items()
 
 
+def test_who_is_on_call_sees_when_it_began_and_what_failed_in_any_width(
+    run: Run, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(BEGIN_NS - 24 * 3600 * 10**9)
+    with SessionTracker(url, clock=clock) as tracker:
+        for name in ("last-year", "earlier", "now"):
+            with tracker.session(session_id=name, user_id="ann", channel="storefront") as session:
+                with pytest.raises(TimeoutError), session.conversation(name).turn("Hi"):
+                    raise TimeoutError
+                session.conversation(name).start_turn("Hi?").end()
+            clock.advance(minutes=24 * 60)
+    monkeypatch.setattr("time.time_ns", lambda: BEGIN_NS + 25 * 3600 * 10**9)
+    for columns in (60, 80, 130):
+        head, _, *table = run("sessions", "--ledger", url, columns=columns).stdout.splitlines()
+        assert len(table) == 3
+        begin, end = head.index("started UTC"), head.index("started UTC") + len("started UTC")
+        assert [line[begin:end].strip() for line in table] == ["10:00", "01-01 10:00", "2025-12-31"]
+        failed = head.index("failed")
+        assert [line[failed : failed + 6].strip() for line in table] == ["1", "1", "1"]
+    card = run("sessions", "--ledger", url, columns=30).stdout
+    assert card.count("1 failed") == 3
+    assert "10:00, 1 failed, 2 turns" in " ".join(card.split())
+
+
+def test_how_satisfied_users_were_is_a_column_an_order_and_a_filter(run: Run, url: str) -> None:
+    with SessionTracker(url, user_hash_key=KEY) as tracker:
+        for name, given in {"happy": [1.0], "mixed": [0, 1.0], "cross": [0.0], "quiet": []}.items():
+            with tracker.session(session_id=name, user_id=name) as session:
+                session.conversation(name).start_turn("Hi").end()
+                for value in given:
+                    session.feedback(value, name=f"asked {value}")
+    assert ids(run("sessions", "--ledger", url, "--sort", "least-satisfied")) == ["cross", "mixed", "happy", "quiet"]
+    assert ids(run("sessions", "--ledger", url, "--unsatisfied")) == ["cross"]
+    by_user = [hash_user(name, KEY.encode())[:8] for name in ("cross", "mixed", "happy", "quiet")]
+    assert ids(run("users", "--ledger", url, "--sort", "least-satisfied")) == by_user
+    assert ids(run("users", "--ledger", url, "--unsatisfied")) == by_user[:1]
+    for columns, options in ((60, ["--sort", "least-satisfied"]), (60, ["--unsatisfied"]), (150, [])):
+        head, _, *table = run("sessions", "--ledger", url, *options, columns=columns).stdout.splitlines()
+        at = head.index("satisfied")
+        satisfied = {line.split()[0]: line[at : at + 9].strip() for line in table}
+        assert satisfied.items() <= {"cross": "0%", "mixed": "50%", "happy": "100%", "quiet": ""}.items()
+    with SessionTracker(url, user_hash_key=KEY) as tracker:
+        tracker.forget_user("cross")
+    none = run("sessions", "--ledger", url, "--unsatisfied")
+    assert none.stdout == "There are no sessions like that: feedback below 0.5.\n"
+
+
+def test_a_session_with_one_slow_turn_is_found_and_the_turn_named(run: Run, url: str) -> None:
+    clock = Clock(BEGIN_NS)
+    with SessionTracker(url, clock=clock) as tracker:
+        took: dict[str, list[float]] = {"steady": [3] * 4, "spike": [1, 1, 12.5, 1, 1, 1], "none": []}
+        for name, seconds in took.items():
+            with tracker.session(session_id=name) as session:
+                for each in seconds:
+                    with session.conversation(name).turn("Hi"):
+                        clock.advance(seconds=each)
+    for columns in (60, 150):
+        result = run("sessions", "--ledger", url, "--sort", "slowest-turn", columns=columns)
+        assert ids(result) == ["spike", "steady", "none"]
+        assert re.search(r"^spike .* 3: 12\.5 s  ", result.stdout, re.MULTILINE)
+        assert re.search(r"^steady .* 1: 3\.0 s  ", result.stdout, re.MULTILINE)
+    assert "slowest turn" not in run("sessions", "--ledger", url, columns=150).stdout
+
+
 @pytest.mark.parametrize(
     ("since", "found"),
     [
+        ("1h30m", "last people long fourth third"),
+        ("10:40", "last people long"),
         ("90m", "last people long fourth third"),
         ("1h", "last people long"),
         ("7d", "last people long fourth third second first"),
@@ -316,8 +384,12 @@ def test_a_user_is_found_by_the_hash_or_its_beginning(run: Run, office: str) -> 
         (("--user", "%"), "No user has a hash that begins with '%'"),
         (("--user", whole, "--user-id", "ann"), "name the same user in two ways"),
         (("--user-id", ""), "user_id is empty"),
-        (("--since", "soon"), "--since is 'soon'. Allowed are a day and a time in ISO 8601, how long ago, today and"),
+        (("--since", "soon"), "--since is 'soon'. Allowed are a day and a time in ISO 8601, a time of today, how long"),
         (("--until", "2026-13-01"), "--until is '2026-13-01': month must be in 1..12"),
+        (
+            ("--since", "2026-01-02", "--until", "2026-01-01T12:00"),
+            "--until is 2026-01-01T12:00:00 and --since is 2026-01-02: nothing lies between. --until is to be later",
+        ),
         (("--json", "--csv"), "give one of them"),
     ):
         result = run("sessions", *options)
@@ -440,12 +512,14 @@ def lines(result: Result) -> list[str]:
     return [line.strip("\u2502\u251c\u2514\u2500 ") for line in result.stdout.splitlines()]
 
 
-def shown(run: Run, session_id: str, url: str, now_ns: int = BEGIN_NS + 3 * 3600 * 10**9) -> list[str]:
+def shown(
+    run: Run, session_id: str, url: str, now_ns: int = BEGIN_NS + 3 * 3600 * 10**9, options: str = ""
+) -> list[str]:
     """Return the lines of the tree as they are at a time."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("time.time_ns", lambda: now_ns)
-        found = lines(run("show", session_id, "--ledger", url, columns=120))
-    assert found.pop() == WITHOUT_KEYS
+        found = lines(run("show", session_id, "--ledger", url, *options.split(), columns=120))
+    assert not [line for line in found if "Langfuse" in line]  # there are no keys of it
     return found
 
 
@@ -561,6 +635,132 @@ def test_a_session_is_found_by_its_conversation_turn_or_trace_which_is_marked(
     ]
 
 
+@pytest.fixture
+def hundred(url: str) -> tuple[str, list[str]]:
+    """Give the URL of a ledger with a session of a hundred turns, of which the 30th was slow, and the turns' ids."""
+    clock, turn_ids = Clock(BEGIN_NS), []
+    with SessionTracker(url, clock=clock) as tracker:
+        with tracker.session(session_id="one of many", channel="web") as session:
+            conversation = session.conversation("c-7")
+            for number in range(1, 101):
+                with conversation.turn("Where is it?") as turn:
+                    turn_ids.append(turn.id)
+                    turn.set_intent("track")
+                    clock.advance(seconds=9 if number == 30 else 1.5)
+                    turn.set_answer("On its way.")
+            turn.feedback(False)
+            session.journey("onboarding", list(STAGES)).enter("connect")
+        with tracker.session(session_id="next") as session:
+            session.conversation("c-7").start_turn("Hi").end()
+    return url, turn_ids
+
+
+ALL_OF_IT = "turntrace show 'one of many' shows all, with --brief a line each"
+
+
+def test_a_turn_is_shown_alone_by_its_number(run: Run, hundred: tuple[str, list[str]]) -> None:
+    url, turn_ids = hundred
+    for given in ("one", "c-7"):
+        assert shown(run, given, url, options="--turn 30") == [
+            *("session one of many  web, user unknown", "2026-01-01 10:00:00 UTC"),
+            "100 turns, 0 tokens, $0.00, 2 min 38 s, satisfied 0%",
+            "conversation c-7" + ("  <- asked for" if given == "c-7" else ""),
+            "turn 30  10:00:43  completed  intent track  question \u2192 answer",
+            "9.0 s slow",
+            f"trace {turn_ids[29]}",
+            f"1 of 100 turns; {ALL_OF_IT}",
+        ]
+    [turn] = json.loads(run("show", "one", "--turn", "30", "--json", "--ledger", url).stdout)["turns"]
+    assert (turn["number"], turn["latency_ms"]) == (30, 9000)
+    [session] = json.loads(run("show", "c-7", "--turn", "101", "--json", "--ledger", url).stdout)
+    assert (session["id"], [turn["number"] for turn in session["turns"]]) == ("next", [101])
+    for given, number, why in (
+        ("one", "102", "The session 'one of many' has no turn 102. It has turns from 1 to 100: --turn 100."),
+        ("c-7", "102", "The conversation 'c-7' has no turn 102. It has turns from 1 to 101: --turn 101."),
+    ):
+        wrong = run("show", given, "--turn", number, "--ledger", url)
+        assert (wrong.exit_code, wrong.stdout, wrong.stderr) == (2, "", f"turntrace: {why}\n")
+
+
+def test_a_turn_or_trace_is_shown_with_its_neighbours_in_a_line_each(run: Run, hundred: tuple[str, list[str]]) -> None:
+    url, turn_ids = hundred
+    for given in (turn_ids[29], turn_ids[29][:12]):
+        assert shown(run, given, url)[3:] == [
+            "conversation c-7",
+            "turn 29   10:00:42  completed  1.5 s  intent track",
+            "turn 30  10:00:43  completed  intent track  question \u2192 answer  <- asked for",
+            "9.0 s slow",
+            f"trace {turn_ids[29]}",
+            "turn 31   10:00:52  completed  1.5 s  intent track",
+            f"3 of 100 turns; {ALL_OF_IT}",
+        ]
+    last = shown(run, turn_ids[99], url)[4:]
+    assert [line.split("  ")[0].strip() for line in last] == [
+        *("turn 99", "turn 100", "1.5 s", f"trace {turn_ids[99]}", "feedback user_feedback 0"),
+        f"2 of 100 turns; {ALL_OF_IT}",
+    ]
+    assert len(json.loads(run("show", turn_ids[29], "--json", "--ledger", url).stdout)["turns"]) == 100
+
+
+def test_what_happened_in_a_turn_is_shown_of_that_turn_alone(run: Run, office: str) -> None:
+    whole = json.loads(run("show", "people", "--json").stdout)["turns"]
+    first = shown(run, whole[0]["id"], office)
+    assert "agent desk  500 ms" in first
+    [second] = [line for line in first if line.startswith("turn 2 ")]
+    assert second == "turn 2  11:26:32  interrupted  250 ms"
+    assert first[-2:] == [second, "2 of 2 turns; turntrace show people shows all, with --brief a line each"]
+    assert "node look_up  250 ms  attempt 2" not in shown(run, whole[1]["id"], office)
+
+
+def test_a_session_is_shown_with_one_line_a_turn(run: Run, hundred: tuple[str, list[str]]) -> None:
+    url, turn_ids = hundred
+    found = shown(run, "one", url, options="--brief")
+    at = [line for line in found if line.startswith("turn ")]
+    assert len(at) == 100
+    assert len(found) == 4 + 100 + 2
+    assert at[8] == "turn 9    10:00:12  completed  1.5 s  intent track"
+    assert at[29] == "turn 30   10:00:43  completed  9.0 s  slow  intent track"
+    assert at[99].endswith("feedback user_feedback 0  intent track")
+    assert sum("slow" in line for line in at) == 1
+    assert found[-2:] == ["journey onboarding  connect (2 of 3)", "end  10:02:37  user_exit"]
+    marked = shown(run, turn_ids[41], url, options="--brief")
+    assert len(marked) == len(found)
+    assert [line.split()[1] for line in marked if "<- asked for" in line] == ["42"]
+    narrow = run("show", "one", "--brief", "--ledger", url, columns=40).stdout.splitlines()
+    assert len([line for line in narrow if " turn " in line]) == 100
+    for other in ("--json", "--context"):
+        wrong = run("show", "one", "--brief", other, "--ledger", url)
+        assert (wrong.exit_code, wrong.stdout) == (2, "")
+        assert f"--brief and {other} show a session in two ways: give one." in wrong.stderr
+
+
+def test_a_turn_or_trace_is_found_by_its_beginning(run: Run, url: str) -> None:
+    with SessionTracker(url) as tracker, tracker.session(session_id="ab-session") as session:
+        conversation = session.conversation("talk")
+        turn_ids = []
+        for _ in range(3):
+            with conversation.turn("Hi") as turn:
+                turn_ids.append(turn.id)
+        whole = json.loads(run("show", "ab-session", "--json", "--ledger", url).stdout)["turns"]
+        running = conversation.start_turn("Hi")
+        for wanted in [*(turn["trace_id"] for turn in whole), *turn_ids, running.id]:
+            asked = [line for line in shown(run, wanted[:10], url) if "asked for" in line]
+            number = [*turn_ids, running.id].index(wanted) + 1
+            assert [line.split()[1] for line in asked] == [str(number)]
+        running.end()
+    missing = run("show", "zz", "--ledger", url)
+    assert missing.stderr == (
+        "turntrace: No session, turn or trace has an id that begins with 'zz', and no conversation has that id. "
+        "turntrace sessions lists the sessions.\n"
+    )
+    with sqlite3.connect(url.removeprefix("sqlite:///")) as connection:
+        connection.execute("UPDATE turntrace_turns SET id = 'x-' || number")
+    connection.close()
+    several = run("show", "x-", "--ledger", url)
+    assert several.stderr == "turntrace: Several turns have ids or traces that begin with 'x-': type more of it.\n"
+    assert shown(run, "x-3", url)[0].startswith("session ab-session ")
+
+
 def test_a_conversation_that_runs_or_that_begins_as_a_session_does_is_found(run: Run, url: str) -> None:
     with SessionTracker(url) as tracker:
         tracker.start_session(session_id="c-10").end()
@@ -599,7 +799,7 @@ def test_an_id_that_was_hashed_is_found_as_the_app_has_it(run: Run, url: str) ->
     assert len(ids(run("sessions", "--ledger", url, "--conversation", "thread 1 \u00fc"))) == 1
     missing = run("show", "sess 2 \u00fc", "--ledger", url)
     assert missing.exit_code == 2
-    assert "No session has an id that begins with 'sess 2 \u00fc', and no conversation, turn or trace" in missing.stderr
+    assert "No session, turn or trace has an id that begins with 'sess 2 \u00fc', and no conv" in missing.stderr
 
 
 def test_a_session_says_where_it_is_in_langfuse(
@@ -705,7 +905,7 @@ def test_a_funnel_has_bars_counts_shares_and_times(run: Run, office: str) -> Non
     head, _, _, *stages = result.stdout.splitlines()
     assert head == "onboarding  3 users, 1 converted (33%), median 22.5 s, in turn 2"
     assert [re.sub("[\u2588\u2591]+", "|", " ".join(line.split())) for line in stages] == [
-        *("1 signup | 3 100% 22.5 s 2", "2 connect | 2 67%", "3 first_answer | 0 0%", "converted | 1 33%"),
+        *("1 signup | 3 100% 3 22.5 s 2", "2 connect | 2 67% 2", "3 first_answer | 0 0% 0", "converted | 1 33%"),
     ]
     bars = [line.count("\u2588") for line in stages]
     assert bars[0] > bars[1] > bars[3] > bars[2] == 0
@@ -715,6 +915,26 @@ def test_a_funnel_has_bars_counts_shares_and_times(run: Run, office: str) -> Non
     assert [stage["entered"] for stage in journey["stages"]] == [3, 2, 0]
     [journey] = rows(run("funnel", "onboarding", "--json", "--channel", "mobile"))
     assert [stage["entered"] for stage in journey["stages"]] == [1, 1, 0]
+
+
+def test_a_funnel_tells_who_came_so_far_from_who_entered_and_narrows(run: Run, url: str) -> None:
+    with SessionTracker(url) as tracker:
+        for user, stages in {"ann": ["signup", "first_answer"], "bob": ["first_answer"], "cid": ["signup"]}.items():
+            with tracker.session(user_id=user) as session:
+                for stage in stages:
+                    session.journey("onboarding", list(STAGES)).enter(stage)
+    for columns in (50, 100):
+        head, line, _, *table = run("funnel", "--ledger", url, columns=columns).stdout.splitlines()
+        assert head.startswith("onboarding  3 users")
+        found = {row.split("  ")[0]: row for row in table}
+        reached, entered = (
+            {name: row[(at := line.index(column)) : at + 7].strip() for name, row in found.items()}
+            for column in ("reached", "entered")
+        )
+        assert [*reached.values()] == ["3", "2", "2", "0"]
+        assert [*entered.values()] == ["2", "0", "2", ""]
+        assert [re.findall(r"\d+%", row) for row in table] == [["100%"], ["67%"], ["67%"], ["0%"]]
+    assert [row["reached"] for row in read_csv(run("funnel", "--csv", "--ledger", url))] == ["3", "2", "2"]
 
 
 def test_a_journey_that_nobody_began_is_said_to_be_none(run: Run, office: str) -> None:
@@ -797,6 +1017,15 @@ def test_a_report_is_written(run: Run, office: str, tmp_path: Path) -> None:
     page = file.read_text(encoding="utf-8")
     assert "</html>" in page
     assert "onboarding" in page
+
+
+def test_a_report_of_those_who_were_unsatisfied(run: Run, office: str, tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    assert run("report", "-o", str(file), "--unsatisfied").exit_code == 0
+    page = file.read_text(encoding="utf-8")
+    assert "feedback <strong><bdi>below 50%" in page
+    assert "fourth" in page
+    assert "second" not in re.sub("seconds?", "", page)
 
 
 def test_a_report_of_nothing_says_so_and_is_written(run: Run, office: str, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from command_line import runner
 from test_cli_questions import fill
 from turntrace import SessionTracker
 from turntrace.cli import links, lookup, running
-from turntrace.cli.columns import Column, figures, fitting
+from turntrace.cli.columns import NEEDED, Column, figures, fitting
 from turntrace.cli.main import COMMANDS, app
 from turntrace.errors import LedgerError
 
@@ -94,7 +94,19 @@ def in_terminal(url: str, *arguments: str, columns: int = 80, **variables: str) 
 # --- widths -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("columns", [40, 60, 80, 120])
 def test_no_line_is_wider_than_the_terminal(columns: int, url: str) -> None:
-    for command in ("sessions", "users", "funnel", "dropoff", "show people", "show fourth", "show long --context"):
+    for command in (
+        "sessions",
+        "users",
+        "funnel",
+        "dropoff",
+        "show people",
+        "show fourth",
+        "show long --context",
+        "show fourth --brief",
+        "show fourth --turn 2",
+        "sessions --sort slowest-turn",
+        "sessions --unsatisfied",
+    ):
         result = runner().invoke(app, [*command.split(), "--ledger", url], env={"COLUMNS": str(columns)})
         assert result.exit_code == 0
         assert max(map(len, result.stdout.splitlines())) <= columns, command
@@ -108,17 +120,17 @@ def test_the_columns_that_matter_least_go_first(url: str) -> None:
         asked = ["sessions", "--ledger", url, "--until", "2026-01-02"]
         result = runner().invoke(app, asked, env={"COLUMNS": str(columns)})
         heads[columns] = re.split(" {2,}", result.stdout.splitlines()[0].strip())
-    assert heads[60] == ["session", "user", "channel", "turns", "cost", "ended"]
-    assert heads[80] == ["session", "user", "channel", "turns", "tokens", "cost", "duration", "ended"]
-    assert heads[100] == [*heads[80][:3], "started, UTC", *heads[80][3:]]
-    assert heads[130] == [*heads[100][:-1], "per turn", "last intent", "ended"]
+    assert heads[60] == ["session", "user", "channel", "started UTC", "turns", "ended"]
+    assert heads[80] == ["session", "user", "channel", "started UTC", "turns", "cost", "ended"]
+    assert heads[100] == [*heads[80][:5], "tokens", "cost", "duration", "ended"]
+    assert heads[130] == [*heads[100][:-1], "per turn", "satisfied", "last intent", "ended"]
 
 
 def test_texts_are_cut_before_a_needed_column_goes_and_never_for_one_that_is_not() -> None:
     from rich.text import Text
 
     name = Column("name", [Text("a long name")], least=5)
-    needed, spare = figures("needed", ["1"], rank=1), figures("spare", ["2"], rank=3)
+    needed, spare = figures("needed", ["1"], rank=NEEDED), figures("spare", ["2"], rank=NEEDED + 1)
     for width, kept in ((26, "name needed spare"), (25, "name needed"), (13, "name needed"), (12, "name"), (1, "name")):
         assert [column.name for column in fitting([name, needed, spare], width)] == kept.split()
 
@@ -126,8 +138,29 @@ def test_texts_are_cut_before_a_needed_column_goes_and_never_for_one_that_is_not
 def test_the_width_is_that_of_the_terminal(url: str) -> None:
     narrow = in_terminal(url, "sessions", columns=60)
     wide = in_terminal(url, "sessions", columns=140)
-    assert "tokens" not in narrow
+    assert "tokens" not in narrow.splitlines()[0]
     assert "last intent" in wide
+
+
+def words(text: str) -> str:
+    """Return what a terminal shows, without its colours and the ends of its lines."""
+    return " ".join(ESCAPES.sub("", text).split())
+
+
+def test_columns_that_are_left_out_are_named_where_there_is_a_terminal_and_nowhere_else(url: str) -> None:
+    shown = in_terminal(url, "sessions", columns=60)
+    left_out = "left out for width: user, tokens, cost, duration, per turn, satisfied, last intent; --json has all"
+    assert words(shown).endswith(left_out)
+    assert "\x1b[2mleft out" in shown
+    assert "left out" not in in_terminal(url, "sessions", columns=160)
+    first_day = "left out for width: first day; --json has all"
+    assert words(in_terminal(url, "users", columns=80)).endswith(first_day)
+    assert words(in_terminal(url, "funnel", columns=50)).endswith("left out for width: left; --json has all")
+    assert "left out" not in in_terminal(url, "sessions", "--json", columns=60)
+    for variables in ({"COLUMNS": "60"}, {"COLUMNS": "60", "FORCE_COLOR": "1", "TERM": "xterm-256color"}):
+        done = piped(url, "sessions", **variables)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert b"left out" not in done.stdout
 
 
 # --- colours and escapes ----------------------------------------------------------------------------------------------
@@ -173,7 +206,7 @@ def test_an_output_of_ascii_gets_ascii(url: str) -> None:
             assert re.search(rb"1 signup +#+ +3", done.stdout)
     wrong = piped(url, "show", "caf\u00e9", PYTHONIOENCODING="ascii")
     assert wrong.returncode == 2
-    assert wrong.stderr.startswith(b"turntrace: No session has an id that begins with 'caf\\xe9'")
+    assert wrong.stderr.startswith(b"turntrace: No session, turn or trace has an id that begins with 'caf\\xe9'")
 
 
 # --- pipes and Ctrl-C -------------------------------------------------------------------------------------------------

@@ -1321,16 +1321,19 @@ def test_a_port_that_is_taken_is_said() -> None:
     ("chosen", "said"),
     [
         (Filters(failed=True), "turns <strong><bdi>failed or abandoned"),
+        (Filters(unsatisfied=True), "feedback <strong><bdi>below 50%"),
         (Filters(error="TimeoutError"), "turns that ended with <strong><bdi>TimeoutError"),
         (Filters(conversation_id="c-42"), "conversation <strong><bdi>c-42"),
     ],
-    ids=["failed", "error", "conversation"],
+    ids=["failed", "unsatisfied", "error", "conversation"],
 )
 def test_filters_of_turns_are_stated_and_stand_in_the_form(chosen: Filters, said: str) -> None:
     assert said in str(applied(chosen))
     form = str(filter_form(chosen, Choices((), (), (), (), (), ())))
     assert 'name="failed"' in form
-    assert ("selected" in form) == bool(chosen.failed)
-    asked = {"failed": ["yes"], "error": ["TimeoutError"], "conversation": ["c-42"]}
-    assert filters_of(asked, Filters()) == Filters(failed=True, error="TimeoutError", conversation_id="c-42")
-    assert filters_of({"failed": [""]}, Filters(failed=True)) == Filters()
+    assert 'name="unsatisfied"' in form
+    assert ("selected" in form) == bool(chosen.failed or chosen.unsatisfied)
+    asked = {"failed": ["yes"], "unsatisfied": ["yes"], "error": ["TimeoutError"], "conversation": ["c-42"]}
+    wanted = Filters(failed=True, unsatisfied=True, error="TimeoutError", conversation_id="c-42")
+    assert filters_of(asked, Filters()) == wanted
+    assert filters_of({"failed": [""], "unsatisfied": [""]}, Filters(failed=True, unsatisfied=True)) == Filters()

@@ -87,6 +87,22 @@ def test_the_folder_of_a_ledger_is_made(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "b" / "ledger.db").exists()
 
 
+def test_more_than_one_folder_that_was_missing_is_said_once_since_the_url_may_be_wrong(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home" / "share"))
+    with SessionTracker():  # its usual place, which is nobody's mistake
+        pass
+    Ledger(f"sqlite:///{tmp_path}/one/ledger.db").close()
+    assert caplog.messages == []
+    for _ in range(2):
+        Ledger(f"sqlite:///{tmp_path}/varr/lib/app/ledger.db").close()
+    assert caplog.messages == [
+        f"turntrace: made the folder '{tmp_path}/varr/lib/app' for the ledger, since '{tmp_path}/varr' was not there. "
+        "Is the ledger's URL right?"
+    ]
+
+
 def test_a_ledger_of_a_newer_version_is_refused_and_left_alone(path: Path, url: str) -> None:
     Ledger(url).close()
     with database(path) as connection:

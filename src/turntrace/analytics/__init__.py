@@ -13,7 +13,6 @@ Each takes a `Ledger` and `Filters`; none changes anything. ::
 from turntrace.analytics.asking import MOST_TURNS, ask_together
 from turntrace.analytics.confidence import Rate, interval
 from turntrace.analytics.endings import (
-    SATISFIED,
     Dropoffs,
     IntentOutcome,
     Outcome,
@@ -39,12 +38,13 @@ from turntrace.analytics.exchanges import (
     by_model,
     estimate_errors,
     latency_by_turn,
+    slow_above_ms,
     usage_by_channel,
     usage_by_day,
     usage_by_model,
     usage_by_tier,
 )
-from turntrace.analytics.filters import ALL, Filters
+from turntrace.analytics.filters import ALL, SATISFIED, Filters
 from turntrace.analytics.funnels import Funnel, FunnelStage, funnel, funnels
 from turntrace.analytics.returning import Cohort, UserFigures, retention, users
 from turntrace.analytics.scales import (
@@ -59,9 +59,11 @@ from turntrace.analytics.sittings import (
     DayOfSessions,
     Length,
     SessionLengths,
+    SlowestTurn,
     session_lengths,
     sessions_by,
     sessions_over_time,
+    slowest_turns,
 )
 from turntrace.analytics.times import day_of
 from turntrace.analytics.totals import Choices, Totals, choices, totals, users_that_begin
@@ -93,6 +95,7 @@ __all__ = [
     "Prunings",
     "Rate",
     "SessionLengths",
+    "SlowestTurn",
     "Totals",
     "TurnErrors",
     "Usage",
@@ -121,6 +124,8 @@ __all__ = [
     "sessions_by",
     "sessions_over_time",
     "sessions_with_errors",
+    "slow_above_ms",
+    "slowest_turns",
     "totals",
     "turn_errors",
     "usage_by_channel",

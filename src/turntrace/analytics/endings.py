@@ -8,15 +8,13 @@ from sqlalchemy import ColumnElement, and_, case, exists, func, literal, or_, se
 
 from turntrace.analytics.asking import count_if, in_bytes, mean_satisfaction, rows_of, turn_number
 from turntrace.analytics.confidence import Rate, interval
-from turntrace.analytics.filters import ALL, Filters, of_sessions, on_turns
+from turntrace.analytics.filters import ALL, SATISFIED, Filters, of_sessions, on_turns
 from turntrace.ledger import Ledger
 from turntrace.ledger.tables import journeys, sessions, turns
 
 SUCCESSFUL: Final = "successful"
 UNSUCCESSFUL: Final = "unsuccessful"
 UNKNOWN: Final = "unknown"
-SATISFIED: Final = 0.5
-"""A mean of feedback from which on a user counts as satisfied."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,8 @@
 """Turns: how long they take, by their number, and what they use."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, Final
 
 from sqlalchemy import Select, func, select
@@ -10,8 +12,11 @@ from turntrace.analytics.filters import ALL, Filters, checked, of_sessions, of_t
 from turntrace.analytics.times import DAY_NS, iso_day
 from turntrace.ledger import Ledger
 from turntrace.ledger.tables import sessions, turns
+from turntrace.records import TurnSummary
 
 _ENDED: Final = ("completed", "failed")
+_SLOW_TIMES: Final = 3
+_SLOW_MS: Final = 1_000
 _SUMS: Final = ("input_tokens", "output_tokens", "unpriced_calls")
 
 
@@ -63,6 +68,19 @@ def latency_by_turn(ledger: Ledger, filters: Filters = ALL) -> list[LatencyOfTur
             }
         found.append(LatencyOfTurn(number or 0, took.n, took.at[50], took.at[95], took.at[99], **known))
     return found
+
+
+def slow_above_ms(turns: Iterable[TurnSummary]) -> float | None:
+    """Return above how many milliseconds a turn is slow among these turns of a session; None where none has ended.
+
+    That is three times the median of those that ended, without what was waited for a person, and at least a second:
+    what is told by it stands out to who waits, not to a statistician.
+
+    Args:
+        turns: The turns, in any order.
+    """
+    took = [turn.latency_ms for turn in turns if turn.status in _ENDED]
+    return max(_SLOW_MS, _SLOW_TIMES * median(took)) if took else None
 
 
 def _quantiles(ledger: Ledger, filters: Filters, value: Any) -> dict[Any, Quantiles]:

@@ -5,11 +5,15 @@ from typing import Any, Final
 
 from sqlalchemy import ColumnElement, and_, exists, or_, select, true
 
-from turntrace.analytics.times import FIRST_NS, LAST_NS, When, iso_moment, when
+from turntrace.analytics.times import FIRST_NS, LAST_NS, When, check_order, iso_moment, when
 from turntrace.errors import ConfigurationError
 from turntrace.ledger.tables import conversations, is_failing, open_turns, sessions, turns
 
 _TIMES: Final = {"since_ns": "since", "until_ns": "until"}
+_YES: Final = {"failed": "a failed turn", "unsatisfied": "feedback below 0.5"}
+"""What is True or not asked for, and how it is said."""
+SATISFIED: Final = 0.5
+"""The mean of the feedback below which a session is unsatisfied, from 0 to 1."""
 _OF_TURNS: Final = ("topic", "model", "conversation_id", "error", "failed")
 
 
@@ -28,7 +32,8 @@ class Filters:
     turn that meets them all.
 
     Times may be said as `since` and `until`, too: a date, a datetime, a timedelta (so long ago), or a text, as
-    ``2026-11-25``, ``2026-11-25T12:00``, ``7d``, ``2h``, ``today`` or ``yesterday``, in UTC where it says nothing else.
+    ``2026-11-25``, ``2026-11-25T12:00``, ``14:05`` (of today), ``7d``, ``1h30m``, ``today`` or ``yesterday``, in UTC
+    where it says nothing else.
 
     Attributes:
         since_ns: Sessions that began then or later, in nanoseconds since 1970.
@@ -43,9 +48,10 @@ class Filters:
         conversation_id: Turns of this conversation, and sessions with such turns.
         error: Turns that ended with an error of this class (empty: with none), and sessions with such turns.
         failed: True for turns that failed or were abandoned, and sessions with such turns.
+        unsatisfied: True for sessions with feedback whose mean is below 0.5.
 
     Raises:
-        ConfigurationError: If a value is of another type, or one that no database holds.
+        ConfigurationError: If a value is of another type, or one that no database holds, or if no time is in the range.
     """
 
     since_ns: int | None = None
@@ -60,6 +66,7 @@ class Filters:
     conversation_id: str | None = None
     error: str | None = None
     failed: bool | None = None
+    unsatisfied: bool | None = None
     _: KW_ONLY
     since: InitVar[When | None] = None
     until: InitVar[When | None] = None
@@ -72,7 +79,9 @@ class Filters:
                 object.__setattr__(self, f"{name}_ns", when(said, name))
         for name in self.__slots__:
             _check(name, getattr(self, name))
-        object.__setattr__(self, "failed", self.failed or None)
+        for name in _YES:
+            object.__setattr__(self, name, getattr(self, name) or None)
+        check_order(self.since_ns, self.until_ns)
 
     def __str__(self) -> str:
         named = [(name, getattr(self, name)) for name in self.__slots__]
@@ -90,8 +99,8 @@ class Filters:
 
 
 def _said(name: str, value: Any) -> str:
-    if name == "failed":
-        return "a failed turn"
+    if name in _YES:
+        return _YES[name]
     return f"{_TIMES.get(name, name)} {iso_moment(value) if name in _TIMES else value or 'not known'}"
 
 
@@ -107,9 +116,9 @@ def _check(name: str, value: object) -> None:
             )
         if not FIRST_NS <= value <= LAST_NS:
             raise ConfigurationError(f"{name} is {value}. Allowed are nanoseconds from the years 1677 to 2262.")
-    elif name == "failed":
+    elif name in _YES:
         if not isinstance(value, bool):
-            raise ConfigurationError(f"failed is {value!r:.40}. Allowed are True, and False or None for any.")
+            raise ConfigurationError(f"{name} is {value!r:.40}. Allowed are True, and False or None for any.")
     elif not isinstance(value, str):
         raise ConfigurationError(f"{name} is {value!r:.40}. Allowed are a text, as {name}='...', and None for any.")
     elif not _is_kept(value):
@@ -204,6 +213,8 @@ def _on_sessions(filters: Filters) -> list[Any]:
         conditions.append(sessions.c.ended_ns.is_(None))
     elif filters.end_reason is not None:
         conditions.append(sessions.c.end_reason == filters.end_reason)
+    if filters.unsatisfied:
+        conditions.append(sessions.c.feedback_sum < sessions.c.feedback_count * SATISFIED)  # 0 < 0 without any
     return conditions
 
 

@@ -25,6 +25,8 @@ WHY_NOT: Final[Mapping[str, str]] = {
     "measure.",
     "session_durations": "The Metrics API gives percentiles of the score `session.duration_ms`, not how many lie "
     "where.",
+    "slowest_turns": "The longest latency of a session can be asked for there; which turn it was stands in metadata, "
+    "which cannot be a dimension.",
     "turn_errors": "Calls that failed can be counted there by their level; which turns failed, at which number and "
     "with which intent stands in metadata, which cannot be a dimension.",
     "sessions_with_errors": "The Metrics API orders sessions by a measure only; filter Langfuse's Tracing by level "

@@ -106,13 +106,15 @@ class UserFigures:
     satisfaction: float | None
 
 
-UserOrder = Literal["latest", "most sessions", "most turns", "dearest", "most dropoffs"]
+UserOrder = Literal["latest", "most sessions", "most turns", "dearest", "most dropoffs", "least satisfied"]
 
 
 def users(
     ledger: Ledger, by: UserOrder = "latest", filters: Filters = ALL, *, limit: int | None = 50
 ) -> list[UserFigures]:
     """Return the known users of these sessions who come first in an order; equal ones in the order of their hashes.
+
+    Users without feedback are the last of the least satisfied.
 
     Args:
         ledger: The ledger.
@@ -136,11 +138,12 @@ def users(
         "feedback_count": func.sum(s.feedback_count),
     }
     orders = {
-        "latest": columns["last_ns"],
-        "most sessions": columns["sessions"],
-        "most turns": columns["turns"],
-        "dearest": columns["cost_usd"],
-        "most dropoffs": columns["dropoffs"],
+        "latest": columns["last_ns"].desc(),
+        "most sessions": columns["sessions"].desc(),
+        "most turns": columns["turns"].desc(),
+        "dearest": columns["cost_usd"].desc(),
+        "most dropoffs": columns["dropoffs"].desc(),
+        "least satisfied": (columns["feedback_sum"] / func.nullif(columns["feedback_count"], 0)).asc().nulls_last(),
     }
     if by not in orders:
         raise ConfigurationError(f"The order of users is {by!r:.40}. Allowed are: {', '.join(orders)}.")
@@ -148,7 +151,7 @@ def users(
         select(s.user_id, *(column.label(name) for name, column in columns.items()))
         .where(of_sessions(filters), s.user_id.is_not(None))
         .group_by(s.user_id)
-        .order_by(orders[by].desc(), in_bytes(s.user_id))
+        .order_by(orders[by], in_bytes(s.user_id))
         .limit(limit)
     )
     found = []

@@ -12,11 +12,13 @@ from turntrace.analytics.times import DAY_NS, iso_day
 from turntrace.errors import ConfigurationError
 from turntrace.ledger import Ledger
 from turntrace.ledger.rows import plain_summary
-from turntrace.ledger.tables import sessions
+from turntrace.ledger.tables import sessions, turns
 from turntrace.summaries import SessionSummary
 
 _MINUTE_MS: Final = 60_000
 _MOST_MINUTES: Final = 24 * 60
+_AT_ONCE: Final = 500
+"""Sessions that are named in one question."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,21 +140,26 @@ SortedBy = Literal[
     "most turns",
     "dearest",
     "slowest",
+    "slowest turn",
     "most tokens",
     "most failed",
     "least satisfied",
-    "least_satisfied",
 ]
 
 _latest: Final = sessions.c.started_ns.desc()
 # In millionths: sums of feedback are kept by adding and taking back, so equal means may differ in their last digits.
 _satisfied: Final = func.round(1_000_000.0 * sessions.c.feedback_sum / func.nullif(sessions.c.feedback_count, 0))
+# By session: an index finds the few turns of each, so that other filters spare most of them.
+_slowest_turn: Final = (
+    select(func.max(turns.c.latency_ms)).where(turns.c.session_id == sessions.c.id).correlate(sessions)
+).scalar_subquery()
 _ORDERS: Final[dict[str, Sequence[Any]]] = {
     "newest": [_latest],
     "longest": [(sessions.c.last_activity_ns - sessions.c.started_ns).desc()],
     "most turns": [sessions.c.total_turns.desc()],
     "dearest": [sessions.c.total_cost_usd.desc()],
     "slowest": [(sessions.c.active_ms * 1.0 / func.nullif(sessions.c.total_turns, 0)).desc().nulls_last()],
+    "slowest turn": [_slowest_turn.desc().nulls_last()],
     "most tokens": [(sessions.c.input_tokens + sessions.c.output_tokens).desc()],
     "most failed": [sessions.c.failed_turns.desc()],
     "least satisfied": [_satisfied.asc().nulls_last(), _latest],
@@ -165,13 +172,14 @@ def sessions_by(
 ) -> list[SessionSummary]:
     """Return the sessions that come first in an order, without the figures of their users.
 
-    The slowest are so by the mean latency of their turns (those without any come last), the longest by the time from
-    their first to their last activity. The least satisfied have the lowest mean of feedback, and the latest of equal
-    ones come first (those without any feedback come last). Equal ones come in the order of their ids.
+    The slowest are so by the mean latency of their turns, or by that of their slowest turn (those without any come
+    last), the longest by the time from their first to their last activity. The least satisfied have the lowest mean of
+    feedback, and the latest of equal ones come first (those without any feedback come last). Equal ones come in the
+    order of their ids.
 
     Args:
         ledger: The ledger.
-        by: The order; an underscore in its name is as good as a space.
+        by: The order.
         filters: Which sessions.
         limit: How many at most; None for all.
         offset: How many to leave out before.
@@ -179,9 +187,43 @@ def sessions_by(
     Raises:
         ConfigurationError: If there is no such order.
     """
-    order = _ORDERS.get(str(by).replace("_", " "))
-    if order is None:
+    if by not in _ORDERS:
         raise ConfigurationError(f"The order of sessions is {by!r:.40}. Allowed are: {', '.join(ORDERS)}.")
-    query = select(sessions).where(of_sessions(filters)).order_by(*order, in_bytes(sessions.c.id)).limit(limit)
+    query = select(sessions).where(of_sessions(filters)).order_by(*_ORDERS[by], in_bytes(sessions.c.id)).limit(limit)
     with checked_ledger(ledger).asking() as connection:
         return [plain_summary(row) for row in connection.execute(query.offset(offset)).mappings().all()]
+
+
+@dataclass(frozen=True, slots=True)
+class SlowestTurn:
+    """The slowest turn of a session.
+
+    Attributes:
+        session_id: The session.
+        number: Its number in its conversation.
+        latency_ms: How long it took, in milliseconds, without what was waited for a person.
+    """
+
+    session_id: str
+    number: int
+    latency_ms: int
+
+
+def slowest_turns(ledger: Ledger, session_ids: Sequence[str]) -> dict[str, SlowestTurn]:
+    """Return the slowest turn of each of these sessions, by the session's id; of equal ones that which began first.
+
+    Sessions without a turn that has ended are left out.
+
+    Args:
+        ledger: The ledger.
+        session_ids: Ids of the sessions.
+    """
+    found: dict[str, SlowestTurn] = {}
+    columns = turns.c.session_id, turns.c.number, turns.c.latency_ms
+    for begin in range(0, len(session_ids), _AT_ONCE):
+        query = select(*columns).where(turns.c.session_id.in_(session_ids[begin : begin + _AT_ONCE]))
+        for turn in read(ledger, query.order_by(turns.c.started_ns), SlowestTurn):
+            known = found.get(turn.session_id)
+            if known is None or turn.latency_ms > known.latency_ms:
+                found[turn.session_id] = turn
+    return found

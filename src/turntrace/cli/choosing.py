@@ -11,6 +11,7 @@ import typer
 
 from turntrace.analytics import ALL, Filters, day_of
 from turntrace.analytics.filters import OPEN
+from turntrace.analytics.times import check_order
 from turntrace.analytics.totals import values_of
 from turntrace.cli.lookup import find_user, hash_of, open_existing
 from turntrace.cli.running import LedgerOption
@@ -65,7 +66,9 @@ def _option(name: str, metavar: str, text: str) -> Any:
     return Annotated[str | None, typer.Option(name, metavar=metavar, help=text)]
 
 
-_DAY: Final = "a day or time in ISO 8601 (UTC where it says nothing else), 7d, 2h or 90m ago, today, yesterday"
+_DAY: Final = (
+    "a day or time in ISO 8601 (UTC where it says nothing else), 14:05 of today, 7d or 1h30m ago, today, yesterday"
+)
 _OPTIONS: Final[dict[str, Any]] = {
     "since": _option("--since", "DAY", f"Only sessions that began then or later: {_DAY}."),
     "until": _option("--until", "DAY", "Only sessions that began before it."),
@@ -80,6 +83,9 @@ _OPTIONS: Final[dict[str, Any]] = {
     "conversation": _option("--conversation", "ID", "Only sessions with a turn of this conversation (thread)."),
     "error": _option("--error", "CLASS", "Only sessions with a turn that ended with an error of this class."),
     "failed": Annotated[bool, typer.Option("--failed", help="Only sessions with a turn that failed or was abandoned.")],
+    "unsatisfied": Annotated[
+        bool, typer.Option("--unsatisfied", help="Only sessions with feedback whose mean is below 0.5.")
+    ],
     "ledger": LedgerOption,
 }
 _VALUES: Final = {
@@ -91,6 +97,7 @@ _VALUES: Final = {
     "end_reason": "--end-reason",
     "error": "--error",
 }
+_FLAGS: Final = ("failed", "unsatisfied")
 _NAMED: Final = 8
 _LOOKED_AT: Final = 1000
 
@@ -112,7 +119,7 @@ def about_sessions(function: Callable[..., int]) -> Callable[..., int]:
     own = list(inspect.signature(function).parameters.values())[1:]
     added = [
         inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=False if name == "failed" else None, annotation=annotation
+            name, inspect.Parameter.KEYWORD_ONLY, default=False if name in _FLAGS else None, annotation=annotation
         )
         for name, annotation in _OPTIONS.items()
     ]
@@ -132,9 +139,12 @@ def _filters(ledger: Ledger, given: dict[str, Any]) -> Filters:
         user = find_user(ledger, user)
     elif user_id is not None:
         user = hash_of(ledger, user_id)
+    since_ns = None if since is None else day_of(since, "--since")
+    until_ns = None if until is None else day_of(until, "--until")
+    check_order(since_ns, until_ns, "--since", "--until")
     return Filters(
-        since_ns=None if since is None else day_of(since, "--since"),
-        until_ns=None if until is None else day_of(until, "--until"),
+        since_ns=since_ns,
+        until_ns=until_ns,
         org_id=given.pop("org"),
         user_id=user,
         conversation_id=None if (conversation := given.pop("conversation", None)) is None else safe_id(conversation),

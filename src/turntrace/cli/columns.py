@@ -12,7 +12,7 @@ from rich.text import Text
 from turntrace.cli.render import is_plain
 
 _GAP: Final = 2
-NEEDED: Final = 2
+NEEDED: Final = 4
 _LONG: Final = 16
 _ASCII: Final = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 """What `rich.box.SIMPLE_HEAD` is where only ASCII can be shown."""
@@ -89,8 +89,8 @@ def gaps(columns: Sequence[Column]) -> int:
     return _GAP * (len(columns) - 1)
 
 
-def draw(console: Console, columns: Sequence[Column]) -> None:
-    """Draw a table of the columns that fit."""
+def draw(console: Console, columns: Sequence[Column]) -> list[str]:
+    """Draw a table of the columns that fit, and return the names of those that do not."""
     # The box puts a space between columns by itself.
     plain = is_plain(console)
     table = Table(
@@ -103,6 +103,13 @@ def draw(console: Console, columns: Sequence[Column]) -> None:
     for cells in zip(*(column.cells for column in kept), strict=True):
         table.add_row(*cells)
     console.print(table)
+    return [column.name for column in columns if column.name and column not in kept]
+
+
+def say_left_out(console: Console, names: Sequence[str]) -> None:
+    """Say which columns the terminal has no room for; who reads from a pipe is told nothing."""
+    if names and console.file.isatty():
+        console.print(Text(f"left out for width: {', '.join(names)}; --json has all", style="dim"))
 
 
 def _widths(columns: Sequence[Column], room: int) -> list[int]:

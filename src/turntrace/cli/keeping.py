@@ -16,7 +16,12 @@ from turntrace.errors import ConfigurationError
 def sweep(
     idle_after: Annotated[
         float | None,
-        typer.Option("--idle-after", metavar="SECONDS", help="Silence after which a session has ended. Default: 1800."),
+        typer.Option(
+            "--idle-after",
+            metavar="SECONDS",
+            help="Silence after which a session has ended; it holds for every session of the ledger, also those of "
+            "other apps. Default: TURNTRACE_IDLE_AFTER, else 1800.",
+        ),
     ] = None,
     ledger: LedgerOption = None,
 ) -> int:

@@ -33,9 +33,11 @@ def langfuse_place() -> "LangfusePlace | None":
 
 
 def say_where(console: Console, session_ids: Sequence[str]) -> None:
-    """Say where sessions are in Langfuse, or how to get there."""
+    """Say where sessions are in Langfuse, or how to get there; nothing without Langfuse's keys."""
     try:
         settings = read_langfuse_settings()
+        if not settings.has_keys:
+            return
         with working("Asking Langfuse for its project"):
             place = langfuse_place()
     except TurntraceError as error:
@@ -44,9 +46,6 @@ def say_where(console: Console, session_ids: Sequence[str]) -> None:
     if place is not None:
         for session_id in session_ids:
             console.print(Text(f"in Langfuse: {safe(place.session_url(session_id))}", style="dim"), soft_wrap=True)
-    elif settings.has_keys:
+    else:
         words = f"in Langfuse: Sessions, by the session's id; {settings.server} did not say which project it is in"
         console.print(Text(safe(words), style="dim"), soft_wrap=True)
-    else:
-        words = "in Langfuse: Sessions, by the session's id; with Langfuse's keys set, its address stands here"
-        console.print(Text(words, style="dim"))

@@ -1,60 +1,108 @@
 """Lists in a terminal: sessions and users, one a line, or one below the other where it is too narrow for that."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from rich.console import Console, Group
 from rich.padding import Padding
 from rich.text import Text
 
-from turntrace.analytics import UserFigures
+from turntrace.analytics import SATISFIED, SlowestTurn, UserFigures
 from turntrace.cli.choosing import Chosen
-from turntrace.cli.columns import Column, draw, figures, fits, fitting
-from turntrace.cli.render import SHORT_ID, clock, count, duration, money, percent, safe
+from turntrace.cli.columns import Column, draw, figures, fits, fitting, say_left_out
+from turntrace.cli.render import SHORT_ID, clock, count, duration, money, percent, safe, short_clock
 from turntrace.summaries import SessionSummary
 
 
 # --- sessions ---------------------------------------------------------------------------------------------------------
-def sessions_table(console: Console, sessions: Sequence[SessionSummary], *, failed: bool = False) -> None:
+def sessions_table(
+    console: Console,
+    sessions: Sequence[SessionSummary],
+    *,
+    about: Collection[str] = (),
+    slowest: Mapping[str, SlowestTurn] | None = None,
+) -> None:
     """Show sessions; there must be some.
 
     Args:
         console: Where to show them.
         sessions: The sessions.
-        failed: Whether it is about turns that failed, so that how many did is shown in any width.
+        about: Names of the columns that they were asked for by, which are shown in any width.
+        slowest: The slowest turn of each, by the session's id; None for no column of these.
     """
+    now_ns = time.time_ns()
     columns = [
         Column("session", [Text(safe(each.id[:SHORT_ID]), style="bold") for each in sessions]),
-        Column("user", [user_of(each) for each in sessions]),
-        Column("channel", [Text(safe(each.channel)) for each in sessions], least=8),
-        Column("started, UTC", [Text(clock(each.started_ns)) for each in sessions], rank=3),
-        figures("turns", [f"{each.total_turns:,}" for each in sessions]),
-        *([_failed(sessions, 0 if failed else 4)] if failed or any(each.failed_turns for each in sessions) else []),
-        figures("tokens", [f"{each.total_tokens:,}" for each in sessions], rank=1),
-        figures("cost", [money(each.total_cost_usd, 4) for each in sessions]),
-        figures("duration", [duration(each.duration_ms) for each in sessions], rank=2),
-        figures("per turn", [_latency(each) for each in sessions], rank=5),
-        Column("last intent", [Text(safe(each.last_intent or "")) for each in sessions], rank=6, least=12),
+        Column("user", [user_of(each) for each in sessions], rank=3),
+        Column("channel", [Text(safe(each.channel)) for each in sessions], rank=2, least=8),
+        Column("started UTC", [Text(short_clock(each.started_ns, now_ns)) for each in sessions]),
+        figures("turns", [f"{each.total_turns:,}" for each in sessions], rank=1),
+        *_failed(sessions, about),
+        figures("tokens", [f"{each.total_tokens:,}" for each in sessions], rank=5),
+        figures("cost", [money(each.total_cost_usd, 4) for each in sessions], rank=4),
+        figures("duration", [duration(each.duration_ms) for each in sessions], rank=6),
+        *_slowest(sessions, slowest),
+        figures("per turn", [_latency(each) for each in sessions], rank=8),
+        *_satisfied(sessions, about),
+        Column("last intent", [Text(safe(each.last_intent or "")) for each in sessions], rank=9, least=12),
         Column("ended", [end_of(each) for each in sessions], least=12),
     ]
+    columns = [replace(column, rank=0) if column.name in about else column for column in columns]
     if not fits(fitting(columns, console.width), console.width):
         for session in sessions:
-            console.print(_session_card(session))
+            console.print(_session_card(session, now_ns, (slowest or {}).get(session.id)))
     else:
-        draw(console, columns)
+        say_left_out(console, draw(console, columns))
 
 
-def _failed(sessions: Sequence[SessionSummary], rank: int) -> Column:
+def _failed(sessions: Sequence[SessionSummary], about: Collection[str]) -> list[Column]:
+    """Return the column of turns that failed, where some did or it is about them."""
+    if "failed" not in about and not any(each.failed_turns for each in sessions):
+        return []
     cells = [Text(f"{each.failed_turns:,}", style="red" if each.failed_turns else "") for each in sessions]
-    return Column("failed", cells, rank, "right")
+    return [Column("failed", cells, justify="right")]
+
+
+def _satisfied(sessions: Sequence[SessionSummary], about: Collection[str]) -> list[Column]:
+    """Return the column of the feedback, where there is some or it is about it."""
+    given = [each.user_satisfaction for each in sessions]
+    if "satisfied" not in about and given.count(None) == len(given):
+        return []
+    cells = [Text("" if mean is None else percent(mean), style="red" if _is_low(mean) else "") for mean in given]
+    return [Column("satisfied", cells, 7, "right")]
+
+
+def _is_low(satisfaction: float | None) -> bool:
+    return satisfaction is not None and satisfaction < SATISFIED
+
+
+def _slowest(sessions: Sequence[SessionSummary], slowest: Mapping[str, SlowestTurn] | None) -> list[Column]:
+    if slowest is None:
+        return []
+    found = [slowest.get(each.id) for each in sessions]
+    return [figures("slowest turn", ["" if turn is None else _turn(turn) for turn in found])]
+
+
+def _turn(turn: SlowestTurn) -> str:
+    return f"{turn.number:,}: {duration(turn.latency_ms)}"
 
 
 def _latency(session: SessionSummary) -> str:
     return "" if session.avg_turn_latency_ms is None else duration(session.avg_turn_latency_ms)
 
 
-def _session_card(session: SessionSummary) -> Group:
+def _session_card(session: SessionSummary, now_ns: int, slowest: SlowestTurn | None) -> Group:
     head = Text.assemble((safe(session.id[:SHORT_ID]), "bold"), f" {safe(session.channel)}, user ", user_of(session))
-    facts = Text.assemble(totals_of(session), ", ", end_of(session))
+    facts = Text.assemble(short_clock(session.started_ns, now_ns), ", ")
+    if session.failed_turns:
+        facts.append(f"{session.failed_turns:,} failed", style="red").append(", ")
+    facts.append(totals_of(session))
+    if slowest is not None:
+        facts.append(f", slowest turn {_turn(slowest)}")
+    if session.user_satisfaction is not None:
+        facts.append(f", satisfied {percent(session.user_satisfaction)}")
+    facts.append(", ").append_text(end_of(session))
     return Group(head, Padding(facts, (0, 0, 0, 2)))
 
 
@@ -78,8 +126,14 @@ def totals_of(session: SessionSummary) -> str:
 
 
 # --- users ------------------------------------------------------------------------------------------------------------
-def users_table(console: Console, users: Sequence[UserFigures]) -> None:
-    """Show users; there must be some."""
+def users_table(console: Console, users: Sequence[UserFigures], *, about: Collection[str] = ()) -> None:
+    """Show users; there must be some.
+
+    Args:
+        console: Where to show them.
+        users: The users.
+        about: Names of the columns that they were asked for by, which are shown in any width.
+    """
     columns = [
         Column("user", [Text(safe(each.user_id[:SHORT_ID]), style="bold") for each in users]),
         figures("sessions", [f"{each.sessions:,}" for each in users]),
@@ -87,18 +141,19 @@ def users_table(console: Console, users: Sequence[UserFigures]) -> None:
         figures("tokens", [f"{each.tokens:,}" for each in users], rank=2),
         figures("cost", [money(each.cost_usd, 4) for each in users]),
         figures("drop-offs", [f"{each.dropoffs:,}" for each in users], rank=1),
-        figures("satisfied", [_satisfied(each) for each in users], rank=3),
+        figures("satisfied", [_satisfaction(each) for each in users], rank=3),
         Column("first day", [Text(clock(each.first_ns, "day")) for each in users], rank=5),
         Column("last day", [Text(clock(each.last_ns, "day")) for each in users], rank=4),
     ]
+    columns = [replace(column, rank=0) if column.name in about else column for column in columns]
     if not fits(fitting(columns, console.width), console.width):
         for user in users:
             console.print(_user_card(user))
     else:
-        draw(console, columns)
+        say_left_out(console, draw(console, columns))
 
 
-def _satisfied(user: UserFigures) -> str:
+def _satisfaction(user: UserFigures) -> str:
     return "" if user.satisfaction is None else percent(user.satisfaction)
 
 

@@ -9,14 +9,15 @@ from typing import Annotated, Any, Final, Self, cast
 import typer
 from rich.console import Console
 
-from turntrace.analytics import sessions_by, totals
+from turntrace.analytics import sessions_by, slowest_turns, totals
 from turntrace.analytics import users as users_by
 from turntrace.cli import links, lists, machine, tree, window
 from turntrace.cli.choosing import Chosen, about_sessions
-from turntrace.cli.lookup import Named, find_named, open_existing, session_of, suggest_sessions
+from turntrace.cli.lookup import Named, find_named, numbered, open_existing, session_of, suggest_sessions
 from turntrace.cli.render import stdout, working
 from turntrace.cli.running import OK, CsvOption, JsonOption, LedgerOption
 from turntrace.decisions import PruningDecision
+from turntrace.errors import ConfigurationError
 from turntrace.ledger import Ledger
 from turntrace.records import Step, TurnSummary
 from turntrace.summaries import Feedback, SessionSummary, StageEntered
@@ -30,8 +31,10 @@ class SessionOrder(StrEnum):
     MOST_TURNS = "most-turns"
     DEAREST = "dearest"
     SLOWEST = "slowest"
+    SLOWEST_TURN = "slowest-turn"
     MOST_TOKENS = "most-tokens"
     MOST_FAILED = "most-failed"
+    LEAST_SATISFIED = "least-satisfied"
 
 
 class UserOrder(StrEnum):
@@ -42,8 +45,20 @@ class UserOrder(StrEnum):
     MOST_TURNS = "most-turns"
     DEAREST = "dearest"
     MOST_DROPOFFS = "most-dropoffs"
+    LEAST_SATISFIED = "least-satisfied"
 
 
+_SORTED_BY: Final = {
+    "longest": "duration",
+    "most-turns": "turns",
+    "dearest": "cost",
+    "slowest": "per turn",
+    "most-tokens": "tokens",
+    "most-failed": "failed",
+    "most-dropoffs": "drop-offs",
+    "least-satisfied": "satisfied",
+}
+"""The columns that orders are by, which are shown in any width."""
 _SHOWN: Final = 20
 _SESSIONS_SHOWN: Final = 5
 """Of a conversation that goes on in many."""
@@ -63,7 +78,11 @@ LimitOption = Annotated[
 def sessions(
     chosen: Chosen,
     sort: Annotated[
-        SessionOrder, typer.Option("--sort", help="Which come first; the slowest by the mean latency of their turns.")
+        SessionOrder,
+        typer.Option(
+            "--sort",
+            help="Which come first; slowest: by the mean latency of their turns; slowest-turn: by that of one turn.",
+        ),
     ] = SessionOrder.NEWEST,
     limit: LimitOption = None,
     as_json: JsonOption = False,
@@ -74,10 +93,13 @@ def sessions(
     with working("Asking the ledger"):
         limit = _limit(limit, all_of_them=as_json or as_csv)
         found = sessions_by(chosen.ledger, cast(Any, _words(sort)), chosen.filters, limit=limit)
+        slowest = None
+        if sort is SessionOrder.SLOWEST_TURN:
+            slowest = slowest_turns(chosen.ledger, [session.id for session in found])
     if as_json or as_csv:
         machine.write_rows([machine.session_row(session) for session in found], machine.SESSION_NAMES, as_csv=as_csv)
     elif found:
-        lists.sessions_table(stdout(), found, failed=_is_about_failures(chosen, sort))
+        lists.sessions_table(stdout(), found, about=_about(chosen, sort), slowest=slowest)
         if len(found) == limit:
             lists.cut(stdout(), limit, totals(chosen.ledger, chosen.filters).sessions, "sessions")
     else:
@@ -101,7 +123,7 @@ def users(
     if as_json or as_csv:
         machine.write_rows([machine.plain(user) for user in found], machine.USER_NAMES, as_csv=as_csv)
     elif found:
-        lists.users_table(stdout(), found)
+        lists.users_table(stdout(), found, about=_about(chosen, sort))
         if len(found) == limit:
             lists.cut(stdout(), limit, totals(chosen.ledger, chosen.filters).users, "users")
     else:
@@ -113,8 +135,14 @@ def _limit(given: int | None, *, all_of_them: bool) -> int | None:
     return _SHOWN if given is None and not all_of_them else given
 
 
-def _is_about_failures(chosen: Chosen, sort: SessionOrder) -> bool:
-    return chosen.filters.failed is not None or chosen.filters.error is not None or sort is SessionOrder.MOST_FAILED
+def _about(chosen: Chosen, sort: StrEnum) -> set[str]:
+    """Return the names of the columns that were asked for, by an order or by filters."""
+    about = {column for order, column in _SORTED_BY.items() if order == sort.value}
+    if chosen.filters.failed is not None or chosen.filters.error is not None:
+        about.add("failed")
+    if chosen.filters.unsatisfied is not None:
+        about.add("satisfied")
+    return about
 
 
 def _words(order: StrEnum) -> str:
@@ -132,30 +160,45 @@ def show(
         str,
         typer.Argument(
             metavar="ID",
-            help="Id of a session, or as much of it as is unique; or of a conversation (thread), a turn or a trace.",
+            help="Id of a session, a turn or a trace, or as much of it as is unique; or of a conversation (thread).",
             autocompletion=_suggest,
         ),
     ],
     context: Annotated[
         bool, typer.Option("--context", help="Draw how full the model's window was, turn by turn, prunings marked.")
     ] = False,
+    turn: Annotated[
+        int | None,
+        typer.Option(
+            "--turn", metavar="N", min=1, max=2**31 - 1, help="Only the turn of this number, as it stands in the tree."
+        ),
+    ] = None,
+    brief: Annotated[bool, typer.Option("--brief", help="One line a turn, without what happened in it.")] = False,
     as_json: JsonOption = False,
     ledger: LedgerOption = None,
 ) -> int:
     """Show what happened in a session, as a tree.
 
     Its turns with what they took, and what the agent did in each: runs of the graph, nodes, calls of models and tools.
-    Then its journeys, its feedback, and how it ended. Times are in UTC.
+    Then its journeys, its feedback, and how it ended. Times are in UTC. A turn is slow that took more than a second and
+    more than three times the median of its session's turns.
 
-    By the id of a conversation, a turn or a trace it shows the sessions that it is in, and marks it; of a conversation
-    the JSON is an array.
+    By the id of a turn or a trace it shows that turn, with those before and after it in a line each; by the id of a
+    conversation the sessions that it is in, and marks it. The JSON has all turns but with --turn; of a conversation it
+    is an array.
     """
+    if brief and (context or as_json):
+        raise ConfigurationError(
+            f"--brief and {'--context' if context else '--json'} show a session in two ways: give one."
+        )
     with closing(open_existing(ledger)) as opened:
         named = find_named(opened, session_id)
+        if turn is not None:
+            named = numbered(opened, named, turn)
         shown = named.session_ids if as_json else named.session_ids[-_SESSIONS_SHOWN:]
         found = [_Whole.read(opened, each) for each in shown]
     if as_json:
-        documents = [each.document() for each in found]
+        documents = [each.document(named.only) for each in found]
         machine.write_json(documents[0] if named.conversation_id is None else documents)
         return OK
     console = stdout()
@@ -164,7 +207,7 @@ def show(
     for number, each in enumerate(found):
         if number:
             console.print()
-        each.draw(console, named, context=context)
+        each.draw(console, named, context=context, brief=brief)
     if not context:
         links.say_where(console, [each.session.id for each in found])
     return OK
@@ -185,11 +228,15 @@ class _Whole:
         about: Any = (ledger.turns, ledger.stages, ledger.feedback, ledger.decisions)
         return cls(session_of(ledger, session_id), *(ask(session_id) for ask in about))
 
-    def document(self) -> machine.Plain:
-        return machine.session_document(self.session, self.turns, self.stages, self.feedback, self.decisions)
+    def _turns(self, only: Sequence[str]) -> Sequence[tuple[TurnSummary, Sequence[Step]]]:
+        return [each for each in self.turns if not only or each[0].id in only]
 
-    def draw(self, console: Console, named: Named, *, context: bool) -> None:
+    def document(self, only: Sequence[str]) -> machine.Plain:
+        return machine.session_document(self.session, self._turns(only), self.stages, self.feedback, self.decisions)
+
+    def draw(self, console: Console, named: Named, *, context: bool, brief: bool) -> None:
         if context:
-            window.context_chart(console, self.session, [turn for turn, _ in self.turns], self.decisions)
+            shown = [turn for turn, _ in self._turns(named.only)]
+            window.context_chart(console, self.session, shown, self.decisions)
         else:
-            tree.session_tree(console, self.session, self.turns, self.stages, self.feedback, named=named)
+            tree.session_tree(console, self.session, self.turns, self.stages, self.feedback, named=named, brief=brief)

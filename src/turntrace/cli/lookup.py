@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from sqlalchemy import func, select
+from sqlalchemy import func, or_, select
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
@@ -51,11 +51,13 @@ class Named:
         session_ids: Ids of its sessions, the earliest first; there is at least one.
         conversation_id: The conversation that it names; None for one that names something else.
         turn_id: The turn that it names, by the turn's id or that of its trace.
+        only: The turns that are wanted alone; none for all.
     """
 
     session_ids: Sequence[str]
     conversation_id: str | None = None
     turn_id: str | None = None
+    only: Sequence[str] = ()
 
 
 def find_session(ledger: Ledger, session_id: str) -> SessionSummary:
@@ -67,22 +69,57 @@ def find_session(ledger: Ledger, session_id: str) -> SessionSummary:
     found = ledger.session(_kept(session_id))
     if found is not None:
         return found
-    return session_of(ledger, _only_that_begins(ledger, session_id))
+    matches = _that_begin(ledger, session_id)
+    if not matches:
+        nothing = f"No session has an id that begins with {session_id!r}"
+        raise IdentityError(f"{nothing}. turntrace sessions lists the sessions.")
+    return session_of(ledger, _only(matches, session_id))
 
 
 def find_named(ledger: Ledger, given: str) -> Named:
-    """Find what an id names: a session, a conversation, a turn or a trace, or the one session that begins so.
+    """Find what an id names: a session, a conversation, a turn or a trace.
+
+    Or the one session that begins so; where none does, the one turn or trace.
 
     Raises:
-        IdentityError: If there is none, or several sessions begin so.
+        IdentityError: If there is none, or several begin so.
     """
     kept = _kept(given)
     found = ledger.session(kept)
     if found is not None:
         return Named([found.id])
     named = _turn(ledger, kept) or _conversation(ledger, kept)
-    nor = ", and no conversation, turn or trace has that id"
-    return named or Named([_only_that_begins(ledger, given, nor)])
+    if named is None and not (matches := _that_begin(ledger, given)):
+        named = _turn_that_begins(ledger, given)
+    return named or Named([_only(matches, given)])
+
+
+def numbered(ledger: Ledger, named: Named, number: int) -> Named:
+    """Narrow what was named to its turns of a number: one of a conversation, one of each in a session.
+
+    Raises:
+        IdentityError: If there is none.
+    """
+    wanted: dict[str, str] = {}
+    numbers: set[int] = set()
+    with ledger.asking() as connection:
+        for table in (turns, open_turns):
+            of_it = table.c.session_id == named.session_ids[0]
+            if named.conversation_id is not None:
+                of_it = table.c.conversation_id == named.conversation_id
+            for row in connection.execute(select(table.c.id, table.c.session_id, table.c.number).where(of_it)):
+                numbers.add(row.number)
+                if row.number == number:
+                    wanted[row.id] = row.session_id
+    if wanted:
+        return Named(list(dict.fromkeys(wanted.values())), named.conversation_id, only=list(wanted))
+    of = f"session {named.session_ids[0]!r}"
+    if named.conversation_id is not None:
+        of = f"conversation {named.conversation_id!r}"
+    if not numbers:
+        raise IdentityError(f"The {of} has no turns yet.")
+    first, last = min(numbers), max(numbers)
+    raise IdentityError(f"The {of} has no turn {number}. It has turns from {first} to {last}: --turn {last}.")
 
 
 def session_of(ledger: Ledger, session_id: str) -> SessionSummary:
@@ -123,11 +160,32 @@ def _conversation(ledger: Ledger, given: str) -> Named | None:
     return Named(sorted(began, key=lambda session_id: began[session_id]), conversation_id=given) if began else None
 
 
-def _only_that_begins(ledger: Ledger, begins: str, nor: str = "") -> str:
-    matches = [session.id for session in ledger.sessions(limit=_ALL, id_begins=_kept(begins))]
-    if not matches:
-        nothing = f"No session has an id that begins with {begins!r}{nor}"
+def _turn_that_begins(ledger: Ledger, begins: str) -> Named:
+    """Find the one turn that begins so, or whose trace does.
+
+    Raises:
+        IdentityError: If there is none, or more than one.
+    """
+    found: dict[str, str] = {}
+    with ledger.asking() as connection:
+        for table in (turns, open_turns):
+            begin = [column.startswith(_kept(begins), autoescape=True) for column in (table.c.id, table.c.trace_id)]
+            query = select(table.c.id, table.c.session_id).where(or_(*begin)).limit(2)
+            found |= {row.id: row.session_id for row in connection.execute(query)}
+    if not found:
+        nothing = f"No session, turn or trace has an id that begins with {begins!r}, and no conversation has that id"
         raise IdentityError(f"{nothing}. turntrace sessions lists the sessions.")
+    if len(found) > 1:
+        raise IdentityError(f"Several turns have ids or traces that begin with {begins!r}: type more of it.")
+    [(turn_id, session_id)] = found.items()
+    return Named([session_id], turn_id=turn_id)
+
+
+def _that_begin(ledger: Ledger, begins: str) -> list[str]:
+    return [session.id for session in ledger.sessions(limit=_ALL, id_begins=_kept(begins))]
+
+
+def _only(matches: Sequence[str], begins: str) -> str:
     if len(matches) > 1:
         raise IdentityError(f"{len(matches):,} sessions have ids that begin with {begins!r}: type more of it.")
     return matches[0]

@@ -114,6 +114,14 @@ def clock(at_ns: int, form: Literal["day", "minute", "second", "time"] = "minute
     return datetime.fromtimestamp(at_ns // 1_000_000_000, UTC).strftime(how)
 
 
+def short_clock(at_ns: int, now_ns: int) -> str:
+    """Write a time in UTC as briefly as it can be told: ``19:04`` of today, ``11-29 19:04`` of this year, the day."""
+    at, now = (datetime.fromtimestamp(ns // 1_000_000_000, UTC) for ns in (at_ns, now_ns))
+    if at.year != now.year:
+        return f"{at:%Y-%m-%d}"
+    return f"{at:%H:%M}" if at.date() == now.date() else f"{at:%m-%d %H:%M}"
+
+
 def bar(share: float, width: int, *, plain: bool, style: str = "cyan") -> Text:
     """Draw a share of 1."""
     filled = min(width, max(0, round(share * width)))

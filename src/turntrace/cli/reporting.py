@@ -11,6 +11,7 @@ from rich.text import Text
 from turntrace import analytics
 from turntrace.cli import lists, machine, shares
 from turntrace.cli.choosing import Chosen, about_sessions
+from turntrace.cli.columns import say_left_out
 from turntrace.cli.links import langfuse_place
 from turntrace.cli.render import count, duration, safe, stderr, stdout, working
 from turntrace.cli.running import OK, CsvOption, JsonOption
@@ -30,8 +31,8 @@ def funnel(
 ) -> int:
     """Show how far users come on journeys.
 
-    How many entered each stage, what share of all that is, how long half of them stayed at most, and how many were
-    converted.
+    How many reached each stage, which are those who entered it or a later one, and what share of all that is; how many
+    entered it, how long half of them stayed at most, how often it was left, and how many were converted.
     """
     machine.check_one_form(as_json, as_csv)
     with working("Asking the ledger"):
@@ -44,11 +45,12 @@ def funnel(
     elif as_csv:
         machine.write_csv(machine.STAGE_NAMES, machine.stage_rows(wanted))
     elif wanted:
-        console = stdout()
+        console, left_out = stdout(), dict[str, None]()
         for number, each in enumerate(wanted):
             if number:
                 console.print()
-            shares.funnel_chart(console, each)
+            left_out |= dict.fromkeys(shares.funnel_chart(console, each))
+        say_left_out(console, list(left_out))
     else:
         for line in ("No journey was begun in these sessions.", _journeys(chosen, found), *chosen.wrong()):
             stdout().print(Text(safe(line)), soft_wrap=True)

@@ -29,21 +29,26 @@ def _with_bars(console: Console, columns: list[Column], shares: Sequence[float],
 
 
 # --- funnels ----------------------------------------------------------------------------------------------------------
-def funnel_chart(console: Console, funnel: Funnel) -> None:
-    """Show a journey: who entered its stages, how long they stayed, and how many were converted."""
+def funnel_chart(console: Console, funnel: Funnel) -> list[str]:
+    """Show a journey: who reached and entered its stages, how long they stayed, and how many were converted.
+
+    Returns:
+        The names of the columns that there is no room for.
+    """
     console.print(_funnel_head(funnel))
-    reached = [each.entered for each in funnel.stages] + [funnel.converted]
+    reached = [each.reached for each in funnel.stages] + [funnel.converted]
     shares = [users / funnel.begun if funnel.begun else 0.0 for users in reached]
     stays = [("", "") if s.stayed_p50_ms is None else (duration(s.stayed_p50_ms), f"{s.left:,}") for s in funnel.stages]
     names = [Text(f"{each.number} {safe(each.stage)}") for each in funnel.stages]
     columns = [
         Column("stage", [*names, Text("converted", style="green")], least=12),
-        figures("users", [f"{users:,}" for users in reached]),
+        figures("reached", [f"{users:,}" for users in reached]),
         figures("share", [percent(share) for share in shares]),
+        figures("entered", [*(f"{each.entered:,}" for each in funnel.stages), ""]),
         figures("median stay", [*(stay for stay, _ in stays), ""], rank=1),
         figures("left", [*(left for _, left in stays), ""], rank=2),
     ]
-    draw(console, _with_bars(console, columns, shares, "cyan"))
+    return draw(console, _with_bars(console, columns, shares, "cyan"))
 
 
 def _funnel_head(funnel: Funnel) -> Text:

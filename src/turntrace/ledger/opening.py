@@ -1,5 +1,6 @@
 """Opening the engine of the ledger's database: SQLite as turntrace wants it, or PostgreSQL."""
 
+import logging
 import os
 import re
 import sqlite3
@@ -15,6 +16,9 @@ from sqlalchemy.exc import ArgumentError
 from sqlalchemy.pool import StaticPool
 
 from turntrace.errors import ConfigurationError, LedgerError
+from turntrace.settings import default_ledger_path
+
+logger = logging.getLogger("turntrace")
 
 BUSY_TIMEOUT_MS: Final = 2_000
 """How long a statement waits for another process that writes to the same SQLite file."""
@@ -121,13 +125,18 @@ def _advice_on_postgresql(words: str) -> str | None:
 
 
 def _make_folder(path: Path) -> None:
+    """Make the folder of a file: workers begin with empty volumes. More than one that was missing looks like a typo."""
     try:
+        missing = [folder for folder in path.parent.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LedgerError(
             f"The folder of the ledger, {path.parent}, cannot be made: {error.strerror}. "
             "Set TURNTRACE_LEDGER_URL to a place that can be written, as sqlite:////tmp/turntrace.db."
         ) from None
+    if missing and path != default_ledger_path():
+        words = "turntrace: made the folder %r for the ledger, since %r was not there. Is the ledger's URL right?"
+        logger.warning(words, str(path.parent), str(missing[-1]))
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:

@@ -26,6 +26,7 @@ FIELDS: Final = {
     "conversation": "conversation_id",
     "error": "error",
     "failed": "failed",
+    "unsatisfied": "unsatisfied",
 }
 """The fields of the form, and what of `Filters` each says."""
 
@@ -40,9 +41,11 @@ _WORDS: Final = {
     "user": "user (hash)",
     "error": "turns that ended with",
     "failed": "turns",
+    "unsatisfied": "feedback",
 }
 
-_FAILED: Final = "failed or abandoned"
+_YES: Final = {"failed": "failed or abandoned", "unsatisfied": "below 50%"}
+"""What a filter says that is asked for or not."""
 
 
 def filters_of(asked: Mapping[str, Sequence[str]], base: Filters) -> Filters:
@@ -91,7 +94,7 @@ def with_whole_user(filters: Filters, ledger: Ledger) -> Filters:
 def _value(name: str, value: str) -> str | int | bool | None:
     if not value.strip():
         return None
-    if name == "failed":
+    if name in _YES:
         return True
     if name in ("since", "until"):
         return day_of(value, name)
@@ -124,7 +127,7 @@ def filter_form(filters: Filters, choices: Choices) -> Markup:
         _text("user", filters.user_id),
         _text("conversation", filters.conversation_id),
         _text("error", filters.error),
-        _failed(filters),
+        *(_yes(name, filters) for name in _YES),
     )
     actions = element(
         "div", element("button", "Show", type="submit"), element("a", "Clear", href=_cleared()), class_="actions"
@@ -154,12 +157,10 @@ def _text(name: str, value: str | None) -> Markup:
     return _label(name, element("input", type="text", name=name, value=value, autocomplete="off"))
 
 
-def _failed(filters: Filters) -> Markup:
-    options = (
-        element("option", "any", value=""),
-        element("option", _FAILED, value="yes", selected=bool(filters.failed)),
-    )
-    return _label("failed", element("select", *options, name="failed"))
+def _yes(name: str, filters: Filters) -> Markup:
+    chosen = bool(getattr(filters, FIELDS[name]))
+    options = element("option", "any", value=""), element("option", _YES[name], value="yes", selected=chosen)
+    return _label(name, element("select", *options, name=name))
 
 
 def _choice(name: str, filters: Filters, values: Sequence[str]) -> Markup:
@@ -178,5 +179,5 @@ def _shown(filters: Filters, name: str) -> str | None:
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, bool):
-        return _FAILED if value else None
+        return _YES[name] if value else None
     return day_or_moment(value).replace(" ", "T")
