@@ -926,6 +926,9 @@ def test_steps_that_end_after_their_turn_are_in_the_totals(
     assert sum(each.get("gen_ai.usage.input_tokens", 0) for each in spans) == 10
     assert only_turn(on_disk, session.id).input_tokens == 10
     assert session.summary().input_tokens == 10
+    roots = [span for span in outbox_spans(on_disk.ledger) if span.name == a.SPAN_TURN]
+    assert [root.attributes.get(a.TURN_LLM_CALLS) for root in roots] == [0, 1]
+    assert len({(root.trace_id, root.span_id, root.start_ns, root.end_ns) for root in roots}) == 1  # one overwrites
 
 
 def test_no_turn_is_called_finished_before_its_spans_are_there(

@@ -17,7 +17,7 @@ from turntrace.ledger.ends import (
 )
 from turntrace.ledger.journeys import enter_stage, unconverted_in
 from turntrace.ledger.parts import put_together
-from turntrace.ledger.rows import decision_values, first_session, full_summary, plain_summary, steps_text
+from turntrace.ledger.rows import decision_values, first_session, full_summary, plain_summary, steps_text, turn_summary
 from turntrace.ledger.shapes import ABANDONED, INTERRUPTED, StageWanted, TurnEnd, TurnWritten
 from turntrace.ledger.statements import SESSION_SUMS, TURN_COLUMNS, Statements
 from turntrace.ledger.tables import conversations, open_turns, outbox, sessions, turns
@@ -178,12 +178,15 @@ class LedgerWriter:
         closed = waits.values(status=ABANDONED, error=ABANDONED, spans=turns.c.spans + 1)
         return self._connection.execute(closed).rowcount == 1
 
-    def add_to_turn(self, turn: TurnTags, late: Mapping[str, float]) -> None:
+    def add_to_turn(self, turn: TurnTags, late: Mapping[str, float]) -> TurnSummary | None:
         """Add what ended after its turn, or in it but in another process, to the turn and its session.
 
         Args:
             turn: The turn.
             late: The sums to add, by the names of `LATE_SUMS`.
+
+        Returns:
+            The turn with them; None while it runs, or where the ledger does not have it.
         """
         turn_id, session_id = turn.turn_id, turn.session_id
         same = open_turns.c.conversation_id == turn.conversation_id, open_turns.c.number == turn.number
@@ -193,13 +196,15 @@ class LedgerWriter:
             noted = json.loads(row.late or "{}")
             text = json.dumps({name: noted.get(name, 0) + value for name, value in late.items()})
             self._connection.execute(update(open_turns).where(*same).values(late=text))
-            return
+            return None
         to_turn = {name: turns.c[name] + value for name, value in late.items()}
         in_session = {name: "total_cost_usd" if name == "cost_usd" else name for name in late if name != "spans"}
         to_session = {column: sessions.c[column] + late[name] for name, column in in_session.items()}
-        self._connection.execute(update(turns).where(turns.c.id == turn_id).values(to_turn))
+        added = update(turns).where(turns.c.id == turn_id).values(to_turn).returning(turns)
+        whole = self._connection.execute(added).mappings().first()
         if to_session:
             self._connection.execute(update(sessions).where(sessions.c.id == session_id).values(to_session))
+        return None if whole is None else turn_summary(whole)
 
     def withdraw_open_turns(self, session_id: str) -> int:
         """Take back the turns of a session that have begun and not ended, as if they had not begun; return how many."""

@@ -58,9 +58,12 @@ class SettleTurn(SpanJob):
             return
         self._put_spans(ledger)
         self._put_decisions(ledger)
-        late = {} if self._late is None else {name: getattr(self._late, name) for name in LATE_SUMS}
-        if any(late.values()):
-            ledger.add_to_turn(self._turn.words, late)
+        sums = {} if self._late is None else {name: getattr(self._late, name) for name in LATE_SUMS}
+        late = {name: value for name, value in sums.items() if value}
+        if late:
+            whole = ledger.add_to_turn(self._turn.words, late)
+            if whole is not None and late.keys() != {"spans"} and self._tracker.target.to_outbox:
+                _WholeRoot(self._turn, whole).write(ledger)  # which overwrites the one that was sent
             # Where its session has ended, the totals that were sent then are sent again with this.
             EndSession(self._tracker, self._turn.conversation.session.id).write(ledger)
 
@@ -169,7 +172,7 @@ class FinishTurn(SettleTurn):
 
 
 class _WholeRoot(SpanJob):
-    """The root of a turn of which another process did a part, with what both did: it overwrites the ones before."""
+    """The root of a turn to which something came, from another process or late: it overwrites the ones before."""
 
     def __init__(self, turn: "Turn", whole: TurnSummary) -> None:
         super().__init__(turn.tracker)
