@@ -672,6 +672,15 @@ def test_the_least_satisfied_of_equal_ones_are_the_latest_also_where_a_sum_is_no
     assert [session.user_satisfaction for session in found] == [1e-17, 0.0, 1 / 3, 1.0, None]
 
 
+def test_a_mean_that_is_a_half_but_for_the_last_digit_is_no_dissatisfaction(engine: Engine) -> None:
+    records = Records()
+    for name, total in {"half": 1.4999999999999998, "less": 1.49}.items():
+        records.add_session(name, user_id="u", feedback_sum=total, feedback_count=3, ended_ns=MONDAY + 10**9)
+    ledger = records.write(engine)
+    assert [each.id for each in analytics.sessions_by(ledger, "newest", Filters(unsatisfied=True))] == ["less"]
+    assert {each.outcome: each.n for each in analytics.outcomes(ledger)} == {"successful": 1, "unsuccessful": 1}
+
+
 def turns_by_session(records: Records) -> dict[str, list[Row]]:
     return grouped(records.turns, lambda turn: turn["session_id"])
 

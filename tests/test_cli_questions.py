@@ -310,6 +310,10 @@ def test_how_satisfied_users_were_is_a_column_an_order_and_a_filter(run: Run, ur
         at = head.index("satisfied")
         satisfied = {line.split()[0]: line[at : at + 9].strip() for line in table}
         assert satisfied.items() <= {"cross": "0%", "mixed": "50%", "happy": "100%", "quiet": ""}.items()
+    for shown in ("sessions", "users"):  # where not even the fewest columns have room
+        assert "satisfied 0%" in run(shown, "--ledger", url, "--sort", "least-satisfied", columns=30).stdout
+    assert "per turn" in run("sessions", "--ledger", url, "--sort", "slowest", columns=30).stdout
+    assert "0 failed" in run("sessions", "--ledger", url, "--sort", "most-failed", columns=30).stdout
     with SessionTracker(url, user_hash_key=KEY) as tracker:
         tracker.forget_user("cross")
     none = run("sessions", "--ledger", url, "--unsatisfied")

@@ -23,7 +23,7 @@ from turntrace.export import LangfuseServer as Address
 from turntrace.export.encode import halves
 from turntrace.ledger import Ledger
 from turntrace.settings import LangfuseSettings
-from turntrace.waiting import SCORE, SPANS, Refusal
+from turntrace.waiting import SCORE, SPANS, OutboxItem, Refusal
 
 QUICK = Pace(linger_s=0.0, first_s=0.02, most_s=0.1, closed_s=0.05, closed_most_s=0.1)
 PATIENCE_S = 30.0
@@ -336,6 +336,27 @@ def test_a_lease_runs_out_with_its_process(server: LangfuseServer, ledger: Ledge
     assert server.requests == []
     until(lambda: send(ledger, server).is_all)
     assert len(server.spans()) == 1
+
+
+def test_who_comes_when_all_is_sent_keeps_nobody_waiting(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    outbox = ledger.to_send
+    monkeypatch.setattr(outbox, "waits", lambda: True)  # as when another process sends what there was just then
+    late = outbox.claim("late", lease_s=60, max_rows=10, max_bytes=1000)
+    assert (late.items, late.is_all) == ((), True)
+    put(ledger, SPANS, spans_of(1))
+    assert outbox.claim("other", lease_s=60, max_rows=10, max_bytes=1000).items
+
+
+@pytest.mark.parametrize(("max_rows", "max_bytes"), [(3, 10**6), (10, 1)])
+def test_a_claim_says_whether_it_is_all(ledger: Ledger, max_rows: int, max_bytes: int) -> None:
+    for _ in range(4):
+        put(ledger, SPANS, spans_of(1))
+    outbox = ledger.to_send
+    found: list[OutboxItem] = []
+    while not (claim := outbox.claim("one", lease_s=60, max_rows=max_rows, max_bytes=max_bytes)).is_all:
+        outbox.settle("one", [item.id for item in claim.items], [], lease_s=60)
+        found += claim.items
+    assert len({item.id for item in [*found, *claim.items]}) == len([*found, *claim.items]) == 4
 
 
 def test_whoever_lost_the_lease_in_a_delivery_stops(server: LangfuseServer, ledger: Ledger) -> None:

@@ -13,7 +13,6 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-import fresh
 import turntrace
 
 PROJECT = Path(__file__).parents[1]
@@ -158,10 +157,18 @@ def test_the_command_line_looks_without_langgraph() -> None:
     assert [name for name in loaded if name.startswith(("langgraph", "langfuse", "plotly", "tiktoken"))] == []
 
 
-def test_a_tracker_brings_its_callback_along() -> None:
-    script = "from turntrace import SessionTracker\ntracker = SessionTracker('sqlite://')\n"
+@pytest.mark.parametrize("place", ["turntrace", "turntrace.lifecycle"])
+def test_a_tracker_brings_its_callback_along(place: str) -> None:
+    script = f"from {place} import SessionTracker\ntracker = SessionTracker('sqlite://')\n"
     asked = "print(len(tracker.start_session().conversation('c').start_turn('Hi').config['callbacks']))"
-    assert fresh.run(script + asked).split()[-1] == "1"
+    command = [sys.executable, "-c", script + asked]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1] == "1"
+
+
+def test_the_rooms_can_be_reached_from_the_top() -> None:
+    rooms = "turntrace.errors.TurntraceError, turntrace.ledger.Ledger, turntrace.analytics.Filters"
+    command = [sys.executable, "-c", f"import turntrace\nprint({rooms})"]
+    assert "Filters" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def test_ci_tries_the_floor_of_every_dependency() -> None:

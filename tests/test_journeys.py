@@ -37,6 +37,19 @@ def passed(tracker: SessionTracker, session_id: str) -> list[tuple[str, bool, bo
     return [(step.stage, step.is_back, step.converted) for step in tracker.ledger.stages(session_id)]
 
 
+def test_after_a_flush_the_spans_of_a_turn_are_counted_with_those_of_its_stages(tmp_path: Path) -> None:
+    tracker = SessionTracker(f"sqlite:///{tmp_path}/l.db", outbox=True)
+    for number in range(10):
+        turn = tracker.start_session().conversation(f"c{number}").start_turn("Hi")
+        turn.journey("onboarding", stages=STAGES).enter("signup")
+        turn.end()
+        assert tracker.flush()
+        with closing(sqlite3.connect(tmp_path / "l.db")) as connection:
+            query = "SELECT spans FROM turntrace_turns WHERE id = ?"
+            assert connection.execute(query, [turn.id]).fetchone() == (2,)
+    tracker.shutdown()
+
+
 # --- entering and converting ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("calls", "steps"),

@@ -248,7 +248,7 @@ def test_what_a_node_is_sent_instead_of_the_state_is_what_it_gets(run: Callable[
     got: list[Any] = []
     builder: Builder = StateGraph(State)
     builder.add_node("work", lambda state: got.append(state))
-    pieces = [{"piece": 1}, "a text", 3, None, ["a", "list"]]
+    pieces = [{"piece": 1}, "a text", 3, None, ["a", "list"], {"session_id": "its own", "turn_number": 7}]
     builder.add_conditional_edges(START, lambda state: [Send("work", piece) for piece in pieces], ["work"])
     run(track_graph(builder))
     assert sorted(got, key=repr) == sorted(pieces, key=repr)

@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 _PLACES = ("content", "context", "decisions", "errors", "lifecycle", "summaries", "graph")
+_ROOMS = (*_PLACES, "analytics", "attributes", "export", "identity", "ledger", "records", "settings")
 
 
 def __getattr__(name: str) -> Any:
@@ -41,6 +42,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("turntrace")
+    if name in _ROOMS:
+        return import_module(f"turntrace.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import_module("turntrace.graph")  # whoever has a tracker is to have its callback
@@ -51,4 +54,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*(name for name in globals() if name.startswith("__")), *__all__, "__version__"]

@@ -44,7 +44,7 @@ from turntrace.analytics.exchanges import (
     usage_by_model,
     usage_by_tier,
 )
-from turntrace.analytics.filters import ALL, SATISFIED, Filters
+from turntrace.analytics.filters import ALL, SATISFIED, UNSATISFIED_BELOW, Filters
 from turntrace.analytics.funnels import Funnel, FunnelStage, funnel, funnels
 from turntrace.analytics.returning import Cohort, UserFigures, retention, users
 from turntrace.analytics.scales import (
@@ -76,6 +76,7 @@ __all__ = [
     "MOST_TURNS",
     "ORDERS",
     "SATISFIED",
+    "UNSATISFIED_BELOW",
     "Choices",
     "Cohort",
     "ContextOfTurn",

@@ -8,7 +8,7 @@ from sqlalchemy import ColumnElement, and_, case, exists, func, literal, or_, se
 
 from turntrace.analytics.asking import count_if, in_bytes, mean_satisfaction, rows_of, turn_number
 from turntrace.analytics.confidence import Rate, interval
-from turntrace.analytics.filters import ALL, SATISFIED, Filters, of_sessions, on_turns
+from turntrace.analytics.filters import ALL, UNSATISFIED_BELOW, Filters, of_sessions, on_turns
 from turntrace.ledger import Ledger
 from turntrace.ledger.tables import journeys, sessions, turns
 
@@ -132,7 +132,7 @@ def outcome_of() -> ColumnElement[str]:
     - why it ended: ``completed`` is success, ``error`` is not;
     - a drop-off is not success.
     """
-    satisfied = sessions.c.feedback_sum >= SATISFIED * sessions.c.feedback_count
+    satisfied = sessions.c.feedback_sum >= UNSATISFIED_BELOW * sessions.c.feedback_count
     return case(
         (sessions.c.ended_ns.is_(None), UNKNOWN),
         (sessions.c.feedback_count > 0, case((satisfied, SUCCESSFUL), else_=UNSUCCESSFUL)),

@@ -13,7 +13,9 @@ _TIMES: Final = {"since_ns": "since", "until_ns": "until"}
 _YES: Final = {"failed": "a failed turn", "unsatisfied": "feedback below 0.5"}
 """What is True or not asked for, and how it is said."""
 SATISFIED: Final = 0.5
-"""The mean of the feedback below which a session is unsatisfied, from 0 to 1."""
+"""A mean of feedback from which on a user counts as satisfied, from 0 to 1."""
+UNSATISFIED_BELOW: Final = SATISFIED - 1e-6
+"""The same to compare with: sums of feedback are kept by adding and taking back, so a mean may be a little below."""
 _OF_TURNS: Final = ("topic", "model", "conversation_id", "error", "failed")
 
 
@@ -214,7 +216,7 @@ def _on_sessions(filters: Filters) -> list[Any]:
     elif filters.end_reason is not None:
         conditions.append(sessions.c.end_reason == filters.end_reason)
     if filters.unsatisfied:
-        conditions.append(sessions.c.feedback_sum < sessions.c.feedback_count * SATISFIED)  # 0 < 0 without any
+        conditions.append(sessions.c.feedback_sum < sessions.c.feedback_count * UNSATISFIED_BELOW)  # 0 < 0 without any
     return conditions
 
 

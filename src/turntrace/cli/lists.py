@@ -8,7 +8,7 @@ from rich.console import Console, Group
 from rich.padding import Padding
 from rich.text import Text
 
-from turntrace.analytics import SATISFIED, SlowestTurn, UserFigures
+from turntrace.analytics import UNSATISFIED_BELOW, SlowestTurn, UserFigures
 from turntrace.cli.choosing import Chosen
 from turntrace.cli.columns import Column, draw, figures, fits, fitting, say_left_out
 from turntrace.cli.render import SHORT_ID, clock, count, duration, money, percent, safe, short_clock
@@ -51,7 +51,7 @@ def sessions_table(
     columns = [replace(column, rank=0) if column.name in about else column for column in columns]
     if not fits(fitting(columns, console.width), console.width):
         for session in sessions:
-            console.print(_session_card(session, now_ns, (slowest or {}).get(session.id)))
+            console.print(_session_card(session, now_ns, about, (slowest or {}).get(session.id)))
     else:
         say_left_out(console, draw(console, columns))
 
@@ -74,7 +74,7 @@ def _satisfied(sessions: Sequence[SessionSummary], about: Collection[str]) -> li
 
 
 def _is_low(satisfaction: float | None) -> bool:
-    return satisfaction is not None and satisfaction < SATISFIED
+    return satisfaction is not None and satisfaction < UNSATISFIED_BELOW
 
 
 def _slowest(sessions: Sequence[SessionSummary], slowest: Mapping[str, SlowestTurn] | None) -> list[Column]:
@@ -92,12 +92,14 @@ def _latency(session: SessionSummary) -> str:
     return "" if session.avg_turn_latency_ms is None else duration(session.avg_turn_latency_ms)
 
 
-def _session_card(session: SessionSummary, now_ns: int, slowest: SlowestTurn | None) -> Group:
+def _session_card(session: SessionSummary, now_ns: int, about: Collection[str], slowest: SlowestTurn | None) -> Group:
     head = Text.assemble((safe(session.id[:SHORT_ID]), "bold"), f" {safe(session.channel)}, user ", user_of(session))
     facts = Text.assemble(short_clock(session.started_ns, now_ns), ", ")
-    if session.failed_turns:
-        facts.append(f"{session.failed_turns:,} failed", style="red").append(", ")
+    if session.failed_turns or "failed" in about:
+        facts.append(f"{session.failed_turns:,} failed", style="red" if session.failed_turns else "").append(", ")
     facts.append(totals_of(session))
+    if "per turn" in about and session.avg_turn_latency_ms is not None:
+        facts.append(f", {_latency(session)} per turn")
     if slowest is not None:
         facts.append(f", slowest turn {_turn(slowest)}")
     if session.user_satisfaction is not None:
@@ -148,7 +150,7 @@ def users_table(console: Console, users: Sequence[UserFigures], *, about: Collec
     columns = [replace(column, rank=0) if column.name in about else column for column in columns]
     if not fits(fitting(columns, console.width), console.width):
         for user in users:
-            console.print(_user_card(user))
+            console.print(_user_card(user, about))
     else:
         say_left_out(console, draw(console, columns))
 
@@ -157,8 +159,13 @@ def _satisfaction(user: UserFigures) -> str:
     return "" if user.satisfaction is None else percent(user.satisfaction)
 
 
-def _user_card(user: UserFigures) -> Group:
-    facts = ", ".join((count(user.turns, "turn"), money(user.cost_usd, 4), count(user.dropoffs, "drop-off")))
+def _user_card(user: UserFigures, about: Collection[str]) -> Group:
+    known = [count(user.turns, "turn"), money(user.cost_usd, 4), count(user.dropoffs, "drop-off")]
+    if "tokens" in about:
+        known.append(f"{user.tokens:,} tokens")
+    if user.satisfaction is not None:
+        known.append(f"satisfied {percent(user.satisfaction)}")
+    facts = ", ".join(known)
     head = Text.assemble((safe(user.user_id[:SHORT_ID]), "bold"), f" {count(user.sessions, 'session')}")
     return Group(head, Padding(Text(facts), (0, 0, 0, 2)))
 

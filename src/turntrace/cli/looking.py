@@ -94,7 +94,7 @@ def sessions(
         limit = _limit(limit, all_of_them=as_json or as_csv)
         found = sessions_by(chosen.ledger, cast(Any, _words(sort)), chosen.filters, limit=limit)
         slowest = None
-        if sort is SessionOrder.SLOWEST_TURN:
+        if sort is SessionOrder.SLOWEST_TURN and not (as_json or as_csv):
             slowest = slowest_turns(chosen.ledger, [session.id for session in found])
     if as_json or as_csv:
         machine.write_rows([machine.session_row(session) for session in found], machine.SESSION_NAMES, as_csv=as_csv)

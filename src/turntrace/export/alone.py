@@ -34,9 +34,7 @@ class Alone:
         self._with_langfuses = with_langfuses
         self._around = Around.of(provider.resource)
         self._most_attributes = _most_attributes(provider)
-        self._known: Any = None
-        self._is_alone = False
-        self._is_langfuses = False
+        self._found: tuple[Any, bool, bool] = (None, False, False)
 
     def span(
         self,
@@ -74,18 +72,23 @@ class Alone:
         if not self._writes(attributes):
             return None
         context = trace.SpanContext(*ids, is_remote=False, trace_flags=_SAMPLED)
-        marked = {**attributes, LANGFUSE_IS_APP_ROOT: True} if self._is_langfuses else attributes
+        marked = {**attributes, LANGFUSE_IS_APP_ROOT: True} if self._who_listens()[2] else attributes
         return WrittenSpan(self._around, name, context, None, marked, start_ns, self._processor.capture)
 
     def _writes(self, attributes: Mapping[str, AttributeValue]) -> bool:
+        return len(attributes) < self._most_attributes and self._who_listens()[1]
+
+    def _who_listens(self) -> tuple[Any, bool, bool]:
+        """Return the processors, whether we are alone, and whether Langfuse's client listens too."""
         listening = getattr(getattr(self._provider, "_active_span_processor", None), "_span_processors", None)
-        if listening is not self._known:  # a tuple that is made anew when one is added
-            self._known = listening
+        found = self._found
+        if listening is not found[0]:  # a tuple that is made anew when one is added
             others = [each for each in listening or (None,) if not isinstance(each, TurnSpanProcessor)]
             is_langfuses = len(others) == 1 and type(others[0]).__module__.startswith("langfuse.")
-            self._is_langfuses = is_langfuses and self._with_langfuses
-            self._is_alone = isinstance(listening, tuple) and (not others or self._is_langfuses)
-        return self._is_alone and len(attributes) < self._most_attributes
+            is_langfuses = is_langfuses and self._with_langfuses
+            is_alone = isinstance(listening, tuple) and (not others or is_langfuses)
+            found = self._found = (listening, is_alone, is_langfuses)  # at once, for threads side by side
+        return found
 
 
 def _most_attributes(provider: TracerProvider) -> int:

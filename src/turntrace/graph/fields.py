@@ -18,16 +18,16 @@ def read_field(state: Any, name: str) -> Any:
 
 
 def shown_with(state: Any, fields: Mapping[str, Any]) -> Any:
-    """Return a state with these values in the fields that it has; what has none of them is returned as it is.
+    """Return a state with these values in the fields that it has; what is no such state is returned as it is.
 
-    A node may be given something else than the state, by `Send`.
+    A node may be given something else, by `Send`, which may have fields of its own with the same names: the state is
+    told by its ``turn_id``.
     """
     if isinstance(state, dict):
-        known = {name: value for name, value in fields.items() if name in state}
-        if not known:
+        if "turn_id" not in state:
             return state
         changed = copy.copy(state)
-        changed.update(known)
+        changed.update({name: value for name, value in fields.items() if name in state})
         return changed
     if isinstance(state, BaseModel):
         known = {name: value for name, value in fields.items() if name in type(state).model_fields}

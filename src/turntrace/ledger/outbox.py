@@ -71,8 +71,11 @@ class StoredOutbox:
                 if last and total > max_bytes:
                     break
                 last = row_id
+            if not sizes:  # another process has sent them since
+                connection.execute(_HELD, {"holder": owner, "until": 0})
+                return Claim(is_all=True)
             items = tuple(OutboxItem(*row) for row in connection.execute(_UP_TO, {"last": last}).all())
-            return Claim(items, is_all=len(items) == len(sizes))
+            return Claim(items, is_all=last == sizes[-1].id)
 
     def renew(self, owner: str, *, lease_s: float) -> bool:
         """Go on holding the lease; tell whether it is still held.

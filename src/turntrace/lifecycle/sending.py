@@ -99,6 +99,7 @@ class Sending:
         written = self.writer.drain(left())
         with self._target.flushed_by(self):
             self._target.flush(left())
+        written = self.writer.drain(left()) and written  # also what was submitted meanwhile
         self._send(left())
         return written
 

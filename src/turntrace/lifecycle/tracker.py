@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
 from opentelemetry import trace
@@ -302,6 +303,8 @@ class SessionTracker(Turns, Afterwards):
         """Return what goes into a config's ``callbacks``: one handler, the same each time."""
         with self._lock:
             handler = self._handler
+        if handler is None and SessionTracker.callback_factory is None:
+            import_module("turntrace.graph")  # which knows the callback, and which nobody may have loaded yet
         if handler is None and SessionTracker.callback_factory is not None:
             self.use(SessionTracker.callback_factory(self))
             handler = self._handler

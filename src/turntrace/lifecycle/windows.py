@@ -120,13 +120,6 @@ class _Conversation:
     sites: dict[tuple[bool, str], _Site] = field(default_factory=dict)
     lost: set[str] = field(default_factory=set)
 
-    def ids_before(self, messages: Sequence[Any]) -> list[str | None]:
-        """Return the ids that messages begin with, where they were seen at another place: none need be read again."""
-        for site in self.sites.values():
-            if 0 < len(site.ids) <= len(messages) and _goes_on(messages, site.ids):
-                return site.ids.copy()
-        return []
-
     @property
     def size(self) -> int:
         return len(self.lost) + sum(len(site.ids) for site in self.sites.values())
@@ -184,7 +177,7 @@ def _looked(turn: "Turn", glimpse: Glimpse, conversation: _Conversation) -> _Dec
     node = nodes[-1] if nodes else glimpse.step.name
     site = conversation.sites.get(place)
     if site is None:
-        site = conversation.sites[place] = _Site(conversation.ids_before(glimpse.messages))
+        site = conversation.sites[place] = _Site()
     messages, seen = glimpse.messages, site.ids
     count = len(seen)
     run = (turn.id, _top(glimpse.step).start_ns)

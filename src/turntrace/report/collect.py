@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, Final
 
 from turntrace import analytics
-from turntrace.analytics import ALL, SATISFIED, Filters
+from turntrace.analytics import ALL, UNSATISFIED_BELOW, Filters
 from turntrace.ledger import Ledger
 from turntrace.summaries import SessionSummary
 
@@ -121,7 +121,8 @@ def _sessions(by: Any, limit: int) -> Callable[[Ledger, Filters], Any]:
 
 def _unsatisfied(ledger: Ledger, filters: Filters) -> list[SessionSummary]:
     found = analytics.sessions_by(ledger, "least satisfied", filters, limit=_SHOWN)
-    return [each for each in found if each.user_satisfaction is not None and each.user_satisfaction < SATISFIED]
+    rated = [(session, session.user_satisfaction) for session in found]
+    return [session for session, mean in rated if mean is not None and mean < UNSATISFIED_BELOW]
 
 
 # Those that read all turns come first: they take the longest.
