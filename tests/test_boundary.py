@@ -95,7 +95,7 @@ def test_a_part_that_always_raises_changes_nothing(
         "graph.extract.name_of_model",
         "graph.extract.call_of",
         "graph.extract.answer_in",
-        "graph.nodes._with",
+        "graph.nodes.returned_with",
         "lifecycle.Turn.open_step",
         "lifecycle.Turn.close_step",
         "lifecycle.Turn.note_answer",

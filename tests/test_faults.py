@@ -643,6 +643,13 @@ def through(fault: Fault) -> Found:
     return Found(saw, kept(turns, spans), logged(heard.lines, fault.path))
 
 
+CUT_OFF = r"consuming input failed: terminating connection .*See whether the server is well\."
+REFUSED = (
+    'connection failed: connection to server at "127.0.0.1", port 5432 failed: Connection refused. '
+    "Is the server running, at that host and port? Start it."
+)
+
+
 def logged(lines: Sequence[str], path: Path) -> str:
     """Return lines of the log as a cell, without what differs from machine to machine."""
     found = []
@@ -650,6 +657,7 @@ def logged(lines: Sequence[str], path: Path) -> str:
         line = line.replace(str(path), ".../ledger.db").replace(str(path.parent), "...").removeprefix("turntrace: ")
         line = re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1:5432", line)
         line = re.sub(r"port \d+ failed", "port 5432 failed", line)
+        line = re.sub(CUT_OFF, REFUSED, line)  # as the first one that notices is told where it was at work just then
         found.append(line.replace("|", "\\|"))
     return "<br>".join(found) or "nothing"
 

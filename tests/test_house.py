@@ -21,7 +21,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 GROUND = (
     *("attributes", "records", "summaries", "decisions", "identity"),
-    *("content", "current", "errors", "settings", "boundary", "waiting"),
+    *("content", "current", "errors", "settings", "boundary", "waiting", "forking"),
 )
 FLOORS: dict[str, float] = {
     **dict.fromkeys(GROUND, 1),

@@ -400,3 +400,47 @@ def test_the_workers_of_a_process_track_with_trackers_of_their_own(path: Path, u
     fresh.run(MULTIPROCESSES, TURNTRACE_LEDGER_URL=url)
     assert assert_whole(path) == 40
     assert _numbers(path) == {"shared": list(range(1, 41))}
+
+
+IMPORTS_SLOWLY = """
+import importlib.abc, os, sys, threading, time
+from turntrace import SessionTracker
+from turntrace.records import LLMCall, Usage
+
+class Slow(importlib.abc.MetaPathFinder):
+    began = threading.Event()
+
+    def find_spec(self, name, path, target=None):
+        if name.startswith("genai_prices"):
+            self.began.set()
+            time.sleep(0.05)
+
+sys.meta_path.insert(0, Slow())
+tracker = SessionTracker()
+
+def talk(name):
+    turn = tracker.start_session().conversation(name).start_turn("Hi")
+    step = turn.open_step("model", "generation")
+    turn.close_step(step, call=LLMCall("gpt-4o", "openai", Usage(10, 5)))
+    turn.end()
+
+talk("parent")
+assert Slow.began.wait(30)  # the writer imports the price list now
+pid = os.fork()
+if pid == 0:
+    for _ in range(4):  # or the child's writer may have the very id of the thread that held the lock
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    talk("child")
+    os._exit(0 if tracker.flush(20) else 9)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+assert tracker.flush(20)
+"""
+
+
+@needs_fork
+def test_a_fork_waits_while_the_writer_imports_the_price_list(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/ledger.db"
+    fresh.run(IMPORTS_SLOWLY, TURNTRACE_LEDGER_URL=url)
+    ledger = Ledger(url)
+    assert [session.total_cost_usd > 0 for session in ledger.sessions()] == [True, True]
+    ledger.close()

@@ -17,6 +17,7 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 from turntrace.errors import TurntraceError
+from turntrace.forking import lock_of
 
 logger = logging.getLogger("turntrace")
 
@@ -27,7 +28,7 @@ failures: Counter[str] = Counter()
 """How often each kind of error was caught in this process, by what was being done."""
 
 _strict = False
-_lock = threading.Lock()
+_lock = lock_of(sys.modules[__name__])
 
 
 def is_strict() -> bool:

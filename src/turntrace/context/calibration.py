@@ -1,14 +1,16 @@
 """What the providers' own counts say about ours: a running factor for each model."""
 
-import threading
+import sys
 from typing import Final
+
+from turntrace.forking import lock_of
 
 _WEIGHT: Final = 0.2
 _LEAST: Final = 0.25
 _MOST: Final = 4.0
 
 _factors: dict[str, float] = {}
-_lock = threading.Lock()
+_lock = lock_of(sys.modules[__name__])
 
 
 def factor_of(model: str) -> float:

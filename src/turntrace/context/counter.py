@@ -1,6 +1,5 @@
 """Counting the tokens of messages: each message once, by what it says and how it is framed."""
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -23,6 +22,7 @@ from turntrace.context.encodings import DEFAULT_ENCODING, count_text, encoding, 
 from turntrace.context.images import IMAGE_TYPES, image_tokens, read_image
 from turntrace.context.schemas import ToolCounter, as_json
 from turntrace.errors import ConfigurationError, ContextError
+from turntrace.forking import lock_of
 
 Counter: TypeAlias = Callable[[Sequence[BaseMessage]], int]
 """A counter of the app's: from messages to their tokens."""
@@ -125,7 +125,7 @@ class MessageCounter:
         self._new: dict[int, int] = {}
         self._old: dict[int, int] = {}
         self._seen: OrderedDict[int, _Seen] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = lock_of(self)
 
     @property
     def is_estimate(self) -> bool:

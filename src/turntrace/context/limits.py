@@ -3,6 +3,7 @@
 from functools import lru_cache
 
 from turntrace.context.encodings import names_of
+from turntrace.forking import importing
 
 
 @lru_cache(maxsize=512)
@@ -15,9 +16,10 @@ def window_of(model: str, provider: str | None = None) -> int | None:
         provider: Name of the vendor; None to find it by the model.
     """
     # It takes a quarter of a second to import: only who asks for a model's window waits for it.
-    from genai_prices.data_snapshot import get_snapshot
+    with importing():
+        from genai_prices.data_snapshot import get_snapshot
 
-    snapshot = get_snapshot()
+        snapshot = get_snapshot()
     for name in names_of(model):
         for vendor in dict.fromkeys((provider, None)):  # LangChain's name of a vendor is not always that of the list
             try:

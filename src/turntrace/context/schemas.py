@@ -6,7 +6,6 @@ rule, a level deeper. For models of other vendors it is an estimate.
 """
 
 import json
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
@@ -14,6 +13,7 @@ from typing import Any, Final
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from turntrace.errors import ContextError
+from turntrace.forking import lock_of
 
 _FUNCTION_TOKENS: Final = {"cl100k_base": 10}
 _FUNCTION_TOKENS_ELSE: Final = 7
@@ -40,7 +40,7 @@ class ToolCounter:
         self._of_text = of_text
         # The tools are kept beside their count, so that their places in memory stay theirs.
         self._known: OrderedDict[tuple[int, ...], tuple[list[Any], int]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = lock_of(self)
 
     def __call__(self, tools: Iterable[Any]) -> int:
         """Return the tokens of tools in any form that ``bind_tools`` takes.

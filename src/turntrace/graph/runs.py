@@ -4,7 +4,6 @@ Ids travel by run tree: every run is found by its id, and hangs on the step of i
 in which context LangChain calls the handler.
 """
 
-import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,6 +17,7 @@ from turntrace.attributes import AttributeValue
 from turntrace.boundary import never_breaks, off_watched_loop
 from turntrace.content import to_json
 from turntrace.current import current_scope, enter, leave, turn_that_left
+from turntrace.forking import lock_of
 from turntrace.graph import extract
 from turntrace.graph.given import given_ids
 from turntrace.graph.neighbours import neighbours
@@ -45,7 +45,7 @@ class RunRegistry:
         self.reads = reads
         self._runs: dict[UUID, Run] = _runs_of.setdefault(tracker, {})
         self._unheard: set[UUID] = set()  # runs that are none of the app's, and what is below them
-        self._lock = threading.Lock()
+        self._lock = lock_of(self)
 
     def __len__(self) -> int:
         return len(self._runs)

@@ -1,12 +1,13 @@
 """What a call of a model costs, by the price list of genai-prices."""
 
 import logging
-import threading
+import sys
 import time
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Final
 
+from turntrace.forking import importing, lock_of
 from turntrace.records import Usage
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class _Price:
 
 
 _prices: dict[tuple[str, str | None], _Price] = {}
-_lock = threading.Lock()
+_lock = lock_of(sys.modules[__name__])
 
 
 def cost_usd(model: str | None, provider: str | None, usage: Usage) -> float | None:
@@ -104,6 +105,11 @@ def _flat_rates(price: "ModelPrice") -> tuple[float, float, float, float] | None
 
 def _calculate(model: str, provider: str | None, usage: Usage) -> "PriceCalculation | None":
     # genai-prices takes a quarter of a second to import: only who calls models waits for it, in the writer's thread.
+    with importing():
+        return _calculated(model, provider, usage)
+
+
+def _calculated(model: str, provider: str | None, usage: Usage) -> "PriceCalculation | None":
     import genai_prices
 
     cached, created = _cached(usage)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from turntrace.boundary import caught
 from turntrace.errors import IdentityError, LedgerError
+from turntrace.forking import lock_of
 from turntrace.identity import derived_id
 from turntrace.ledger import SessionOpened
 from turntrace.lifecycle.late import BeginSessionLate
@@ -40,7 +41,7 @@ class Sittings:
         self._used: OrderedDict[str, None] = OrderedDict()
         self._ending: set[str] = set()
         self._written: tuple[threading.Event, set[str]] | None = None
-        self._lock = threading.Lock()
+        self._lock = lock_of(self)
 
     def open(self, wanted: SessionFacts, *, given_id: bool, conversation_id: str | None = None) -> Session:
         """Begin or continue a session, as `turntrace.ledger.Ledger.open_session` says.

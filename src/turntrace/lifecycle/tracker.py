@@ -2,7 +2,6 @@
 
 import asyncio
 import atexit
-import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from turntrace.boundary import never_breaks, off_watched_loop
 from turntrace.content import ContentLevel, ContentPolicy, classify_input
 from turntrace.errors import ConfigurationError
 from turntrace.export import Pace, SpanTarget, open_target
+from turntrace.forking import lock_of
 from turntrace.identity import check_id, check_text, new_id
 from turntrace.lifecycle.asking import Afterwards
 from turntrace.lifecycle.checks import (
@@ -157,7 +157,7 @@ class SessionTracker(Turns, Afterwards):
         Turns.__init__(self)
         self._forgotten: set[str] = set()
         self._handler: Any = None
-        self._lock = threading.Lock()
+        self._lock = lock_of(self)
         self._is_shut_down = False
         weak = weakref.ref(self)
         atexit.register(lambda: None if (alive := weak()) is None else alive._at_exit())

@@ -5,7 +5,6 @@ ones a model was sent. What was counted is set against what the provider counted
 one of our decisions were pruned by other code.
 """
 
-import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from turntrace import attributes as a
 from turntrace.boundary import never_breaks
 from turntrace.context.limits import window_of
 from turntrace.decisions import ContextGiven, PruningDecision
+from turntrace.forking import lock_of
 from turntrace.lifecycle.steps import Fit, Glimpse, OpenStep, TurnAccount
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class Windows:
         self._most = most
         self._size = 0
         self._known: OrderedDict[str, _Conversation] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = lock_of(self)
 
     @property
     def size(self) -> int:
