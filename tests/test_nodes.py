@@ -166,33 +166,6 @@ def test_a_schema_without_the_fields_is_left_alone(run: Callable[..., Any], sche
     assert set(state) == {"messages"}
 
 
-def test_a_pydantic_state(run: Callable[..., Any], capture: Capture) -> None:
-    class Model(BaseModel):
-        messages: Annotated[list[Any], add_messages]
-        session_id: str | None = None
-        conversation_id: str | None = None
-        turn_id: str | None = None
-        turn_number: int | None = None
-
-    state = run(track_graph(single(lambda state: None, schema=Model)))
-
-    assert ids_in(state) == turns(capture)[0]
-
-
-def test_a_dataclass_state(run: Callable[..., Any], capture: Capture) -> None:
-    @dataclasses.dataclass
-    class Data:
-        messages: Annotated[list[Any], add_messages]
-        session_id: str = ""
-        conversation_id: str = ""
-        turn_id: str = ""
-        turn_number: int = 0
-
-    state = run(track_graph(single(lambda state: {"messages": []}, schema=Data)))
-
-    assert ids_in(state) == turns(capture)[0]
-
-
 class OfTurns(BaseModel):
     """A pydantic state."""
 
@@ -212,6 +185,26 @@ class OfFrozenTurns:
     conversation_id: str = ""
     turn_id: str = ""
     turn_number: int = 0
+
+
+def test_a_pydantic_state(run: Callable[..., Any], capture: Capture) -> None:
+    state = run(track_graph(single(lambda state: None, schema=OfTurns)))
+
+    assert ids_in(state) == turns(capture)[0]
+
+
+def test_a_dataclass_state(run: Callable[..., Any], capture: Capture) -> None:
+    @dataclasses.dataclass
+    class Data:
+        messages: Annotated[list[Any], add_messages]
+        session_id: str = ""
+        conversation_id: str = ""
+        turn_id: str = ""
+        turn_number: int = 0
+
+    state = run(track_graph(single(lambda state: {"messages": []}, schema=Data)))
+
+    assert ids_in(state) == turns(capture)[0]
 
 
 def look_at(seen: list[Any], kind: str) -> Any:
