@@ -35,6 +35,9 @@ VERSION = "4.16.0"
 OTLP, SCORES = "/api/public/otel/v1/traces", "/api/public/scores"
 Answer = tuple[int, Any]
 
+_used: set[int] = set()
+"""The ports of servers that were, which no other one gets: what a client found out of a server, it knows by its URL."""
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -107,7 +110,11 @@ class LangfuseServer:
         self._held.clear()
         handler = type("Handler", (_Handler,), {"owner": self})
         self._http = _Http(("127.0.0.1", self._port), handler)
+        while self._port == 0 and self._http.server_address[1] in _used:
+            self._http.server_close()
+            self._http = _Http(("127.0.0.1", 0), handler)
         self._port = self._http.server_address[1]
+        _used.add(self._port)
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
         return self
 

@@ -26,6 +26,8 @@ _LETTERS: Final = "bcdfghjklmnpqrstvwxz0123456789"
 _CHANGED: Final = "\"\\/<>&%+é☂'\t="
 _MARK: Final = 10
 _LONGEST: Final = 1_000
+_BEFORE: Final = 32
+"""What stands before the half that is escaped: the half of letters, and a bar for each time that it was escaped."""
 _OWN: Final = 6
 _GUESSED: Final = {"user"}
 """Those that somebody may guess, and find confirmed by a hash without a key."""
@@ -97,7 +99,7 @@ def _around(form: bytes, layer: bytes) -> Iterator[bytes]:
     """Give what stands around each place where a form of a beginning is: all of a secret, however it is written."""
     at = layer.find(form)
     while at >= 0:
-        yield layer[max(0, at - 16) : at + _LONGEST]
+        yield layer[max(0, at - _BEFORE) : at + _LONGEST]
         at = layer.find(form, at + len(form))
 
 
@@ -110,7 +112,8 @@ def _forms(text: str) -> set[bytes]:
     for each in list(written):
         for ascii_only in (True, False):
             once = json.dumps(each, ensure_ascii=ascii_only)[1:-1]
-            written |= {once, html.escape(once), json.dumps(once, ensure_ascii=ascii_only)[1:-1], *_as_python(once)}
+            twice = {json.dumps(once, ensure_ascii=then)[1:-1] for then in (True, False)}
+            written |= {once, html.escape(once), *twice, *_as_python(once)}
     found = {each.encode() for each in (*written, raw.hex(), raw.hex().upper())}
     found |= {text.encode("utf-16-le"), text.encode("utf-16-be")}
     for before in range(3):  # in base64 a text looks different at each place of a group of three

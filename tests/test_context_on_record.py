@@ -483,6 +483,27 @@ def test_trimming_what_the_model_is_given_is_noticed_at_its_call(capture: Captur
     ]
 
 
+@pytest.mark.parametrize("first", [(), (SystemMessage("Be kind."),)], ids=["as it is", "after a system message"])
+def test_what_is_gone_is_named_where_a_turn_begins_with_a_history(capture: Capture, first: tuple[Any, ...]) -> None:
+    """The nodes of the first turn that is seen find the same messages, of which a model is sent some or all."""
+    kept = [slice(None), slice(2, None), slice(-3, None)]
+
+    def agent(state: State) -> Any:
+        seen = [[*first, *state["messages"][part]] for part in kept[:2]] if is_first else [state["messages"][kept[2]]]
+        return {"messages": [FakeModel().invoke(given) for given in seen][-1:]}
+
+    tracker, thread = capture.tracker(), new_thread()
+    graph: Any = single(agent).compile(checkpointer=InMemorySaver())
+    config = {**config_of(thread), "callbacks": [SessionCallbackHandler(tracker)]}
+    before = [HumanMessage(f"Message {number}.", id=f"m{number}") for number in range(8)]
+    graph.update_state({"configurable": {"thread_id": thread}}, {"messages": before})
+    is_first = True
+    graph.invoke(asks(), config)
+    is_first = False
+    graph.invoke(asks(), config)
+    assert [each.dropped for each in external(tracker)] == [("m0", "m1"), tuple(f"m{at}" for at in range(2, 8))]
+
+
 @pytest.mark.parametrize(
     "lasting", [pytest.param(True, id="state"), pytest.param(False, id="only what the model is given")]
 )

@@ -1046,7 +1046,7 @@ def test_no_two_blocks_are_taken_for_one_another(block: dict[str, Any]) -> None:
 
 
 def test_what_is_remembered_is_bounded() -> None:
-    """The newest 65,536 messages at least, and 131,072 at most."""
+    """The newest 32,768 messages at least, and 65,536 at most."""
     asked: list[int] = []
 
     def one(messages: Sequence[BaseMessage]) -> int:
@@ -1056,14 +1056,14 @@ def test_what_is_remembered_is_bounded() -> None:
     counter = MessageCounter("gpt-4o", one)
     for start in range(0, 210_000, 10_000):
         counter.counts([HumanMessage(str(number)) for number in range(start, start + 10_000)])
-        assert counter.remembered <= 131_072
+        assert counter.remembered <= 65_536
     assert len(asked) == 210_000
-    assert counter.remembered > 65_536
-    counter.counts([HumanMessage(str(number)) for number in range(210_000 - 65_536, 210_000)])
+    assert 32_768 < counter.remembered <= 65_536
+    counter.counts([HumanMessage(str(number)) for number in range(210_000 - 32_768, 210_000)])
     assert len(asked) == 210_000
     counter.counts([HumanMessage(str(number)) for number in range(100)])
     assert len(asked) == 210_100
-    assert counter.remembered <= 131_072
+    assert counter.remembered <= 65_536
 
 
 def test_threads_that_count_the_same_history_agree() -> None:

@@ -156,6 +156,7 @@ FORMS: dict[str, Callable[[str], bytes]] = {
     "JSON": lambda text: json.dumps({"a": text}).encode(),
     "JSON that keeps scripts": lambda text: json.dumps({"a": text}, ensure_ascii=False).encode(),
     "JSON in JSON": lambda text: json.dumps({"a": json.dumps([text])}).encode(),
+    "JSON that keeps scripts, in JSON": lambda text: json.dumps({"a": json.dumps([text], ensure_ascii=False)}).encode(),
     "a URL": lambda text: f"https://example.com/{quote(text, safe='')}".encode(),
     "a query": lambda text: f"a={quote_plus(text)}&b=1".encode(),
     "baggage": lambda text: f"baggage: user.id={quote_plus(text)}".encode(),

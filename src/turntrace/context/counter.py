@@ -37,7 +37,7 @@ _DATA_TOKENS: Final = 85
 _DATA_LENGTH: Final = 256
 _TEXT_TYPES: Final = ("text", "input_text", "output_text", None)
 _CALL_TYPES: Final = ("tool_use", "tool_call", "function_call", "tool_call_chunk", "input_json_delta")
-_REMEMBERED: Final = 65_536
+_REMEMBERED: Final = 32_768
 _FIELDS: Final = attrgetter("__dict__")
 _CONTENT: Final = attrgetter("content")
 _HELD: Final = 8
@@ -92,7 +92,7 @@ class MessageCounter:
     - Any other block of content (audio, files, reasoning, citations) is an estimate: the tokens of its JSON without
       what looks like data (over 256 characters of ASCII without a space), and 85 for each of those.
 
-    What was counted is remembered by the message's id and all that counts of it, up to 131,072 messages (about 10 MB),
+    What was counted is remembered by the message's id and all that counts of it, up to 65,536 messages (about 6 MB),
     so a history costs its new messages only; the last 8 long histories are held as they are. Threads may count at once.
 
     Args:

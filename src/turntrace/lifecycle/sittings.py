@@ -20,7 +20,9 @@ from turntrace.records import SessionFacts, TurnRequest
 if TYPE_CHECKING:
     from turntrace.lifecycle.tracker import SessionTracker
 
-_REMEMBERED: Final = 10_000
+_REMEMBERED: Final = 2_000
+"""Sessions that a process has at hand; of others it asks the ledger."""
+_USED_REMEMBERED: Final = 10_000
 _ENDS_S: Final = 5.0
 _MANY_ENDING: Final = 64
 
@@ -87,7 +89,7 @@ class Sittings:
 
     def _note_used(self, session_id: str) -> None:
         self._used[session_id] = None
-        if len(self._used) > _REMEMBERED:
+        if len(self._used) > _USED_REMEMBERED:
             self._used.popitem(last=False)
 
     def _expired(self, opened: SessionOpened) -> EndSession:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from turntrace.lifecycle.tracker import SessionTracker
 
 _WRITTEN_S: Final = 5.0
-_NUMBERS: Final = 10_000
+_NUMBERS: Final = 2_000
 
 
 class Turns:
@@ -119,6 +119,7 @@ class Turns:
     def note_number(self, conversation_id: str, number: int) -> None:
         """Note the number of the newest turn of a conversation."""
         self._numbers[conversation_id] = number
+        self._numbers.move_to_end(conversation_id)
         if len(self._numbers) > _NUMBERS:
             self._numbers.popitem(last=False)
 

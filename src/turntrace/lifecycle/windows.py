@@ -8,6 +8,7 @@ one of our decisions were pruned by other code.
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from operator import is_
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from turntrace import attributes as a
@@ -63,12 +64,8 @@ def _is_of_fit(messages: Sequence[Any], fit: Fit) -> bool:
 
 def _count(messages: Sequence[Any], tools: Sequence[Any], fit: Fit) -> int:
     tokens = fit.decision.tokens_after
-    is_same = len(messages) == len(fit.window) and all(map(_is, messages, fit.window))
+    is_same = len(messages) == len(fit.window) and all(map(is_, messages, fit.window))
     return tokens if is_same and tokens is not None and not tools else fit.meter.count(messages, tools=tools)
-
-
-def _is(one: object, other: object) -> bool:
-    return one is other
 
 
 def _window_of(step: OpenStep) -> int | None:
@@ -150,8 +147,12 @@ class Windows:
             conversation = self._known.pop(turn.conversation.id, None)
             self._size -= 0 if conversation is None else conversation.size
             conversation = conversation or _Conversation()
+            ids = _Ids()
             for each in noted:
-                decided = _fitted(each, conversation) if isinstance(each, Fit) else _looked(turn, each, conversation)
+                if isinstance(each, Fit):
+                    decided: _Decided | None = _fitted(each, conversation)
+                else:
+                    decided = _looked(turn, each, conversation, ids)
                 if decided is not None:
                     found.append(decided)
             self._known[turn.conversation.id] = conversation
@@ -170,7 +171,7 @@ def _fitted(fit: Fit, conversation: _Conversation) -> _Decided:
     return replace(fit.decision, at_ns=fit.at_ns), fit.step, first
 
 
-def _looked(turn: "Turn", glimpse: Glimpse, conversation: _Conversation) -> _Decided | None:
+def _looked(turn: "Turn", glimpse: Glimpse, conversation: _Conversation, ids: "_Ids") -> _Decided | None:
     """Compare messages with those that were seen at the same place before; return the decision when some are gone."""
     nodes = [part.partition(":")[0] for part in glimpse.namespace.split("|")] if glimpse.namespace else []
     place = (glimpse.is_call, "|".join(nodes if glimpse.is_call else nodes[:-1]))
@@ -184,9 +185,9 @@ def _looked(turn: "Turn", glimpse: Glimpse, conversation: _Conversation) -> _Dec
     before, site.node = site.node, node
     same_run, site.run = site.run == run, run
     if count <= len(messages) and (not count or _goes_on(messages, seen)):
-        seen.extend(_ids_of(messages[count:]))
+        seen.extend(ids.of(messages) if not count else _ids_of(messages[count:]))
         return None
-    site.ids = _ids_of(messages)
+    site.ids = ids.of(messages)
     now = set(site.ids)
     gone = tuple([each for each in seen if each is not None and each not in now and each not in conversation.lost])
     overlaps = any(each is not None and each in now for each in seen)
@@ -219,6 +220,28 @@ def _goes_on(messages: Sequence[Any], seen: Sequence[str | None]) -> bool:
     """Tell whether messages begin with those that were seen: what is removed moves all that comes after it."""
     middle, last = len(seen) // 2, len(seen) - 1
     return seen[last] is not None and all(_id_of(messages[at]) == seen[at] for at in (0, middle, last))
+
+
+class _Ids:
+    """Reads the ids of lists of messages: of the objects that the list before began with too, only once.
+
+    The nodes of a turn find the same objects in their state, and models are sent them, often after a system message.
+    """
+
+    def __init__(self) -> None:
+        self._messages: Sequence[Any] = ()
+        self._ids: list[str | None] = []
+
+    def of(self, messages: Sequence[Any]) -> list[str | None]:
+        """Return the ids of messages, in a list of its own."""
+        known = len(self._messages)
+        first = 0 if known and messages and messages[0] is self._messages[0] else 1
+        if known and len(messages) >= first + known and all(map(is_, self._messages, messages[first:])):
+            found = [*_ids_of(messages[:first]), *self._ids, *_ids_of(messages[first + known :])]
+        else:
+            found = _ids_of(messages)
+        self._messages, self._ids = messages, found
+        return list(found)
 
 
 def _ids_of(messages: Sequence[Any]) -> list[str | None]:
