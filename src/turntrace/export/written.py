@@ -178,21 +178,37 @@ def _attribute(key: str, value: AttributeValue | Any) -> bytes:
 
 
 def _new_attribute(key: str, value: Any) -> bytes:
-    held = _value(value)
-    return b"" if held is None else _field(b"\x4a", _field(b"\x0a", _utf8(key)) + _field(b"\x12", held))
+    held = _text(value) if type(value) is str else _value(value)
+    if held is None:
+        return b""
+    name, lengths = _name_of(key), _LENGTHS
+    if len(held) + len(name) + 4 > len(lengths):
+        return _field(b"\x4a", name + _field(b"\x12", held))
+    length = lengths[len(held)]
+    return b"\x4a" + lengths[len(name) + 1 + len(length) + len(held)] + name + b"\x12" + length + held
+
+
+@lru_cache(512)
+def _name_of(key: str) -> bytes:
+    """Return the name of an attribute as a field of it."""
+    return _field(b"\x0a", _utf8(key))
 
 
 _known_attribute = lru_cache(1024)(_new_attribute)
 """The ids of a turn, and words that stand on each span, are written once."""
 
 
+def _text(value: str) -> bytes | None:
+    try:
+        return _field(b"\x0a", value.encode())
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return None
+
+
 def _value(value: Any) -> bytes | None:
     """Return OTLP's ``AnyValue``, or None of what it cannot hold."""
     if isinstance(value, str):
-        try:
-            return _field(b"\x0a", value.encode())
-        except UnicodeEncodeError:  # half of a surrogate pair
-            return None
+        return _text(value)
     if isinstance(value, bool):
         return b"\x10\x01" if value else b"\x10\x00"
     if isinstance(value, int):
