@@ -223,7 +223,7 @@ def _goes_on(messages: Sequence[Any], seen: Sequence[str | None]) -> bool:
 
 
 class _Ids:
-    """Reads the ids of lists of messages: of the objects that the list before began with too, only once.
+    """Reads the ids of lists of messages: of the objects that the longest list before began with too, only once.
 
     The nodes of a turn find the same objects in their state, and models are sent them, often after a system message.
     """
@@ -240,7 +240,8 @@ class _Ids:
             found = [*_ids_of(messages[:first]), *self._ids, *_ids_of(messages[first + known :])]
         else:
             found = _ids_of(messages)
-        self._messages, self._ids = messages, found
+        if len(messages) > known:  # a model may be sent a few of them only
+            self._messages, self._ids = messages, found
         return list(found)
 
 
