@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from apps import App, Builder, FakeModel, asks, config_of
 from turntrace import SessionCallbackHandler, SessionTracker, current_turn, track_graph
 from turntrace import attributes as a
 from turntrace.current import Scope
+from turntrace.export import written
 from turntrace.graph.tree import Run
 from turntrace.lifecycle import Turn, checks
 from turntrace.lifecycle import sittings as sittings_module
@@ -194,9 +196,11 @@ KINDS: dict[str, Callable[[SessionTracker], Ask]] = {
 @pytest.fixture
 def _remembers_little(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have what a process remembers of sessions and users, thousands of them, full by the time that is measured."""
-    monkeypatch.setattr(sittings_module, "_REMEMBERED", 100)
+    for name in ("_REMEMBERED", "_USED_REMEMBERED"):
+        monkeypatch.setattr(sittings_module, name, 100)
     monkeypatch.setattr(checks, "_HASHES_REMEMBERED", 100)
     monkeypatch.setattr(turns_module, "_NUMBERS", 100)
+    monkeypatch.setattr(written, "_known_attribute", lru_cache(100)(written._new_attribute))
 
 
 @pytest.mark.usefixtures("_remembers_little")

@@ -461,16 +461,16 @@ def test_the_form_of_the_served_page_works(browser: Browser, ledger: Ledger, fol
 
 
 def test_the_served_page_loads_itself_again_and_keeps_what_was_set(browser: Browser, ledger: Ledger) -> None:
-    with served(ledger, refresh_s=2) as server, opened(browser, server.url) as page:
+    with served(ledger, refresh_s=3) as server, opened(browser, server.url) as page:
         page.fill("#table-filter [name=text]", "web")
         page.locator("#latency-by-turn summary").click()
         page.evaluate("window.isOld = true")
-        page.wait_for_function("() => !window.isOld && document.documentElement.dataset.ready", timeout=15_000)
+        page.wait_for_function("() => !window.isOld && document.documentElement.dataset.ready", timeout=60_000)
         assert page.input_value("#table-filter [name=text]") == "web"
         assert page.locator("#latency-by-turn details").evaluate("each => each.open")
         page.uncheck("#refresh")
         page.evaluate("window.isOld = true")
-        page.wait_for_timeout(3_000)
+        page.wait_for_timeout(4_000)
         assert page.evaluate("window.isOld")
 
 

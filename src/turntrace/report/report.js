@@ -186,14 +186,14 @@
     applyFilter();
   }
   if (form) form.addEventListener("input", pause);
-  if (refresh) {
-    restore();
+  if (refresh) restore();
+  begin().finally(() => {
+    if (!refresh) return;
+    // From now on, when all is drawn: a slow machine would load it again and again, and never get there.
     setInterval(() => {
       if (!refresh.checked || document.hidden) return;
       keep();
       location.reload();
     }, 1000 * Number(refresh.dataset.seconds));
-  }
-
-  begin();
+  });
 })();
