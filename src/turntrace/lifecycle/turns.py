@@ -118,7 +118,6 @@ class Turns:
 
     def note_number(self, conversation_id: str, number: int) -> None:
         """Note the number of the newest turn of a conversation."""
-        self._numbers.pop(conversation_id, None)  # the one that was used last comes last
         self._numbers[conversation_id] = number
         if len(self._numbers) > _NUMBERS:
             self._numbers.popitem(last=False)
