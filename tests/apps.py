@@ -44,7 +44,7 @@ class FakeModel(BaseChatModel):
     says: Callable[[Sequence[BaseMessage]], AIMessage | str] = lambda _messages: "It costs 5 euros."
     model_name: str = MODEL
     provider: str | None = "openai"
-    usage: UsageMetadata | None = USAGE
+    usage: Any = USAGE
     llm_output: dict[str, Any] | None = None
     delay: float = 0.0
     fails: Exception | None = None

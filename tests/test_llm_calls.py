@@ -9,6 +9,7 @@ from typing import Any
 
 import genai_prices
 import pytest
+from langchain_core.caches import InMemoryCache
 from langchain_core.documents import Document
 from langchain_core.language_models import FakeListLLM
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
@@ -173,6 +174,51 @@ def test_the_cost_is_that_of_genai_prices(turns: Turns, model: str, provider: st
     assert json.loads(str(has[a.LANGFUSE_COST_DETAILS])) == {"total": expected}
     assert turns.row.cost_usd == expected
     assert turns.row.unpriced_calls == 0
+
+
+@pytest.mark.parametrize(
+    ("of_input", "of_output", "means"),
+    [
+        # langchain-anthropic 1 and langchain-aws 1: what was written to the cache is told by how long it is kept
+        ({"cache_read": 600, "cache_creation": 0, "ephemeral_5m_input_tokens": 70}, {"reasoning": 150}, (600, 70, 150)),
+        ({"ephemeral_5m_input_tokens": 70, "ephemeral_1h_input_tokens": 30}, {}, (0, 100, 0)),
+        ({"cache_creation": 100, "ephemeral_5m_input_tokens": 70, "ephemeral_1h_input_tokens": 30}, {}, (0, 100, 0)),
+        # langchain-openai 1 beside a service tier
+        ({"flex_cache_read": 600, "flex": 400}, {"flex_reasoning": 150, "flex": 50}, (600, 0, 150)),
+        ({"priority_cache_read": 600, "priority_cache_creation": 9}, {"priority_reasoning": 150}, (600, 9, 150)),
+    ],
+)
+def test_kinds_of_tokens_are_found_however_an_integration_names_them(
+    turns: Turns, of_input: Any, of_output: Any, means: tuple[int, int, int]
+) -> None:
+    usage: Any = {**RICH, "input_token_details": of_input, "output_token_details": of_output}
+    has = turns.run_model(FakeModel(model_name="claude-sonnet-4-5", provider="anthropic", usage=usage))
+
+    names = a.GEN_AI_CACHE_READ_TOKENS, a.GEN_AI_CACHE_CREATION_TOKENS, a.GEN_AI_REASONING_TOKENS
+    assert tuple(has.get(name, 0) for name in names) == means
+    price = genai_prices.calc_price(
+        genai_prices.Usage(
+            input_tokens=1000, output_tokens=200, cache_read_tokens=means[0], cache_write_tokens=means[1]
+        ),
+        model_ref="claude-sonnet-4-5",
+    )
+    assert turns.row.cost_usd == pytest.approx(float(price.total_price), rel=1e-9)
+
+
+def test_an_answer_from_langchains_cache_costs_nothing(turns: Turns) -> None:
+    model = FakeModel(cache=InMemoryCache())
+    model.invoke("the same")
+    turns.run(single(lambda state: {"messages": [model.invoke("the same")]}))
+    (call,) = turns.of_type("generation")
+    assert json.loads(str(call.attributes[a.LANGFUSE_COST_DETAILS])) == {"total": 0.0}
+    assert (turns.row.cost_usd, turns.row.unpriced_calls, turns.row.llm_calls) == (0.0, 0, 1)
+
+
+@pytest.mark.parametrize("told", [-1, True, float("nan"), float("inf"), "free", None])
+def test_a_cost_that_is_none_is_looked_up(turns: Turns, told: Any) -> None:
+    usage: Any = {**RICH, "total_cost": told}
+    turns.run_model(FakeModel(model_name="gpt-4o", usage=usage))
+    assert 0 < turns.row.cost_usd < 1
 
 
 def test_a_vendor_by_a_name_of_langchains_is_priced_all_the_same(turns: Turns) -> None:

@@ -180,11 +180,13 @@ class LLMCall(Record):
 
     Attributes:
         usage: Its tokens; None when the provider gave none.
+        cost_usd: What it cost, in US dollars, where that was told with its tokens; else its price is looked up.
     """
 
     model: str | None = word(a.GEN_AI_RESPONSE_MODEL)
     provider: str | None = word(a.GEN_AI_PROVIDER_NAME)
     usage: Usage | None = None
+    cost_usd: float | None = None
 
     def attributes(self) -> dict[str, AttributeValue]:
         """Return the attributes of the generation; kinds of tokens that do not occur are left out."""

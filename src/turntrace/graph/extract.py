@@ -28,6 +28,12 @@ _PROMPT_KEY: Final = "langfuse_prompt"
 _MAX_VERSION: Final = 2**31 - 1
 _MOST_TOKENS: Final = 10**12
 """More is no count of tokens, and a few of them would be more than a database holds."""
+_MOST_USD: Final = 10**6
+"""More is no price of a call."""
+_SERVICE_TIERS: Final = ("", "flex_", "priority_")
+"""What langchain-openai writes before the kinds of tokens of a call, by the service tier that it was made in."""
+_WRITTEN_TO_CACHE: Final = ("ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens")
+"""Under these langchain-anthropic and langchain-aws tell what was written to a cache, and 0 as ``cache_creation``."""
 _TEXTS: Final = frozenset({"channel", "topic", "tier", "org_id", "locale", "client_version"})
 _NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 _REQUEST_KEYS: Final = _TEXTS | {
@@ -284,6 +290,7 @@ def call_of(result: LLMResult, *, model: str | None, provider: str | None) -> LL
         model=safe_text(answered) if isinstance(answered, str) and answered else model,
         provider=provider,
         usage=_usage_of_message(message) or _usage_of_output(result.llm_output),
+        cost_usd=_cost_of_message(message),
     )
 
 
@@ -304,10 +311,22 @@ def _usage_of_message(message: AIMessage | None) -> Usage | None:
     return Usage(
         input_tokens=_count(usage.get("input_tokens")),
         output_tokens=_count(usage.get("output_tokens")),
-        cache_read_tokens=_count(of_input.get("cache_read")),
-        cache_creation_tokens=_count(of_input.get("cache_creation")),
-        reasoning_tokens=_count(of_output.get("reasoning")),
+        cache_read_tokens=_in_all_tiers(of_input, "cache_read"),
+        cache_creation_tokens=max(
+            _in_all_tiers(of_input, "cache_creation"), sum(_count(of_input.get(name)) for name in _WRITTEN_TO_CACHE)
+        ),
+        reasoning_tokens=_in_all_tiers(of_output, "reasoning"),
     )
+
+
+def _in_all_tiers(details: Mapping[str, Any], name: str) -> int:
+    return sum(_count(details.get(tier + name)) for tier in _SERVICE_TIERS)
+
+
+def _cost_of_message(message: AIMessage | None) -> float | None:
+    """Return what a call cost where that is told beside its tokens: 0 for an answer from LangChain's cache."""
+    cost: Any = None if message is None else _mapping(message.usage_metadata).get("total_cost")
+    return float(cost) if type(cost) in (int, float) and 0 <= cost <= _MOST_USD else None
 
 
 def _usage_of_output(output: Mapping[str, Any] | None) -> Usage | None:

@@ -113,11 +113,12 @@ def words_of(failure: Failure | None) -> dict[str, AttributeValue]:
 def _add_call(account: TurnAccount, call: LLMCall) -> float | None:
     """Add the tokens and the cost of a call; return its cost, or None when that is not known."""
     account.model = call.model or account.model
-    cost: float | None = None
+    cost = call.cost_usd
     if call.usage is not None:
         account.input_tokens += call.usage.input_tokens
         account.output_tokens += call.usage.output_tokens
-        cost = _cost_of(call.model, call.provider, call.usage)
+        if cost is None:
+            cost = _cost_of(call.model, call.provider, call.usage)
     if cost is None:
         account.unpriced_calls += 1
     else:
