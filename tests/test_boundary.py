@@ -1,6 +1,7 @@
 """Where turntrace meets the app: an error of ours never changes what a graph returns, and is told once."""
 
 import asyncio
+import copy
 import logging
 import sqlite3
 from collections.abc import Callable
@@ -359,3 +360,10 @@ def test_no_log_has_the_text_of_an_error_which_may_be_a_users(
     assert "in classify" in caplog.text
     assert caplog.text.rindex("LookupError") < caplog.text.rindex("ValueError")
     assert SECRET not in caplog.text
+
+
+def test_a_config_with_a_handler_can_be_copied(capture: Capture) -> None:
+    config: dict[str, Any] = {"callbacks": [SessionCallbackHandler(capture.tracker())], "metadata": {"user_id": "ann"}}
+    copied = copy.deepcopy(config)
+    assert copied == config
+    assert copied["callbacks"][0] is config["callbacks"][0]

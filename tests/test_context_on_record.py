@@ -11,7 +11,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.message import REMOVE_ALL_MESSAGES
 from langgraph.prebuilt import ToolNode
-from langgraph.types import Send
+from langgraph.types import Command, Send, interrupt
 
 from apps import MODEL, USAGE, FakeModel, State, asks, config_of, new_thread, single
 from turntrace import ContextTracker, PruningDecision, SessionCallbackHandler, SessionTracker, track_graph
@@ -566,10 +566,10 @@ def test_what_is_known_of_conversations_is_bounded() -> None:
     windows = Windows(most=1_000)
 
     class Talk:
-        """Stands for a turn of a conversation: only its ids are asked for."""
+        """Stands for a turn of a conversation: only ids are asked for."""
 
         def __init__(self, number: int) -> None:
-            self.id = f"turn-{number}"
+            self.id, self.forked_from = f"turn-{number}", None
             self.conversation = type("Conversation", (), {"id": f"c-{number}"})()
 
     from turntrace.lifecycle.steps import Glimpse, OpenStep, TurnAccount
@@ -626,3 +626,49 @@ def test_a_call_of_the_newest_message_only_does_not_hide_a_later_removal(capture
     talk(builder.compile(checkpointer=InMemorySaver()), tracker, 3)
     [decision] = external(tracker)
     assert (decision.strategy, decision.messages_pruned) == ("forget", 4)
+
+
+def test_a_run_from_an_older_checkpoint_prunes_nothing(capture: Capture) -> None:
+    """As where a user edits a message of theirs, and is answered anew."""
+    tracker = capture.tracker()
+    graph: Any = single(agent_of(FakeModel())).compile(checkpointer=InMemorySaver())
+    config = {**config_of(), "callbacks": [SessionCallbackHandler(tracker)]}
+    for _ in range(3):
+        graph.invoke(asks(), config)
+    [_, second, _] = [each for each in graph.get_state_history(config) if each.next == (START,)]
+    edited = {**second.config, "callbacks": config["callbacks"]}
+    assert len(graph.invoke(asks("Edited."), edited)["messages"]) == 4
+    assert decisions_of(tracker) == []
+    newest = graph.get_state(config).values["messages"]
+    graph.update_state(config, {"messages": [RemoveMessage(id=newest[0].id)]})
+    graph.invoke(asks(), config)
+    [decision] = external(tracker)  # what is pruned afterwards is seen
+    assert decision.dropped == (newest[0].id,)
+
+
+def test_what_is_shown_beside_a_question_is_not_pruned(capture: Capture) -> None:
+    """What a node wrote that ran beside the question is given back, and is in the state only once that is answered."""
+
+    def ask(_: State) -> Any:
+        return {"messages": [AIMessage(interrupt("Really?"))]}
+
+    builder: Any = StateGraph(State)
+    builder.add_node("ask", ask).add_node("beside", agent_of(FakeModel())).add_node("agent", agent_of(FakeModel()))
+    builder.add_edge(START, "ask").add_edge(START, "beside")
+    tracker = capture.tracker()
+    graph = builder.add_edge(["ask", "beside"], "agent").compile(checkpointer=InMemorySaver())
+    config = {**config_of(), "callbacks": [SessionCallbackHandler(tracker)]}
+    assert len(graph.invoke(asks(), config)["messages"]) == 2
+    assert len(graph.invoke(Command(resume="Yes."), config)["messages"]) == 4
+    assert decisions_of(tracker) == []
+
+
+def test_a_call_of_the_newest_message_beside_one_with_the_history_prunes_nothing(capture: Capture) -> None:
+    def agent(state: State) -> Any:
+        answer = FakeModel().invoke(state["messages"])
+        FakeModel().invoke(state["messages"][-1:])  # a guard
+        return {"messages": [answer]}
+
+    tracker = capture.tracker()
+    talk(single(agent).compile(checkpointer=InMemorySaver()), tracker, 3)
+    assert decisions_of(tracker) == []

@@ -327,3 +327,19 @@ def test_the_turn_of_a_block_is_told_what_the_graph_answered(handler: SessionCal
     (root,) = [span for span in captured_spans(capture.spans()) if span.name == a.SPAN_TURN]
     assert root.attributes[a.TURN_INPUT_LENGTH] == 2
     assert root.attributes[a.TURN_OUTPUT_LENGTH] == len("The price is 5 euros for tea.")
+
+
+def test_what_the_sdk_tells_of_a_span_is_told_of_the_current_one(handler: SessionCallbackHandler) -> None:
+    """Apps read the current span's attributes and name; without turntrace that is the SDK's span of their server."""
+    seen: list[Any] = []
+
+    def node(state: State) -> Any:
+        span: Any = trace.get_current_span()
+        seen.extend((span.name, span.attributes[a.SESSION_ID], span.parent.span_id, span.context.trace_id))
+        seen.append((hasattr(span, "no_such_thing"), hasattr(span, "_no_such_thing")))
+
+    graph: Any = single(node).compile()
+    graph.invoke(asks(), {**config_of(session_id="mine"), "callbacks": [handler]})
+    assert seen[:2] == ["work", "mine"]
+    assert all(seen[2:4])
+    assert seen[4] == (False, False)

@@ -1,6 +1,7 @@
 """Tracked nodes: the ids come into the state, and nothing else of the graph changes."""
 
 import asyncio
+import copy
 import dataclasses
 import functools
 import inspect
@@ -376,6 +377,13 @@ def test_the_drawing_is_the_same(build: Callable[[App], Builder]) -> None:
     assert tracked.get_graph(xray=True).draw_mermaid() == plain.get_graph(xray=True).draw_mermaid()
     assert tracked.get_input_jsonschema() == plain.get_input_jsonschema()
     assert tracked.get_output_jsonschema() == plain.get_output_jsonschema()
+
+
+def test_a_copy_of_a_tracked_builder_can_be_built_on(run: Callable[..., Any]) -> None:
+    copied: Any = copy.deepcopy(track_graph(single(lambda state: {"found": ["first"]}, "first")))
+    copied.add_node("second", lambda state: {"found": ["second"]}).add_edge("first", "second")
+    assert type(copied).__name__ == "StateGraph"
+    assert run(copied)["found"] == ["first", "second"]
 
 
 def test_streams_of_subgraphs_are_the_same(handler: SessionCallbackHandler) -> None:

@@ -141,6 +141,12 @@ class Scope(trace.Span):
         self._turn = self._step = None
 
     # --- the interface of a span: all but its end goes to the span that this stands for -------------------------------
+    def __getattr__(self, name: str) -> Any:
+        """Return what the span that this stands for has beyond the interface, as ``name`` and ``attributes``."""
+        if name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.resolved(), name)
+
     def end(self, end_time: int | None = None) -> None:
         """Do nothing: a span of ours is ended by what started it."""
 

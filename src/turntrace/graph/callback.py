@@ -72,6 +72,10 @@ class SessionCallbackHandler(GraphCallbackHandler):
     def __repr__(self) -> str:
         return f"<SessionCallbackHandler of {self.tracker!r}>"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SessionCallbackHandler":
+        """Return the same handler: apps copy configs, and what it knows of runs is not theirs to copy."""
+        return self
+
     @property
     def raise_error(self) -> bool:  # type: ignore[override]
         """Whether an error of ours reaches the app: only in turntrace's own tests."""

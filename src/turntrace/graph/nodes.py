@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from typing import Any, TypeVar
 
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
@@ -71,20 +71,28 @@ def track_graph(builder: B) -> B:
         if not getattr(spec.runnable, _TRACKED, False):
             tracked = _TrackedRunnable(spec.runnable, _Wanted(fields))  # type: ignore[arg-type]
             builder.nodes[name] = dataclasses.replace(spec, runnable=tracked)
-    if not hasattr(builder.compile, _TRACKED):
-        builder.compile = _tracked_compile(builder.compile)  # type: ignore[method-assign]
+    kind: Any = type(builder)
+    builder.__class__ = _tracking(kind)
     return builder
 
 
-def _tracked_compile(compiles: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(compiles)
-    def tracked(*args: Any, **options: Any) -> Any:
-        graph = compiles(*args, **options)
-        _keep_ids_from_caches(graph)
-        return reads_what_it_is_given(graph)
+@cache
+def _tracking(kind: type[Any]) -> type[Any]:
+    """Return a class of builders that does the same, and tracks what it compiles, also in a copy of a builder."""
+    if hasattr(kind, _TRACKED):
+        return kind
 
-    setattr(tracked, _TRACKED, True)
-    return tracked
+    class Tracking(kind):  # type: ignore[misc]
+        @wraps(kind.compile)
+        def compile(self, *args: Any, **options: Any) -> Any:
+            graph = super().compile(*args, **options)
+            _keep_ids_from_caches(graph)
+            return reads_what_it_is_given(graph)
+
+    setattr(Tracking, _TRACKED, True)
+    Tracking.__name__, Tracking.__qualname__, Tracking.__module__ = kind.__name__, kind.__qualname__, kind.__module__
+    Tracking.__doc__ = kind.__doc__
+    return Tracking
 
 
 @never_breaks("keeping the ids out of the caches of nodes")

@@ -260,7 +260,8 @@ class RunRegistry:
             run.root.interrupted = True
         answer = self.reads.answer_in(outputs, waits=run.root.interrupted) if run.is_root else None
         if run.is_step and run.step is not None:
-            if isinstance(answer, list) and len(answer) > 1:
+            # While it waits, what nodes beside the question wrote is shown but not yet in the state.
+            if isinstance(answer, list) and len(answer) > 1 and not run.root.interrupted:
                 run.root.turn.note_state(run.step, answer, "", at_ns=self._tracker.clock())
             if not run.is_root and (intent := self.reads.intent_in(outputs)) is not None:
                 run.root.turn.set_intent(intent)

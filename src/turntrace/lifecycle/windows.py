@@ -112,10 +112,18 @@ class _Site:
 
 @dataclass(slots=True)
 class _Conversation:
-    """What was seen of a conversation, and which messages it is known to have lost."""
+    """What was seen of a conversation, in which turn last, and which messages it is known to have lost."""
 
     sites: dict[tuple[bool, str], _Site] = field(default_factory=dict)
     lost: set[str] = field(default_factory=set)
+    turn_id: str = ""
+
+    def enters(self, turn: "Turn") -> None:
+        """Begin anew in a turn that replays another one: what came after its checkpoint is not pruned."""
+        if turn.id != self.turn_id:
+            self.turn_id = turn.id
+            if turn.forked_from is not None:
+                self.sites.clear()
 
     @property
     def size(self) -> int:
@@ -147,6 +155,7 @@ class Windows:
             conversation = self._known.pop(turn.conversation.id, None)
             self._size -= 0 if conversation is None else conversation.size
             conversation = conversation or _Conversation()
+            conversation.enters(turn)
             ids = _Ids()
             for each in noted:
                 if isinstance(each, Fit):
@@ -187,6 +196,8 @@ def _looked(turn: "Turn", glimpse: Glimpse, conversation: _Conversation, ids: "_
     if count <= len(messages) and (not count or _goes_on(messages, seen)):
         seen.extend(ids.of(messages) if not count else _ids_of(messages[count:]))
         return None
+    if glimpse.is_call and same_run and count > 1 and _ids_of(messages) == seen[-1:]:
+        return None  # the newest message alone, beside a call with the history: for a title, or by a guard
     site.ids = ids.of(messages)
     now = set(site.ids)
     gone = tuple([each for each in seen if each is not None and each not in now and each not in conversation.lost])
