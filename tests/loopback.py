@@ -307,10 +307,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
         content = (body if isinstance(body, str) else json.dumps(body)).encode()
         self.send_response(status)
-        if body != NO_JSON:
-            self.send_header("Content-Type", "application/json; charset=utf-8")
-        self.send_header("Content-Length", str(len(content)))
-        for name, value in (headers or {}).items():
+        kind = {} if body == NO_JSON else {"Content-Type": "application/json; charset=utf-8"}
+        for name, value in (kind | {"Content-Length": str(len(content))} | (headers or {})).items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)

@@ -442,13 +442,16 @@ def test_a_sweep_ends_what_was_silent(run: Run, url: str) -> None:
         tracker.start_session(user_id="u")
     result = run("sweep", "--ledger", url)
     assert (result.exit_code, result.stdout) == (0, "Ended 1 session, closed 0 turns as abandoned.\n")
-    assert "Ended 0 sessions" in run("sweep", "--ledger", url, "--idle-after", "60").stdout
+    assert "Ended 0 sessions" in run("sweep", "--ledger", url, "--idle-after", "1m30s").stdout
     told = " ".join(run("sweep", "--help").stdout.split())
     assert "Default: TURNTRACE_IDLE_AFTER, else 1800." in told
     assert "it holds for every session of the ledger" in told
     wrong = run("sweep", "--ledger", url, "--idle-after", "-1")
     assert wrong.exit_code == 2
     assert "idle_after" in wrong.output
+    odd = run("sweep", "--ledger", url, "--idle-after", "soon")
+    assert odd.exit_code == 2
+    assert "--idle-after is 'soon'" in odd.output
 
 
 def test_a_sweep_does_not_make_a_ledger(run: Run, tmp_path: Path) -> None:

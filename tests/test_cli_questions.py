@@ -424,7 +424,10 @@ def test_a_users_id_is_hashed_with_the_key_that_the_ledger_keeps(run: Run, url: 
     ("options", "hint"),
     [
         ("--channel webb", "No session has --channel webb: there are api, mobile, slack, web."),
-        ("--end-reason foo", "No session has --end-reason foo: there are completed, inactive_timeout, user_exit."),
+        (
+            "--end-reason x",
+            "No session has --end-reason x: there are completed, inactive_timeout, user_exit, open.",
+        ),
         ("--org acme", "No session has --org acme: there are initech."),
         ("--model gpt-5", "No session has --model gpt-5: there are gpt-4o-mini."),
         ("--topic coffee", "No session has --topic coffee: there are mail, tea."),
@@ -439,7 +442,8 @@ def test_where_nothing_is_found_it_is_said_what_there_is(options: str, hint: str
         _, *hints = run(command, *options.split()).stdout.splitlines()
         assert hints == ([] if hint is None else [hint])
     found = run("sessions", *options.split(), "--json")
-    assert rows(found) == []
+    assert (found.exit_code, json.loads(found.stdout)) == (0, [])
+    assert found.stderr.splitlines() == ([] if hint is None else [hint])  # a script may have misspelt it
 
 
 def test_of_many_values_some_are_named(run: Run, url: str) -> None:
@@ -461,7 +465,7 @@ def test_sessions_as_json_have_the_fields_of_a_summary_and_times_in_iso(run: Run
     assert (third["end_reason"], third["dropoff"], third["last_action"]) == ("inactive_timeout", True, "asked_question")
     assert (third["org_id"], third["tier"], third["duration_ms"]) == ("initech", None, 44_000)
     assert found["last"]["ended_at"] is None
-    assert rows(run("sessions", "--json", "--channel", "none")) == []
+    assert json.loads(run("sessions", "--json", "--channel", "none").stdout) == []
 
 
 def test_sessions_as_csv_are_rows_that_a_spreadsheet_reads(run: Run, office: str) -> None:
@@ -572,15 +576,14 @@ def test_waiting_attempts_and_forks_are_told(run: Run, office: str) -> None:
         "node refund  2.0 s",
         "llm gpt-4o-mini  0 ms  100 in, 20 out  $0.000027",
     ]
-    assert found[second : second + 5] == [
+    assert found[second : second + 4] == [
         "turn 2  11:26:32  interrupted",
         "250 ms",
         "waits for a person, 1 h 33 min so far",
-        "pruned 1 message",
         "forked from turn 1",
     ]
     assert found[-1] == "open, last active 1 h 33 min ago"
-    assert found[2].endswith("1 pruning, waited 3 min 00 s for a person")
+    assert found[2].endswith(", waited 3 min 00 s for a person")
 
 
 def test_how_full_the_window_was_and_what_was_pruned(run: Run, office: str) -> None:
@@ -868,7 +871,7 @@ def test_a_session_as_json_is_whole(run: Run, office: str) -> None:
     )
     assert [step["name"] for step in first["steps"]][:3] == ["look_up", "look_up", "refund"]
     assert first["context_window_pct"] == pytest.approx(first["context_tokens"] / first["context_limit"])
-    assert [each["messages_pruned"] for each in second["pruned"]] == [1]
+    assert second["pruned"] == []  # it began at an older checkpoint
     assert json.loads(run("show", "first", "--json").stdout)["journey_steps"][1]["stage"] == "connect"
     [given] = json.loads(run("show", "fourth", "--json").stdout)["feedback"]
     assert (given["value"], given["at"][:10]) == (0.0, "2026-01-01")
@@ -929,6 +932,8 @@ def test_a_funnel_tells_who_came_so_far_from_who_entered_and_narrows(run: Run, u
                     session.journey("onboarding", list(STAGES)).enter(stage)
     for columns in (50, 100):
         head, line, _, *table = run("funnel", "--ledger", url, columns=columns).stdout.splitlines()
+        table, said = table[:4], " ".join(" ".join(table[4:]).split())
+        assert said == "2 users entered the last stage; that one is converted is said by journey.convert()."
         assert head.startswith("onboarding  3 users")
         found = {row.split("  ")[0]: row for row in table}
         reached, entered = (
@@ -986,7 +991,7 @@ def test_a_fresh_app_is_told_when_sessions_end(run: Run, url: str) -> None:
         assert run("dropoff", "--ledger", url).stdout.splitlines() == [
             "There are no ended sessions yet.",
             "1 session is open. Silence of 30 min 00 s ends a session: when its user comes back, or by turntrace "
-            "sweep, which with --idle-after SECONDS ends those that were silent for less.",
+            "sweep, which with --idle-after TIME ends those that were silent for less.",
         ]
         tracker.start_session().end()
     assert run("dropoff", "--ledger", url).stdout.startswith("0 of 1 ended session dropped off")
@@ -1000,7 +1005,11 @@ def test_dropoffs_by_turn_intent_and_action_with_their_rates(run: Run, office: s
     for row in ("1 | 1 0 0%", "2 | 2 1 50%", "3 | 2 1 50%", "setup | 3 2 67%", "asked_question | 3 2 67%"):
         assert row in plain
     assert [line for line in plain if line.endswith("ended drop-offs rate")] == [
-        *("last turn ended drop-offs rate", "last intent ended drop-offs rate", "the agent had ended drop-offs rate"),
+        *(
+            "turn of conversation ended drop-offs rate",
+            "last intent ended drop-offs rate",
+            "the agent had ended drop-offs rate",
+        ),
     ]
     found = json.loads(run("dropoff", "--json", "--channel", "web").stdout)
     assert found["by_turn"] == [

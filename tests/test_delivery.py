@@ -436,3 +436,64 @@ def test_a_thread_of_the_apps_never_waits_for_the_network(
 def test_a_bound_that_cannot_be_used_is_refused_at_the_call(value: Any) -> None:
     with pytest.raises(ConfigurationError, match="outbox_max_mb=512"):
         SessionTracker("sqlite://", outbox_max_mb=value)
+
+
+def test_a_process_whose_keys_are_wrong_keeps_no_other_from_sending(
+    server: LangfuseServer, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, lenient: None
+) -> None:
+    """As where keys are changed while the app is deployed anew, one process after the other."""
+    monkeypatch.setattr("turntrace.export.sender._HELD_S", 0.05)
+    slow = Pace(linger_s=0.0, first_s=0.02, most_s=0.1, closed_s=300.0, closed_most_s=300.0)
+    put(ledger, SPANS, spans_of(3), items=3)
+    old, new = (
+        Sender(ledger.to_send, address(server, secret="sk-lf-old"), slow),
+        Sender(ledger.to_send, address(server), slow),
+    )
+    try:
+        old.wake()
+        until(lambda: old.failing is not None)
+        new.wake()
+        until(lambda: waits(ledger) == (0, 0))
+        assert old.failing is not None
+        assert new.failing is None
+    finally:
+        old.stop(PATIENCE_S)
+        new.stop(PATIENCE_S)
+
+
+def test_spans_do_not_wait_for_scores_that_are_not_taken(
+    server: LangfuseServer, ledger: Ledger, caplog: pytest.LogCaptureFixture, lenient: None
+) -> None:
+    server.fail(Failure("status", 500), path=SCORES)
+    for number in range(4):  # more scores than fit into a request lie between the spans
+        put(ledger, SPANS, spans_of(2, name=f"agent-{number}"), items=2)
+        put(ledger, SCORE, *(score(1000 * number + each) for each in range(300)))
+    sender = Sender(ledger.to_send, address(server), QUICK)
+    sent = sender.send_waiting()
+    assert sent.stopped_by is not None
+    assert (sent.items, waits(ledger)) == (8, (0, 1200))
+    assert len(server.spans()) == 8
+    assert sender.failing is not None
+    server.recover()
+    assert sender.send_waiting().is_all
+    sender.stop(PATIENCE_S)
+    assert waits(ledger) == (0, 0)
+    assert len(server.scores()) == 1200
+    said = [record.message for record in caplog.records if "cannot take" in record.message or "again" in record.message]
+    assert ["cannot take" in line for line in said] == [True, False]  # each once
+
+
+def test_a_web_page_is_no_sign_that_anything_was_taken(server: LangfuseServer, ledger: Ledger, lenient: None) -> None:
+    """As where LANGFUSE_BASE_URL is that of a portal, or what stands before Langfuse wants a sign-in."""
+    put(ledger, SPANS, spans_of(3), items=3)
+    put(ledger, SCORE, score(1))
+    server.fail(
+        Failure("status", 200, body="<html>Sign in</html>", headers={"Content-Type": "text/html; charset=utf-8"})
+    )
+    sent = send(ledger, server)
+    assert sent.stopped_by is not None
+    assert sent.stopped_by.outcome is Outcome.CLOSED
+    assert "not Langfuse's API" in sent.stopped_by.words
+    assert waits(ledger) == (3, 1)
+    server.recover()
+    assert send(ledger, server).is_all

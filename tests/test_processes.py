@@ -402,6 +402,36 @@ def test_the_workers_of_a_process_track_with_trackers_of_their_own(path: Path, u
     assert _numbers(path) == {"shared": list(range(1, 41))}
 
 
+ENDS_IN_A_BLOCK = """
+import multiprocessing
+from turntrace import SessionTracker
+
+first = SessionTracker()
+
+def work(tracker, n):
+    tracker = tracker or SessionTracker()
+    with tracker.session(user_id=f"u{n}") as session, session.conversation(f"c{n}").turn("Hello"):
+        pass
+
+forking = multiprocessing.get_context("fork")
+workers = [forking.Process(target=work, args=(first if n % 2 else None, n)) for n in range(6)]
+for worker in workers:
+    worker.start()
+for worker in workers:
+    worker.join(40)
+assert [worker.exitcode for worker in workers] == [0] * 6
+first.flush()
+"""
+
+
+@needs_fork
+def test_what_ends_with_a_forked_child_of_multiprocessings_is_written_down(path: Path, url: str) -> None:
+    """Such children leave by ``os._exit``: nothing that Python does at its exit is done."""
+    fresh.run(ENDS_IN_A_BLOCK, TURNTRACE_LEDGER_URL=url)
+    assert assert_whole(path) == 6
+    assert [each.end_reason for each in Ledger(url).sessions()] == ["user_exit"] * 6
+
+
 IMPORTS_SLOWLY = """
 import importlib.abc, os, sys, threading, time
 from turntrace import SessionTracker

@@ -15,6 +15,7 @@ from turntrace import SessionTracker
 from turntrace.cli.main import app
 from turntrace.errors import ConfigurationError
 from turntrace.ledger.tables import metadata
+from turntrace.records import TurnRequest
 from turntrace.testing import Clock
 
 DAY = 24 * 60
@@ -121,3 +122,38 @@ def test_the_command_erases_what_is_old_or_a_user(tmp_path: Path) -> None:
     told = runner().invoke(app, ["forget", "--ledger", url])
     assert (told.exit_code, told.stderr.count("\n")) == (2, 1)
     assert "turntrace forget --before 90d" in told.stderr
+
+
+def test_users_who_never_came_back_are_forgotten_in_time_too(url: str) -> None:
+    """Nobody has noticed the end of their sessions, where no sweep runs."""
+    clock = Clock()
+    with SessionTracker(url, clock=clock, user_hash_key="a key of the tests") as tracker:
+        for user in ("ann", "bob"):
+            tracker.start_session(user_id=user).conversation(f"c-{user}").start_turn("Hello?").end()
+        clock.advance(minutes=80 * DAY)
+        later = tracker.start_session(user_id="cid")
+        later.conversation("c-cid").start_turn("Hello?").end()
+        clock.advance(minutes=20 * DAY)
+        assert tracker.forget_before(timedelta(days=90)) == 2
+        assert [each.id for each in tracker.ledger.sessions()] == [later.id]
+        assert tracker.ledger.sessions()[0].ended_ns is None  # it is not long enough ago
+        assert tracker.forget_before(timedelta(days=10)) == 1
+        left = rows(url)
+        assert (left["turntrace_sessions"], left["turntrace_turns"], left["turntrace_conversations"]) == (0, 0, 0)
+
+
+def test_a_user_who_goes_on_after_being_forgotten_is_on_record_again(url: str) -> None:
+    """As where "delete my data" is pressed in a sitting whose id the app has chosen."""
+    with SessionTracker(url, user_hash_key="a key of the tests") as tracker:
+        request = TurnRequest(user_id="ann", session_id="web-1", conversation_id="c")
+        tracker.begin_turn(request, "Hello?").end()
+        running = tracker.begin_turn(request, "And this?")
+        tracker.forget_user("ann")
+        running.end()
+        for _ in range(2):
+            tracker.begin_turn(request, "Hello again?").end()
+        tracker.flush()
+        assert [turn.status for turn, _ in tracker.ledger.turns("web-1")] == ["completed"] * 2
+        found = tracker.session_summary("web-1")
+        assert found is not None
+        assert found.total_turns == 2

@@ -12,6 +12,7 @@ from apps import App, FakeModel, State, asks, config_of, new_thread, single
 from turntrace import SessionCallbackHandler, SessionTracker, current_turn, track_graph
 from turntrace import attributes as a
 from turntrace.identity import safe_id
+from turntrace.records import TurnRequest
 from turntrace.testing import Capture, CapturedSpan, Clock, assert_all_tagged, captured_spans, format_tree, span_tree
 
 
@@ -104,6 +105,25 @@ def test_the_gap_counts_from_the_end_of_a_long_turn(run: Runs, clock: Clock) -> 
     first = run(user_id="ann")
     clock.advance(minutes=20)
     assert session(run(user_id="ann")) == session(first)
+
+
+def test_a_turn_whose_process_was_killed_keeps_no_session_open(capture: Capture, clock: Clock, tmp_path: Any) -> None:
+    """Nobody will end it; without a sweep the user's next visits would all be one sitting."""
+    url = f"sqlite:///{tmp_path}/ledger.db"
+    killed, after = capture.tracker(url, clock=clock), capture.tracker(url, clock=clock)
+    request = TurnRequest(user_id="ann", conversation_id="c")
+    first = killed.begin_turn(request, "Hello?")
+    found = [first.conversation.session.id]
+    for minutes in (20, 31, 3 * 24 * 60):
+        clock.advance(minutes=minutes)
+        turn = after.begin_turn(request, "Hello again?")
+        turn.end()
+        assert after.flush()
+        found.append(turn.conversation.session.id)
+    assert found[0] == found[1]
+    assert len(set(found[1:])) == 3
+    assert after.flush()
+    assert [each.end_reason for each in after.ledger.sessions()] == [None, "inactive_timeout", "inactive_timeout"]
 
 
 def test_the_old_session_has_ended_with_its_totals_before_the_new_one(run: Runs, clock: Clock) -> None:

@@ -181,9 +181,7 @@ def test_langfuses_settings_are_read_as_its_sdk_reads_them(monkeypatch: pytest.M
     assert settings.sample_rate == 0.25
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("LANGFUSE_SAMPLE_RATE", "2"), ("LANGFUSE_SAMPLE_RATE", "x"), ("LANGFUSE_TRACING_ENABLED", "x")]
-)
+@pytest.mark.parametrize(("name", "value"), [("LANGFUSE_SAMPLE_RATE", "2"), ("LANGFUSE_SAMPLE_RATE", "x")])
 def test_a_langfuse_variable_that_cannot_be_used_is_named(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
@@ -279,3 +277,9 @@ def test_what_is_no_text_at_all_is_no_ledger() -> None:
     wrong: Any = 5
     with pytest.raises(ConfigurationError, match="sqlite:///"):
         tracker(wrong)
+
+
+@pytest.mark.parametrize(("said", "means"), [("", True), ("0", True), ("no", True), ("FALSE", False), ("False", False)])
+def test_tracing_is_off_where_langfuses_sdk_has_it_off(said: str, means: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LANGFUSE_TRACING_ENABLED", said)
+    assert read_langfuse_settings().tracing_enabled is means

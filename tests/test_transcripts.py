@@ -95,8 +95,8 @@ def is_async(request: pytest.FixtureRequest) -> bool:
 
 
 # --- lines that cannot be played --------------------------------------------------------------------------------------
-def without(name: str) -> dict[str, Any]:
-    return {key: value for key, value in conversation().items() if key != name}
+def without(*names: str) -> dict[str, Any]:
+    return {key: value for key, value in conversation().items() if key not in names}
 
 
 MALFORMED: dict[str, tuple[Any, str]] = {
@@ -118,9 +118,7 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "two objects": (b"{} {}", "it is not JSON: Extra data at column 4"),
     "no conversation": (without("conversation_id"), "conversation_id is missing"),
     "no user": (without("user_id"), "user_id is missing"),
-    "no topic": (without("topic"), "topic is missing"),
     "no model": (without("model"), "model is missing"),
-    "no outcome": (without("outcome"), "outcome is missing"),
     "no messages": (without("messages"), "messages is missing"),
     "conversation null": (conversation(conversation_id=None), "conversation_id is not a string"),
     "conversation number": (conversation(conversation_id=7), "conversation_id is not a string"),
@@ -132,7 +130,6 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "user object": (conversation(user_id={}), "user_id is not a string"),
     "topic long": (conversation(topic="x" * 201), "topic has 201 characters"),
     "success text": (conversation(outcome={"success": "yes"}), "outcome.success is not true or false"),
-    "success missing": (conversation(outcome={}), "outcome.success is missing"),
     "outcome text": (conversation(outcome="good"), "outcome is not an object"),
     "messages object": (conversation(messages={}), "messages is not a list"),
     "messages empty": (conversation(messages=[]), "it has no message of a user or an assistant"),
@@ -200,6 +197,14 @@ def test_a_malformed_line_is_named_and_never_shown(line: Any, why: str, file: Pa
     assert why in found.problem
     assert "secret" not in found.problem
     assert "\n" not in found.problem
+
+
+@pytest.mark.parametrize("line", [without("topic", "outcome"), conversation(topic=None, outcome={})])
+def test_topic_and_outcome_need_not_be_known(play: Play, line: dict[str, Any]) -> None:
+    played = play(line)
+    assert (played.problems, played.totals.turns) == ([], 1)
+    [session] = played.player.tracker.ledger.sessions()
+    assert session.end_reason == "user_exit"
 
 
 def test_nothing_of_the_good_lines_between_malformed_ones_is_lost(play: Play, is_async: bool) -> None:

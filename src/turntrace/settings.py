@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Final, TypeVar
 
 import platformdirs
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from turntrace.content import ContentLevel
@@ -86,6 +86,11 @@ class LangfuseSettings(BaseSettings):
         "sample_rate": "is a number from 0 to 1: LANGFUSE_SAMPLE_RATE=0.5",
         "timeout": "is a number of seconds above 0: LANGFUSE_TIMEOUT=5",
     }
+
+    @field_validator("tracing_enabled", mode="before")
+    @classmethod
+    def _as_the_sdk_reads_it(cls, value: object) -> object:
+        return value.lower() != "false" if isinstance(value, str) else value
 
     @property
     def has_keys(self) -> bool:

@@ -99,8 +99,8 @@ class OutboxStatus:
 class Outbox(Protocol):
     """What a sender takes from, as the ledger has it. One process at a time sends, so that the order is kept."""
 
-    def claim(self, owner: str, *, lease_s: float, max_rows: int, max_bytes: int) -> Claim:
-        """Take the lease, and return the oldest rows."""
+    def claim(self, owner: str, *, lease_s: float, max_rows: int, max_bytes: int, kind: str | None = None) -> Claim:
+        """Take the lease, and return the oldest rows, of one kind or of all."""
 
     def renew(self, owner: str, *, lease_s: float) -> bool:
         """Go on holding the lease; tell whether it is still held."""

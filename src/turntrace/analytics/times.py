@@ -59,6 +59,28 @@ def day_of(text: str, name: str = "--since") -> int:
     return _time_of(at)
 
 
+def seconds_of(text: str, name: str) -> float:
+    """Read how long something takes: a number of seconds, or ``90s``, ``30m``, ``2h``, ``1h30m``.
+
+    Args:
+        text: How long.
+        name: What it was given as, for the message.
+
+    Raises:
+        ConfigurationError: If it is neither.
+    """
+    said = text.strip()
+    if _AGO.fullmatch(said):
+        return float(sum(int(number) * _SECONDS[unit.lower()] for number, unit in _AGO_PART.findall(said)))
+    try:
+        return float(said)
+    except ValueError:
+        raise ConfigurationError(
+            f"{name} is {text!r:.40}. Allowed are seconds, minutes, hours and days: {_as(name, '1800')}, "
+            f"{_as(name, '30m')}, {_as(name, '2h')} or {_as(name, '1h30m')}."
+        ) from None
+
+
 def _of_today(said: str) -> datetime:
     """Return a time of today, in UTC where it has no zone.
 

@@ -55,6 +55,8 @@ class Chosen:
             if not value or (name == "end_reason" and value == OPEN):
                 continue
             there = values_of(self.ledger, name, limit=_LOOKED_AT)
+            if name == "end_reason" and there:
+                there = [*there, OPEN]
             if value not in there and len(there) < _LOOKED_AT:
                 more = f" and {len(there) - _NAMED:,} more" if len(there) > _NAMED else ""
                 named = f"there are {', '.join(there[:_NAMED])}{more}" if there else "there are none on record"
@@ -76,7 +78,7 @@ _OPTIONS: Final[dict[str, Any]] = {
     "tier": _option("--tier", "NAME", "Only sessions of users of this tier."),
     "org": _option("--org", "ID", "Only sessions of users of this organisation."),
     "topic": _option("--topic", "NAME", "Only sessions with a conversation about this topic."),
-    "model": _option("--model", "NAME", "Only sessions with a turn that this model answered."),
+    "model": _option("--model", "NAME", "Only sessions with a turn whose last call was of this model."),
     "end_reason": _option("--end-reason", "REASON", "Only sessions that ended for this reason; open: have not ended."),
     "user": _option("--user", "HASH", "Only sessions of this user: the hash, or as much of it as is unique."),
     "user_id": _option("--user-id", "ID", "The same by the user's id as your app has it, which is hashed."),

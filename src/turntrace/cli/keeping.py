@@ -15,12 +15,12 @@ from turntrace.errors import ConfigurationError
 
 def sweep(
     idle_after: Annotated[
-        float | None,
+        str | None,
         typer.Option(
             "--idle-after",
-            metavar="SECONDS",
-            help="Silence after which a session has ended; it holds for every session of the ledger, also those of "
-            "other apps. Default: TURNTRACE_IDLE_AFTER, else 1800.",
+            metavar="TIME",
+            help="Silence after which a session has ended: seconds, or 30m, 2h; it holds for every session of the "
+            "ledger, also those of other apps. Default: TURNTRACE_IDLE_AFTER, else 1800.",
         ),
     ] = None,
     ledger: LedgerOption = None,
@@ -29,11 +29,13 @@ def sweep(
 
     Turns whose process died are closed as abandoned. Each is ended once, however many sweep at the same time.
     """
+    from turntrace.analytics.times import seconds_of
     from turntrace.lifecycle import SessionTracker
 
+    silence_s = None if idle_after is None else seconds_of(idle_after, "--idle-after")
     open_existing(ledger).close()  # a ledger that is not there is not to be made
     with SessionTracker(ledger) as tracker, working("Sweeping"):
-        swept = tracker.sweep(idle_after=idle_after)
+        swept = tracker.sweep(idle_after=silence_s)
     closed = f"closed {count(swept.turns, 'turn')} as abandoned"
     stdout().print(Text(f"Ended {count(swept.sessions, 'session')}, {closed}."), soft_wrap=True)
     return OK

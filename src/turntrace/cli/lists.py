@@ -11,7 +11,7 @@ from rich.text import Text
 from turntrace.analytics import UNSATISFIED_BELOW, SlowestTurn, UserFigures
 from turntrace.cli.choosing import Chosen
 from turntrace.cli.columns import Column, draw, figures, fits, fitting, say_left_out
-from turntrace.cli.render import SHORT_ID, clock, count, duration, money, percent, safe, short_clock
+from turntrace.cli.render import SHORT_ID, clock, count, duration, money, percent, safe, short_clock, stderr
 from turntrace.summaries import SessionSummary
 
 
@@ -181,6 +181,13 @@ def cut_conversation(console: Console, shown: int, there: int, conversation_id: 
     """Say that a conversation is in more sessions than are shown."""
     words = f"{shown:,} of {there:,} sessions, the latest; turntrace sessions --conversation lists all of"
     console.print(Text(f"{words} {safe(conversation_id)}\n", style="dim"), soft_wrap=True)
+
+
+def warn_of_nothing(chosen: Chosen, found: Sequence[object]) -> None:
+    """Say beside a list for programs, where it is empty, which filters nothing meets: one may be misspelt."""
+    if not found:
+        for line in chosen.wrong():
+            stderr().print(Text(safe(line)), soft_wrap=True)
 
 
 def nothing(console: Console, chosen: Chosen, what: str = "sessions") -> None:

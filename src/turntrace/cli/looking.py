@@ -98,6 +98,7 @@ def sessions(
             slowest = slowest_turns(chosen.ledger, [session.id for session in found])
     if as_json or as_csv:
         machine.write_rows([machine.session_row(session) for session in found], machine.SESSION_NAMES, as_csv=as_csv)
+        lists.warn_of_nothing(chosen, found)
     elif found:
         lists.sessions_table(stdout(), found, about=_about(chosen, sort), slowest=slowest)
         if len(found) == limit:
@@ -122,6 +123,7 @@ def users(
         found = users_by(chosen.ledger, cast(Any, _words(sort)), chosen.filters, limit=limit)
     if as_json or as_csv:
         machine.write_rows([machine.plain(user) for user in found], machine.USER_NAMES, as_csv=as_csv)
+        lists.warn_of_nothing(chosen, found)
     elif found:
         lists.users_table(stdout(), found, about=_about(chosen, sort))
         if len(found) == limit:

@@ -97,7 +97,9 @@ def replay(
     """Play recorded conversations through a LangGraph graph.
 
     Each becomes a session with a turn for each message of its user. What is in the ledger already is not played again,
-    and what was stopped goes on where it stood. Exit codes: 1 when a line could not be played, 2 when nothing could.
+    and what was stopped goes on where it stood. A line is {"conversation_id", "user_id", "model", "messages"}, the
+    messages in OpenAI's form; "topic" and "outcome": {"success": true} may be beside them.
+    Exit code 1 when a line could not be played.
     """
     from turntrace.cli.progress import ReplayProgress, replay_totals
     from turntrace.demo.player import Player

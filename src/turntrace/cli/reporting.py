@@ -32,7 +32,8 @@ def funnel(
     """Show how far users come on journeys.
 
     How many reached each stage, which are those who entered it or a later one, and what share of all that is; how many
-    entered it, how long half of them stayed at most, how often it was left, and how many were converted.
+    entered it, how long half of them stayed at most, how often users went on from it to another stage,
+    and how many were converted.
     """
     machine.check_one_form(as_json, as_csv)
     with working("Asking the ledger"):
@@ -103,7 +104,7 @@ def _no_ended_sessions(chosen: Chosen) -> None:
         silence = duration(read_settings().idle_after * 1000)
         words = (
             f"{are}. Silence of {silence} ends a session: when its user comes back, or by turntrace sweep, which with "
-            "--idle-after SECONDS ends those that were silent for less."
+            "--idle-after TIME ends those that were silent for less."
         )
         stdout().print(Text(words), soft_wrap=True)
 

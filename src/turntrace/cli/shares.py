@@ -46,9 +46,14 @@ def funnel_chart(console: Console, funnel: Funnel) -> list[str]:
         figures("share", [percent(share) for share in shares]),
         figures("entered", [*(f"{each.entered:,}" for each in funnel.stages), ""]),
         figures("median stay", [*(stay for stay, _ in stays), ""], rank=1),
-        figures("left", [*(left for _, left in stays), ""], rank=2),
+        figures("went", [*(left for _, left in stays), ""], rank=2),
     ]
-    return draw(console, _with_bars(console, columns, shares, "cyan"))
+    left_out = draw(console, _with_bars(console, columns, shares, "cyan"))
+    last = funnel.stages[-1]
+    if last.entered and not funnel.converted:
+        entered = f"{count(last.entered, 'user')} entered the last stage"
+        console.print(Text(f"{entered}; that one is converted is said by journey.convert().", style="dim"))
+    return left_out
 
 
 def _funnel_head(funnel: Funnel) -> Text:
@@ -72,7 +77,7 @@ def dropoff_charts(
     share = percent(dropped / ended if ended else 0.0)
     console.print(Text(f"{dropped:,} of {count(ended, 'ended session')} dropped off ({share})."))
     parts = (
-        ("last turn", [_point(turn_name(each.at)) for each in turns], turns),
+        ("turn of conversation", [_point(turn_name(each.at)) for each in turns], turns),
         ("last intent", [_point(each.at) for each in intents], intents),
         ("the agent had", [_point(each.at) for each in actions], actions),
     )

@@ -73,7 +73,7 @@ class TurnLines:
         line.append(f"  {self._took(turn):>{took}}", style="cyan")
         if self._is_slow(turn):
             line.append("  slow", style="bold yellow")
-        if turn.error is not None:
+        if turn.error is not None and turn.error != turn.status:
             line.append(f"  {safe(turn.error)}", style="red")
         self._marked(line, turn.id == self._asked.turn_id)
         for given in self._feedback_on(turn):
@@ -93,7 +93,7 @@ class TurnLines:
         if turn.intent is not None:
             line.append("  intent ").append(safe(turn.intent), style="bold")
         line.append(self._kinds(turn))
-        if turn.error is not None:
+        if turn.error is not None and turn.error != turn.status:
             line.append(f"  {safe(turn.error)}", style="red")
         self._marked(line, turn.id == self._asked.turn_id)
         for more in (self._figures(turn), *self._remarks(turn)):

@@ -35,9 +35,9 @@ def transcript_of(value: Any) -> Transcript:
     return Transcript(
         conversation_id=conversation_id,
         user_id=_short(value, "user_id"),
-        topic=_short(value, "topic"),
+        topic=None if value.get("topic") is None else _short(value, "topic"),
         model=model,
-        succeeded=_field(_field(value, "outcome", Mapping), "success", bool, "outcome."),
+        succeeded=_optional(_optional(value, "outcome", Mapping, "") or {}, "success", bool, "outcome."),
         messages=len(messages),
         exchanges=_Reader(model).read(messages),
     )

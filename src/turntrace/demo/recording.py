@@ -83,15 +83,16 @@ class Transcript:
     """A recorded conversation.
 
     Attributes:
-        succeeded: Whether the user got what they came for.
+        topic: What it is about; None where that is not said.
+        succeeded: Whether the user got what they came for; None where that is not known.
         messages: How many messages it has.
     """
 
     conversation_id: str
     user_id: str
-    topic: str
+    topic: str | None
     model: str
-    succeeded: bool
+    succeeded: bool | None
     messages: int
     exchanges: tuple[Exchange, ...]
 
@@ -105,7 +106,7 @@ class Transcript:
         """Why the session ended.
 
         ``handoff`` when the last tool called hands over (its name begins with ``transfer_to_``), else ``completed``
-        when the outcome is a success, else ``user_exit``: the user left without what they came for.
+        when the outcome is a success, else ``user_exit``: the user left without what they came for, as far as is known.
         """
         names = [call.name for call in self.calls]
         if names and names[-1].startswith(HANDOFF_PREFIX):

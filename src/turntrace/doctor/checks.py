@@ -218,12 +218,23 @@ def _ledger(ledger_url: str | None) -> Iterator[Check]:
             found = _read_ledger(connection)
         yield replace(found, found=f"{where}: {found.found}")
         if found.ok:
+            yield from _writable(database)
             yield _outbox(StoredOutbox(database).status())
     except (LedgerError, ProgrammingError) as error:
         why = str(error).splitlines()[0]
-        yield Check("ledger", False, why, "Restore it from a copy, or name another: --ledger URL.")
+        yield Check("ledger", False, why, "Or name another: --ledger URL.")
     finally:
         database.close()
+
+
+def _writable(database: Database) -> Iterator[Check]:
+    """Say so where the ledger can be read and not be written: then nothing is tracked in it."""
+    try:
+        with database.writing():
+            pass  # nothing is written: that it may begin says enough
+    except LedgerError as error:
+        advice = "Run the doctor as the user that your app runs as; if it says this then, let that user write there."
+        yield Check("ledger", False, str(error).splitlines()[0], advice)
 
 
 def _missing(url: str) -> Check | None:

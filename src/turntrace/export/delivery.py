@@ -33,12 +33,14 @@ class Delivered:
         refused: What of them the server will not take, each span and score by itself.
         items: How many spans and scores it took.
         stopped_by: The answer because of which the rest waits; None when nothing is left.
+        spans_are_done: Whether all spans among them were sent or set apart: what is left are scores.
     """
 
     sent: list[int] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     items: int = 0
     stopped_by: Answer | None = None
+    spans_are_done: bool = False
 
 
 class _StoppedError(Exception):
@@ -62,6 +64,7 @@ def deliver(server: LangfuseServer, items: Sequence[OutboxItem], still_ours: Cal
     try:
         for group in _requests([item for item in items if item.kind == SPANS]):
             delivery.send_spans(group)
+        done.spans_are_done = True
         delivery.send_scores([item for item in items if item.kind == SCORE])
         delivery.set_apart([item for item in items if item.kind not in (SPANS, SCORE)])
     except _StoppedError as stop:

@@ -16,7 +16,7 @@ from turntrace.boundary import caught
 from turntrace.errors import LedgerError
 from turntrace.export.delivery import MAX_REQUEST_BYTES, Delivered, deliver
 from turntrace.export.server import Answer, LangfuseServer, Outcome
-from turntrace.waiting import Outbox
+from turntrace.waiting import SPANS, Outbox
 
 logger = logging.getLogger("turntrace")
 
@@ -24,6 +24,7 @@ _MAX_ROWS: Final = 512
 _LOOK_S: Final = 30.0
 """How often a sender looks whether another process left something behind."""
 _BUSY_S: Final = 1.0
+_HELD_S: Final = 10.0
 _MAX_RETRY_AFTER_S: Final = 3600.0
 
 
@@ -180,25 +181,36 @@ class Sender:
 
     def _send_batches(self, until: float | None, on_sent: Callable[[Delivered], object] | None) -> Sent:
         items = refused = 0
+        scores_stopped_by: Answer | None = None
         while True:
             if until is not None and time.monotonic() >= until:
                 return Sent(items, refused, _TIME_IS_UP)
             claim = self._outbox.claim(
-                self._owner, lease_s=self._lease_s, max_rows=_MAX_ROWS, max_bytes=MAX_REQUEST_BYTES
+                self._owner,
+                lease_s=self._lease_s,
+                max_rows=_MAX_ROWS,
+                max_bytes=MAX_REQUEST_BYTES,
+                kind=None if scores_stopped_by is None else SPANS,
             )
             if not claim.items:
-                return Sent(items, refused, busy_s=claim.busy_s)
+                return Sent(items, refused, scores_stopped_by, claim.busy_s)
             self._leased_until = time.monotonic() + self._lease_s
             done = deliver(self.server, claim.items, self._is_still_ours)
-            stopped_by = done.stopped_by
-            holds = 0.0 if stopped_by is None and claim.is_all else self._lease_s
+            is_over = claim.is_all
+            if done.stopped_by is None:
+                done.stopped_by = scores_stopped_by
+            elif done.spans_are_done and scores_stopped_by is None:
+                scores_stopped_by = done.stopped_by  # the spans behind these scores need not wait for them
+            else:
+                is_over = True
+            holds = 0.0 if is_over and done.stopped_by is None else self._lease_s
             self._outbox.settle(self._owner, done.sent, done.refused, lease_s=holds)
             items, refused = items + done.items, refused + len(done.refused)
             self._note(done)
             if on_sent is not None:
                 on_sent(done)
-            if stopped_by is not None or claim.is_all:
-                return Sent(items, refused, stopped_by)
+            if is_over:
+                return Sent(items, refused, done.stopped_by)
 
     def _is_still_ours(self) -> bool:
         """Go on holding the lease in a delivery of many requests; tell whether nobody else has it."""
@@ -276,13 +288,17 @@ class Sender:
         return _LOOK_S
 
     def _rest(self, seconds: float) -> None:
-        """Wait, holding the lease, so that not every process asks a server that does not answer."""
-        until = time.monotonic() + seconds
+        """Wait; at first holding the lease, so that not every process asks a server that does not answer."""
+        held_s = min(seconds, _HELD_S)
+        until = time.monotonic() + held_s
         while (left := until - time.monotonic()) > 0:
             if self._stopped.wait(min(left, self._lease_s / 3)):
                 return
             with suppress(LedgerError):  # then the next try says so
                 self._outbox.renew(self._owner, lease_s=self._lease_s)
+        with suppress(LedgerError):  # what stops this process, as its keys or its network, is not to stop others
+            self._outbox.release(self._owner)
+        self._stopped.wait(max(2 * _BUSY_S, seconds - held_s))
 
 
 def _after_fork(sender: Sender | None) -> None:

@@ -262,8 +262,11 @@ def several(scores: Sequence[bytes]) -> bytes:
 
 def _read_answer(response: "httpx.Response") -> Answer:
     status = response.status_code
-    if response.is_success and status != _SOME_REFUSED:
+    is_page = response.headers.get("Content-Type", "").lower().startswith("text/html")
+    if response.is_success and status != _SOME_REFUSED and not is_page:
         return Answer(Outcome.ACCEPTED)
+    if response.is_success and is_page:  # a portal's, or a sign-in's: nothing was taken
+        return Answer(Outcome.CLOSED, f"{status} with a web page: this is not Langfuse's API")
     outcome = _MEANINGS.get(status, Outcome.LATER if status >= 500 else Outcome.CLOSED)
     words = _shown(f"{status}: {response.content[: 4 * _WORDS_LENGTH].decode('utf-8', 'replace')}")
     return Answer(outcome, words, _seconds(response.headers.get("Retry-After")))

@@ -11,10 +11,20 @@ from typing import Any, Final
 from sqlalchemy import Connection, Engine, Executable
 from sqlalchemy.engine import URL, Dialect
 from sqlalchemy.exc import DatabaseError, DataError, IntegrityError, ProgrammingError
+from sqlalchemy.exc import TimeoutError as PoolIsUsedUp
 from sqlalchemy.sql import ClauseElement
 
 from turntrace.errors import LedgerError
-from turntrace.ledger.opening import BUSY_TIMEOUT_MS, LedgerFile, is_busy, is_memory, named, open_engine
+from turntrace.ledger.opening import (
+    BUSY_TIMEOUT_MS,
+    LedgerFile,
+    checked,
+    is_busy,
+    is_memory,
+    is_passing,
+    named,
+    open_engine,
+)
 
 logger = logging.getLogger("turntrace")
 
@@ -63,8 +73,11 @@ class Database:
     ) -> None:
         self._prepare = prepare
         self._owns_engine = not isinstance(engine_or_url, Engine)
-        self.engine = engine_or_url if isinstance(engine_or_url, Engine) else open_engine(engine_or_url)
+        self.engine = checked(engine_or_url) if isinstance(engine_or_url, Engine) else open_engine(engine_or_url)
         self._is_sqlite = self.engine.dialect.name == "sqlite"
+        # An engine of the app's may be one that commits by itself, or that sees no more than its first query saw.
+        own = self._owns_engine or self._is_sqlite
+        self._writes = self.engine if own else self.engine.execution_options(isolation_level="READ COMMITTED")
         self._in_memory = self._is_sqlite and is_memory(self.engine.url)
         self._alone = self.engine if self._is_sqlite else self.engine.execution_options(isolation_level="AUTOCOMMIT")
         self._lock = threading.RLock()
@@ -98,7 +111,7 @@ class Database:
         """
         with self._turn_of_writers(), self._named_errors(writes=True):
             if not self._is_sqlite:
-                with self.engine.begin() as connection:
+                with self._writes.begin() as connection:
                     if many_rows:
                         connection.exec_driver_sql(_ALONE)
                     yield connection
@@ -222,9 +235,10 @@ class Database:
         mistakes = (*_MISTAKES, driver.IntegrityError, driver.ProgrammingError, driver.DataError)
         try:
             yield
-        except (DatabaseError, driver.Error) as error:
+        except (DatabaseError, PoolIsUsedUp, driver.Error) as error:
             is_of_url = getattr(error, "statement", "") is None  # nothing was asked yet: an option of the URL is none
-            if (isinstance(error, mistakes) and not is_of_url) or "syntax error" in str(getattr(error, "orig", error)):
+            is_mistake = isinstance(error, mistakes) and not is_of_url and not is_passing(error)
+            if is_mistake or "syntax error" in str(getattr(error, "orig", error)):
                 raise  # another try would fail again
             if writes and self._is_sqlite and not self._in_memory and not is_busy(error):
                 self._forget_connections()

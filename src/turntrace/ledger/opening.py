@@ -13,6 +13,7 @@ from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import TimeoutError as PoolIsUsedUp
 from sqlalchemy.pool import StaticPool
 
 from turntrace.errors import ConfigurationError, LedgerError
@@ -29,7 +30,14 @@ _FILE: Final = re.compile(r"([A-Za-z]:[\\/])?[\w ./\\~-]{1,200}")
 """What a file is named by, and nothing with a user and a password."""
 _LONGEST: Final = 300
 _LOCK_POLL_S: Final = 0.01
-_CONNECT_S: Final = 10
+_CONNECTION: Final = {
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,
+}
+"""Options of libpq: a server that has gone without a word is given up within seconds, not within the system's hours."""
 _RECYCLE_S: Final = 1800
 _ADVICE: Final = (
     (r'database "([^"]*)" does not exist', "Make the database, as by: createdb {0}. Or correct its name in the URL."),
@@ -58,6 +66,8 @@ def open_engine(url: str | URL) -> Engine:
         ConfigurationError: If it is not a URL of a database that turntrace can use, or its driver is not installed.
         LedgerError: If its folder cannot be made.
     """
+    if hasattr(url, "sync_engine"):
+        raise ConfigurationError(_ASYNC)
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):  # the latter for a port that is no number
@@ -103,12 +113,31 @@ def is_memory(url: URL) -> bool:
     return url.database in (None, "", ":memory:")
 
 
+def checked(engine: Engine) -> Engine:
+    """Return an engine of the app's, or say why it cannot be used.
+
+    Raises:
+        ConfigurationError: If it is asynchronous.
+    """
+    if engine.dialect.is_async:
+        raise ConfigurationError(_ASYNC)
+    return engine
+
+
+_ASYNC: Final = (
+    "The ledger's engine is asynchronous, and the ledger waits for its database in threads of its own. Pass the URL, "
+    "or an engine of create_engine with psycopg: SessionTracker('postgresql+psycopg://user@host/database')."
+)
+
+
 def _open_postgresql(url: URL) -> Engine:
-    url = url.set(drivername="postgresql+psycopg")
-    if "connect_timeout" not in url.query:
-        url = url.update_query_dict({"connect_timeout": str(_CONNECT_S)})
+    options: dict[str, int | None] = {name: value for name, value in _CONNECTION.items() if name not in url.query}
+    # A pooler between (PgBouncer) may give each transaction another connection, which knows no prepared statements.
+    prepare = url.query.get("prepare_threshold")
+    options["prepare_threshold"] = int(prepare) if isinstance(prepare, str) and prepare.isdecimal() else None
+    url = url.set(drivername="postgresql+psycopg").difference_update_query(["prepare_threshold"])
     try:
-        return create_engine(url, pool_recycle=_RECYCLE_S)
+        return create_engine(url, pool_recycle=_RECYCLE_S, connect_args=options)
     except ImportError as error:
         raise ConfigurationError(
             "The ledger is to be on PostgreSQL, and its driver psycopg is not installed. "
@@ -202,6 +231,8 @@ class LedgerFile(NamedTuple):
 _DAMAGED: Final = (
     "It is damaged or no ledger: restore it from a copy, move it away with its -wal and -shm (then a new one is begun),"
 )
+_PASSING: Final = frozenset({"42P01", "42501", "3F000", "26000", "42P05"})
+"""No such table or schema, as while a backup is restored; no rights; statements that a pooler mixed up."""
 _SQLITE_HINTS: Final[Mapping[int, str]] = {
     sqlite3.SQLITE_BUSY: "Another process writes to it for long: end that,",
     sqlite3.SQLITE_LOCKED: "Another process writes to it for long: end that,",
@@ -216,6 +247,11 @@ def _code_of(error: Exception) -> int:
     return int(getattr(getattr(error, "orig", None) or error, "sqlite_errorcode", 0)) & 0xFF
 
 
+def is_passing(error: Exception) -> bool:
+    """Tell whether PostgreSQL says what somebody mends: tables that are away, rights that are missing."""
+    return getattr(getattr(error, "orig", None) or error, "sqlstate", None) in _PASSING
+
+
 def is_busy(error: Exception) -> bool:
     """Tell whether SQLite waited for another one that writes, in vain."""
     return _code_of(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
@@ -225,6 +261,11 @@ def named(error: Exception, url: URL) -> LedgerError:
     """Return an error of the database as one that says where the ledger is, what is wrong and what to do."""
     where = url.render_as_string(hide_password=True)
     whole = str(getattr(error, "orig", None) or error)
+    if isinstance(error, PoolIsUsedUp):
+        return LedgerError(
+            f"The ledger at {where} failed: the engine that the tracker was given has no connection left. Give it a "
+            "larger pool, or pass the URL, with which the ledger has connections of its own."
+        )
     if url.drivername.startswith("sqlite"):
         hint = _SQLITE_HINTS.get(_code_of(error), "Check that the place can be written and has room,")
         return LedgerError(

@@ -49,7 +49,7 @@ class StoredOutbox:
         self._grown: float = float("inf")  # what is there from before is measured first
 
     # --- sending ------------------------------------------------------------------------------------------------------
-    def claim(self, owner: str, *, lease_s: float, max_rows: int, max_bytes: int) -> Claim:
+    def claim(self, owner: str, *, lease_s: float, max_rows: int, max_bytes: int, kind: str | None = None) -> Claim:
         """Take the lease, and return the oldest rows.
 
         Args:
@@ -57,6 +57,7 @@ class StoredOutbox:
             lease_s: Seconds for which nobody else may send.
             max_rows: How many rows at most.
             max_bytes: How many bytes at most; a row that is larger comes alone.
+            kind: Only rows of this kind; None for all.
         """
         if not self.waits():
             return Claim()  # without making writers wait
@@ -65,7 +66,8 @@ class StoredOutbox:
             if busy_s > 0:
                 return Claim(busy_s=busy_s)
             last, total = 0, 0
-            sizes = connection.execute(_SIZES, {"most": max_rows + 1}).all()
+            of_kind = [] if kind is None else [outbox.c.kind == kind]
+            sizes = connection.execute(_SIZES.where(*of_kind), {"most": max_rows + 1}).all()
             for row_id, size in sizes[:max_rows]:
                 total += size
                 if last and total > max_bytes:
@@ -74,7 +76,8 @@ class StoredOutbox:
             if not sizes:  # another process has sent them since
                 connection.execute(_HELD, {"holder": owner, "until": 0})
                 return Claim(is_all=True)
-            items = tuple(OutboxItem(*row) for row in connection.execute(_UP_TO, {"last": last}).all())
+            rows = connection.execute(_UP_TO.where(*of_kind), {"last": last}).all()
+            items = tuple(OutboxItem(*row) for row in rows)
             return Claim(items, is_all=last == sizes[-1].id)
 
     def renew(self, owner: str, *, lease_s: float) -> bool:

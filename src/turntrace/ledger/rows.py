@@ -25,10 +25,10 @@ def first_session(connection: Connection, *conditions: Any) -> RowMapping | None
     return connection.execute(query).mappings().first()
 
 
-def has_open_turn(connection: Connection, session_id: str) -> bool:
-    """Tell whether a turn of a session still runs."""
-    query = select(open_turns.c.id).where(open_turns.c.session_id == session_id).limit(1)
-    return connection.execute(query).first() is not None
+def has_open_turn(connection: Connection, session_id: str, since_ns: int) -> bool:
+    """Tell whether a turn of a session still runs that began then or later; that of a killed process never ends."""
+    runs = open_turns.c.session_id == session_id, open_turns.c.started_ns >= since_ns
+    return connection.execute(select(open_turns.c.id).where(*runs).limit(1)).first() is not None
 
 
 def continue_session(connection: Connection, row: RowMapping, wanted: SessionFacts) -> SessionFacts:

@@ -126,7 +126,8 @@ def _open_turn(number: Any, session_id: Any) -> dict[str, Any]:
 
 
 def _may_begin() -> tuple[Any, ...]:
-    still_runs = exists().where(open_turns.c.session_id == bindparam("session"))
+    since = _parameter("active_since", open_turns.c.started_ns)  # before, its process was killed
+    still_runs = exists().where(open_turns.c.session_id == bindparam("session"), open_turns.c.started_ns >= since)
     return (
         sessions.c.id == bindparam("session"),
         sessions.c.ended_ns.is_(None),

@@ -127,8 +127,9 @@ class Ledger(LedgerQuestions):
                     return SessionOpened(continue_session(connection, row, wanted), False, row["announced"])
             else:
                 row = self._open_session_of(connection, wanted, conversation_id)
+                since_ns = wanted.started_ns - idle_ns
                 if row is not None and (
-                    wanted.started_ns - row["last_activity_ns"] <= idle_ns or has_open_turn(connection, row["id"])
+                    row["last_activity_ns"] >= since_ns or has_open_turn(connection, row["id"], since_ns)
                 ):
                     return SessionOpened(session_facts(row), False, row["announced"])
             if given_id or row is None:

@@ -54,7 +54,7 @@ class SettleTurn(SpanJob):
     def write(self, ledger: "LedgerWriter") -> None:
         """Put the spans into the outbox; what ended after its turn is added to the turn and its session."""
         session_id = self._turn.conversation.session.id
-        if self._tracker.is_forgotten(session_id) or self._was_erased(ledger, session_id):
+        if self._tracker.is_forgotten(self._turn) or self._was_erased(ledger, session_id):
             return
         self._put_spans(ledger)
         self._put_decisions(ledger)
@@ -140,7 +140,7 @@ class FinishTurn(SettleTurn):
 
     def write(self, ledger: "LedgerWriter") -> None:
         """Put the spans into the outbox and end the row of the turn, in one transaction."""
-        if self._summary is None or self._tracker.is_forgotten(self._summary.session_id):
+        if self._summary is None or self._tracker.is_forgotten(self._turn):
             self._tracker.finished(self._turn)
             return
         topic, before = self._turn.conversation.topic, self._turn.before

@@ -69,6 +69,9 @@ def _add_step(step: OpenStep, account: TurnAccount) -> EndedStep:
         late[a.TURN_TIME_TO_FIRST_TOKEN_MS] = elapsed_ms(step.start_ns, step.first_token_ns)
         if account.first_token_ns is None or step.first_token_ns < account.first_token_ns:
             account.first_token_ns = step.first_token_ns
+    if step.kind == "generation" and step.call is None and account.model is None:
+        asked = (step.known or {}).get(a.GEN_AI_REQUEST_MODEL)  # one that failed, or that nobody waited for
+        account.model = asked if isinstance(asked, str) else None
     if step.call is not None:
         late.update(step.call.attributes())
         cost = _add_call(account, step.call)

@@ -52,9 +52,14 @@ def forget_user(tracker: "SessionTracker", user_id: str) -> Forgotten:
 
 
 def forget_before(tracker: "SessionTracker", before: Any) -> int:
-    """Erase the sessions that ended before a time, or so long ago; return how many."""
-    before_ns = _time_of(before, tracker.clock())
+    """Erase the sessions that ended before a time, or so long ago; return how many.
+
+    Of users who never came back nobody has noticed the end: those that were silent since before then are ended first.
+    """
+    now_ns = tracker.clock()
+    before_ns = _time_of(before, now_ns)
     tracker.flush(_FLUSH_S)
+    tracker.sweep(now=min(before_ns, now_ns))
     count = 0
     while erased := tracker.ledger.forget_ended(before_ns, _AT_ONCE):
         count += len(erased)

@@ -19,6 +19,7 @@ from turntrace.attributes import AttributeValue
 from turntrace.content import last_message, read_message, text_of
 from turntrace.current import ContextMeter, current_scope
 from turntrace.decisions import PruningDecision
+from turntrace.identity import safe_text
 from turntrace.ledger import TurnWritten
 from turntrace.lifecycle.steps import (
     OPERATION_OF,
@@ -172,7 +173,7 @@ class RunningTurn:
                 return None
             self._finished = True
         if error is not None:
-            self.error = type(error).__name__
+            self.error = safe_text(type(error).__name__)
         ended_ns = max(self._clock(), self.started_ns)
         for step in list(self._running.values()):  # a stream that was left, a task that was cancelled
             step.abandoned = True
@@ -242,7 +243,7 @@ class RunningTurn:
         """
         step.call = call
         if error is not None:
-            step.error = type(error).__name__
+            step.error = safe_text(type(error).__name__)
             step.abandoned = is_abandoning(error)
             if self._tracker.content.records_steps:
                 step.error_text = text_of(error)

@@ -1,7 +1,6 @@
 """The tracker: begins sessions and turns, and has what ends written down."""
 
 import asyncio
-import atexit
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from turntrace.boundary import never_breaks, off_watched_loop
 from turntrace.content import ContentLevel, ContentPolicy, classify_input
 from turntrace.errors import ConfigurationError
 from turntrace.export import Pace, SpanTarget, open_target
-from turntrace.forking import lock_of
+from turntrace.forking import at_exit, lock_of
 from turntrace.identity import check_id, check_text, new_id
 from turntrace.lifecycle.asking import Afterwards
 from turntrace.lifecycle.checks import (
@@ -49,6 +48,8 @@ from turntrace.summaries import SessionSummary
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
+
+    from turntrace.lifecycle.turn import Turn
 
 _STOP_S: Final = 30.0
 
@@ -155,12 +156,12 @@ class SessionTracker(Turns, Afterwards):
         self._sittings = Sittings(self, self._writer)
         self.windows = Windows()
         Turns.__init__(self)
-        self._forgotten: set[str] = set()
+        self._forgotten: dict[str, int] = {}
         self._handler: Any = None
         self._lock = lock_of(self)
         self._is_shut_down = False
         weak = weakref.ref(self)
-        atexit.register(lambda: None if (alive := weak()) is None else alive._at_exit())
+        at_exit(lambda: None if (alive := weak()) is None else alive._at_exit())
         self._evaluators = Evaluators(self, evaluators, evaluator_timeout)
         self._sweeper = None if sweep_every is None else Sweeper(self, sweep_every)
         if self._sweeper is not None:
@@ -277,12 +278,12 @@ class SessionTracker(Turns, Afterwards):
 
     def forget_sessions(self, session_ids: Sequence[str]) -> None:
         """Let no run fall into sessions that were erased."""
-        self._forgotten.update(session_ids)
+        self._forgotten.update(dict.fromkeys(session_ids, self.clock()))
         self._sittings.forget(session_ids)
 
-    def is_forgotten(self, session_id: str) -> bool:
-        """Tell whether a session was erased by this process, while a turn of it may still run."""
-        return session_id in self._forgotten
+    def is_forgotten(self, turn: "Turn") -> bool:
+        """Tell whether the session of a turn was erased by this process since the turn began."""
+        return turn.started_ns <= self._forgotten.get(turn.conversation.session.id, -1)
 
     # --- what is written down -----------------------------------------------------------------------------------------
     def submit(self, job: Job) -> bool:

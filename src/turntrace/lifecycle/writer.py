@@ -1,6 +1,5 @@
 """The background thread that ends spans and writes to the ledger, so that the app's threads do not."""
 
-import atexit
 import itertools
 import logging
 import os
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from turntrace.boundary import caught
 from turntrace.errors import LedgerError
+from turntrace.forking import at_exit
 
 if TYPE_CHECKING:
     from turntrace.ledger import Ledger, LedgerWriter
@@ -83,7 +83,7 @@ class Writer:
         weak_self = weakref.ref(self)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=lambda: _call(weak_self(), Writer._after_fork))
-        atexit.register(lambda: _call(weak_self(), Writer._at_exit))
+        at_exit(lambda: _call(weak_self(), Writer._at_exit))
 
     def submit(self, job: Job) -> bool:
         """Have a job done soon; returns at once.

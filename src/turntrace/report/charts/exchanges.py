@@ -121,7 +121,8 @@ def _latency(all_turns: Sequence[LatencyOfTurn], by_number: Sequence[LatencyOfTu
         f"than {FEW} turns.",
         [Plot(data, looks)],
         Table(names, rows),
-        note=f"The time that a turn waited for a person is not in it. {SAME}{first_token}",
+        note="The time that a turn waited for a person is not in it, nor are turns that were abandoned. "
+        f"{SAME}{first_token}",
         is_wide=True,
     )
 

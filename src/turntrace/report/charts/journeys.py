@@ -71,9 +71,7 @@ def _funnel(funnel: Funnel, number: int) -> Chart:
         f"Each bar is those of the {times(funnel.begun, 'user')} on this journey who entered a stage or a later one; "
         "where a bar is much shorter than the one above, users stop.",
         [Plot([trace], looks)],
-        Table(
-            ("stage", "came so far", "entered it", "of all", "of the stage before", "median stay", "times left"), rows
-        ),
+        Table(("stage", "came so far", "entered it", "of all", "of the stage before", "median stay", "moved on"), rows),
         note=_converted(funnel),
     )
 
@@ -160,4 +158,5 @@ def _day(week: str) -> str:
 def _retention_note(cohorts: Sequence[Cohort], weeks: int) -> str:
     if weeks == 1:
         return "Who comes back is seen from the second week on."
-    return f"The chart shows the last {_MOST_WEEKS} weeks." if len(cohorts) > _MOST_WEEKS else ""
+    shown = f"The chart shows the last {_MOST_WEEKS} weeks. " if len(cohorts) > _MOST_WEEKS else ""
+    return f"{shown}The newest week of each row may not be over yet."
