@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -11,8 +12,10 @@ from typing import Any
 
 import pytest
 from langchain_core.messages import AIMessage
+from langchain_core.runnables import RunnableConfig, RunnableLambda
 from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.func import entrypoint, task
 from langgraph.graph import START, StateGraph
 from langgraph.prebuilt import ToolNode
 from langgraph.types import Command, interrupt
@@ -358,6 +361,50 @@ def test_an_answer_joins_a_turn_that_the_app_has_not_ended_yet(desk: Desk) -> No
     turn.end()
     desk.one_trace()
     assert [(each.status, each.agent_runs) for each in desk.turns()] == [("completed", 2)]
+
+
+def test_a_chain_that_answers_its_graphs_question_itself_does_not_wait(desk: Desk) -> None:
+    """As by a policy, or where a terminal asks within the chain."""
+
+    def ask(_: State) -> Any:
+        return {"messages": [AIMessage(f"Paid: {interrupt('May I?')}")]}
+
+    builder = line(("ask", ask))
+    graph: Any = (track_graph(builder) if desk.tracked else builder).compile(checkpointer=desk.saver)
+
+    def handle(inputs: Any, config: RunnableConfig) -> Any:
+        found = graph.invoke(inputs, config)
+        while "__interrupt__" in found:
+            found = graph.invoke(Command(resume="yes"), config)
+        return found
+
+    config: Any = {**config_of("c-1", conversation_id="c-1"), "callbacks": [SessionCallbackHandler(desk.tracker)]}
+    for _ in range(2):
+        found: Any = RunnableLambda(handle).invoke(asks(), config)
+        assert found["messages"][-1].content == "Paid: yes"
+    assert [turn.status for turn in desk.turns()] == ["completed"] * 2
+
+
+def test_tasks_that_a_stopped_workflow_left_running_are_its_steps(desk: Desk) -> None:
+    @task
+    def work(_: int) -> None:
+        time.sleep(0.02)  # more than there are threads: some begin when the workflow has stopped
+
+    @entrypoint(checkpointer=desk.saver)
+    def flow(_: str) -> Any:
+        for number in range(60):
+            work(number)
+        return interrupt("Really?")
+
+    conversation = desk.tracker.start_session().conversation("c")
+    with conversation.turn("Hello?") as turn:
+        config: Any = {**turn.config, "callbacks": [SessionCallbackHandler(desk.tracker)]}
+        flow.invoke("Hello?", config)
+    [found] = desk.turns()
+    assert (found.status, found.agent_runs) == ("interrupted", 1)
+    spans = [span for span in desk.spans() if span.name == "work"]
+    assert len(spans) == 60
+    assert {span.attributes[a.LANGFUSE_OBSERVATION_TYPE] for span in spans} == {"chain"}
 
 
 def test_awaiting_twins(desk: Desk) -> None:

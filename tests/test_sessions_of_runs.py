@@ -2,6 +2,8 @@
 
 import asyncio
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -515,3 +517,17 @@ def test_the_numbers_of_a_conversation_have_no_gaps_however_it_is_run(run: Runs)
 
     numbers = [root.attributes[a.TURN_NUMBER] for root in run.roots()]
     assert numbers == list(itertools.islice(itertools.count(1), 5))
+
+
+def test_runs_that_begin_at_once_in_a_new_conversation_without_a_user_are_one_session(run: Runs) -> None:
+    graph: Any = single(lambda state: None).compile(checkpointer=InMemorySaver())
+    thread, begin = new_thread(), threading.Barrier(4)
+
+    def invoke(_: int) -> None:
+        begin.wait()
+        graph.invoke(asks(), {**config_of(thread), "callbacks": [run.handler]})
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(invoke, range(4)))
+    assert len({span.attributes[a.SESSION_ID] for span in run.roots()}) == 1
+    assert sorted(int(str(span.attributes[a.TURN_NUMBER])) for span in run.roots()) == [1, 2, 3, 4]

@@ -204,6 +204,11 @@ def turn_that_left(context: Context | None = None) -> CurrentTurn | None:
     return scope.left_by if isinstance(scope, Scope) else None
 
 
+def was_in_turn(context: Context | None = None) -> bool:
+    """Tell whether a context is that of a turn of ours, or was handed on from one that may have ended since."""
+    return otel_context.get_value(_SCOPE_KEY, context) is not None
+
+
 def current_span() -> trace.Span:
     """Return the current span as it is: a scope that runs, or a span of other code."""
     span = trace.get_current_span()

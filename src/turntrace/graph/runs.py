@@ -4,8 +4,10 @@ Ids travel by run tree: every run is found by its id, and hangs on the step of i
 in which context LangChain calls the handler.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 from uuid import UUID
 from weakref import WeakKeyDictionary
@@ -16,7 +18,7 @@ from turntrace import attributes as a
 from turntrace.attributes import AttributeValue
 from turntrace.boundary import never_breaks, off_watched_loop
 from turntrace.content import to_json
-from turntrace.current import current_scope, enter, leave, turn_that_left
+from turntrace.current import current_scope, enter, leave, turn_that_left, was_in_turn
 from turntrace.forking import lock_of
 from turntrace.graph import extract
 from turntrace.graph.given import given_ids
@@ -28,8 +30,18 @@ from turntrace.lifecycle.running import is_abandoning
 from turntrace.lifecycle.steps import OpenStep, StepKind
 from turntrace.lifecycle.turn import TURN_ID_KEY
 
+logger = logging.getLogger("turntrace")
+
 # One for all handlers of a tracker: a run that two of them hear is one run.
 _runs_of: "WeakKeyDictionary[SessionTracker, dict[UUID, Run]]" = WeakKeyDictionary()
+
+
+@cache
+def _say_once_that_it_is_late() -> None:
+    logger.warning(
+        "turntrace: a run began in what a node left running after its turn had ended, as in a background task, and is "
+        "on no record. Keep the turn open until then (with conversation.turn(...)), or give the run its own config."
+    )
 
 
 class RunRegistry:
@@ -67,11 +79,19 @@ class RunRegistry:
             return
         parent = None if parent_id is None else self._runs.get(parent_id)
         if parent is None:
-            root = self._root_of(parent_id, inputs, metadata)
+            try:
+                root = self._root_of(parent_id, inputs, metadata)
+            except Exception:
+                self._unheard.add(run_id)  # or each of its nodes would be a turn of its own
+                raise
             if root is not None:
                 if parent_id is not None:
                     root.prompt = extract.prompt_of(metadata)
                     root.names_prompts = root.prompt is not None
+                    is_part = extract.is_task(metadata) or extract.step_of(tags) is not None
+                    if is_part and not root.owns_turn:  # of a graph that has ended, which left it running
+                        self._step_began(run_id, root, None, extract.name_of_node(name), "chain", {})
+                        return
                 root.turn.run_began()
                 root.is_graph = True
                 name = extract.name_of(name, "graph")
@@ -225,10 +245,13 @@ class RunRegistry:
             return Root(named, owns_turn=False)
         if scope is not None and isinstance(running, Turn) and running.tracker is self._tracker:
             return joined(running, scope)
-        if parent_id is not None and extract.is_inside_graph(metadata):  # what a run that has ended left running
+        if parent_id is not None and extract.is_inside_graph(metadata) and was_in_turn():
+            # What a run that has ended left running; else it is one that has the handler below a graph without it.
             left_by: Any = turn_that_left()
-            is_ours = isinstance(left_by, Turn) and left_by.tracker is self._tracker
-            return Root(left_by, owns_turn=False) if is_ours else None
+            if isinstance(left_by, Turn) and left_by.tracker is self._tracker:
+                return Root(left_by, owns_turn=False)
+            _say_once_that_it_is_late()
+            return None
         return Root(off_watched_loop(lambda: self._turn_of_its_own(inputs, metadata or {})), owns_turn=True)
 
     def _turn_of_its_own(self, inputs: Any, metadata: Mapping[str, Any]) -> Turn:
@@ -258,6 +281,9 @@ class RunRegistry:
         run.prompt = None  # also for what it left running
         if run.is_root and extract.has_interrupts(outputs):
             run.root.interrupted = True
+        asked = run.root.asked
+        if asked is not None and run is not asked and run.name is not None and run.name == asked.name:
+            run.root.interrupted, run.root.asked = False, None  # a chain around the graph has answered by itself
         answer = self.reads.answer_in(outputs, waits=run.root.interrupted) if run.is_root else None
         if run.is_step and run.step is not None:
             # While it waits, what nodes beside the question wrote is shown but not yet in the state.
@@ -301,6 +327,7 @@ class RunRegistry:
         control_flow = extract.is_control_flow(error)
         if extract.is_interrupt(error) and (run.is_root or (run.parent is not None and not run.parent.namespace)):
             run.root.interrupted = True  # one further below may be caught on its way
+            run.root.asked = run.parent
         if run.is_step and run.step is not None:
             run.step.waits = extract.is_interrupt(error)
             run.root.turn.close_step(run.step, error=None if control_flow else error)
@@ -313,7 +340,7 @@ class RunRegistry:
         """Note that a graph stopped to wait for a person."""
         run = None if run_id is None else self._runs.get(run_id)
         if run is not None and not run.namespace:  # the graph itself, which may be a part of a chain
-            run.root.interrupted = True
+            run.root.interrupted, run.root.asked = True, run
             run.root.checkpoint_id = checkpoint_id
 
     def token_came(self, run_id: UUID) -> None:

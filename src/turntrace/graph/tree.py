@@ -32,6 +32,7 @@ class Root:
         is_graph: Whether it is a run of a graph, or of a chain around one, and not a call that stands alone.
         interrupted: Whether it stopped to wait for a person.
         checkpoint_id: LangGraph's checkpoint at which it did.
+        asked: The run of the graph that did.
         names_prompts: Whether a run below it named a prompt, so that calls of models have one to look for.
         prompt: The prompt that it named itself, for a run whose parent is not known.
     """
@@ -44,6 +45,7 @@ class Root:
     is_graph: bool = False
     interrupted: bool = False
     checkpoint_id: str | None = None
+    asked: "Run | None" = None
     names_prompts: bool = False
     prompt: Prompt | None = None
 

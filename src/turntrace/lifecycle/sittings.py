@@ -44,6 +44,7 @@ class Sittings:
         self._ending: set[str] = set()
         self._written: tuple[threading.Event, set[str]] | None = None
         self._lock = lock_of(self)
+        self._opening = lock_of(self, "_opening")
 
     def open(self, wanted: SessionFacts, *, given_id: bool, conversation_id: str | None = None) -> Session:
         """Begin or continue a session, as `turntrace.ledger.Ledger.open_session` says.
@@ -111,8 +112,23 @@ class Sittings:
         """Return the session that runs of this key fell into last, or None."""
         return None if key is None else self._known.get(key)
 
-    def open_for_run(self, key: Hashable, wanted: SessionFacts, request: TurnRequest) -> Session:
-        """Open the session of a run that stands alone, and remember it under the key of such runs."""
+    def open_for_run(self, key: Hashable, wanted: SessionFacts, request: TurnRequest, tried: Session | None) -> Session:
+        """Open the session of a run that stands alone, and remember it under the key of such runs.
+
+        Args:
+            key: The key.
+            wanted: The session to begin where none is open.
+            request: What the run says about itself.
+            tried: The one that was known by the key, and that no turn could begin in.
+        """
+        if key is None or wanted.user_id is not None or request.session_id is not None:
+            return self._open_for_run(key, wanted, request)
+        # A session without a user is found by its turns, and those of runs that begin at once are not there yet.
+        with self._opening:
+            known = self._known.get(key)
+            return self._open_for_run(key, wanted, request) if known is None or known is tried else known
+
+    def _open_for_run(self, key: Hashable, wanted: SessionFacts, request: TurnRequest) -> Session:
         given = request.session_id is not None
         try:
             session = self.open(wanted, given_id=given, conversation_id=request.conversation_id)

@@ -67,7 +67,7 @@ class Turns:
         key = key_of_run(request, user_id, channel)
         now = self.clock()
         since = 0 if request.session_id is not None else now - self.idle_ns
-        session = self._sittings.known(key)
+        tried = session = self._sittings.known(key)
         for _ in range(3):
             if session is None:
                 wanted = SessionFacts(
@@ -81,7 +81,7 @@ class Turns:
                     client_version=request.client_version,
                     started_ns=now,
                 )
-                session = self._sittings.open_for_run(key, wanted, request)
+                tried = session = self._sittings.open_for_run(key, wanted, request, tried)
             conversation = Conversation(session, request.conversation_id or session.id, request.topic)
             turn = self._begin(conversation, request, message, "user", active_since_ns=since)
             if turn is not None:
