@@ -2,12 +2,15 @@
 
 import asyncio
 import gc
+import sqlite3
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from langchain_core.messages import AIMessage
 from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.errors import GraphRecursionError
@@ -22,7 +25,7 @@ from apps import App, Builder, FakeModel, State, asks, calls_a_tool_first, confi
 from turntrace import SessionCallbackHandler, SessionTracker, current_turn, track_graph
 from turntrace import attributes as a
 from turntrace.records import Step, TurnSummary
-from turntrace.testing import Capture, CapturedSpan, assert_all_tagged, captured_spans
+from turntrace.testing import Capture, CapturedSpan, assert_all_tagged, captured_spans, outbox_spans
 
 SECRET = "ann@example.com has no credit"
 
@@ -104,6 +107,11 @@ class Bench:
         assert root[a.TURN_STATUS] == status
         assert root.get(a.ERROR_TYPE) == (error if status in ("failed", "abandoned") else None)
         assert SECRET.encode() not in self.everything()
+
+
+@pytest.fixture(params=[False, True], ids=["callback", "tracked"])
+def is_tracked(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
 
 
 @pytest.fixture(params=["callback", "tracked"])
@@ -319,8 +327,67 @@ def test_a_sync_node_that_goes_on_after_its_task_was_cancelled_opens_no_turn(ben
             await asyncio.sleep(0.001)
 
     asyncio.run(main())
-    assert [row.number for row, _ in bench.rows()] == [1], "what the thread did afterwards became a turn of its own"
-    bench.nothing_is_open()
+    row, _ = bench.row()  # what the thread did afterwards is no turn of its own
+    assert bench.handler.open_runs == 0
+    assert (row.status, row.llm_calls, row.input_tokens, row.output_tokens) == ("abandoned", 1, 100, 20)
+
+
+@pytest.mark.parametrize("how", ["cancelled", "in the background", "beside a node that raises"])
+def test_what_a_call_used_is_on_record_though_nobody_waited_for_it(how: str, tmp_path: Path, is_tracked: bool) -> None:
+    """A client that has gone, a task that writes memories: what the model's provider was asked for is to be paid."""
+    model, goes_on = FakeModel(delay=0.05, started=threading.Event()), threading.Event()
+    waits: list[Any] = []
+
+    def call(state: State) -> Any:
+        try:
+            return {"messages": [model.invoke(state["messages"])]}
+        finally:
+            goes_on.set()
+
+    async def begins(state: State) -> Any:
+        waits.append(asyncio.create_task(model.ainvoke(state["messages"])))
+        await asyncio.sleep(0)
+        return {"messages": [AIMessage("Done.")]}
+
+    async def raises(_: State) -> Any:
+        while not model.started.is_set():  # type: ignore[union-attr]
+            await asyncio.sleep(0.001)
+        raise ValueError
+
+    builder: Any = single(begins if how == "in the background" else call)
+    if how == "beside a node that raises":
+        builder.add_node("raises", raises).add_edge(START, "raises")
+    tracker = SessionTracker(f"sqlite:///{tmp_path}/ledger.db", user_hash_key="a key of the tests")
+    graph: Any = (track_graph(builder) if is_tracked else builder).compile()
+    config: Any = {**config_of("c", user_id="ann"), "callbacks": [SessionCallbackHandler(tracker)]}
+
+    async def main() -> None:
+        task = asyncio.create_task(graph.ainvoke(asks(), config))
+        if how == "cancelled":
+            while not model.started.is_set():  # type: ignore[union-attr]
+                await asyncio.sleep(0.001)
+            task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        tracker.flush()  # the turn has been written down, and the call has not ended
+        await asyncio.gather(*waits)
+        while not waits and not goes_on.is_set():
+            await asyncio.sleep(0.001)
+
+    asyncio.run(main())
+    assert tracker.flush()
+    [session] = tracker.ledger.sessions()
+    [(row, _)] = tracker.ledger.turns(session.id)
+    assert (row.llm_calls, row.input_tokens, row.output_tokens, row.unpriced_calls) == (1, 100, 20, 0)
+    assert (session.llm_calls, session.total_tokens, session.total_cost_usd) == (1, 120, row.cost_usd)
+    spans = {span.span_id: span for span in outbox_spans(tracker.ledger) if a.TURN_ID in span.attributes}
+    assert_all_tagged(spans.values())
+    with closing(sqlite3.connect(tmp_path / "ledger.db")) as connection:
+        assert connection.execute("SELECT spans FROM turntrace_turns").fetchone() == (len(spans),)
+    [call_span] = [span for span in spans.values() if span.attributes[a.LANGFUSE_OBSERVATION_TYPE] == "generation"]
+    assert call_span.attributes[a.GEN_AI_INPUT_TOKENS] == 100
+    [root] = [span for span in spans.values() if span.name == a.SPAN_TURN]
+    assert root.attributes[a.TURN_INPUT_TOKENS] == 100
+    tracker.shutdown()
 
 
 # --- nodes that raise -------------------------------------------------------------------------------------------------

@@ -112,6 +112,7 @@ class SpanTarget:
         start_ns: int,
         parent: Context,
         has_ended: bool = False,
+        span_id: int | None = None,
     ) -> trace.Span:
         """Start a span.
 
@@ -121,17 +122,21 @@ class SpanTarget:
             start_ns: When it starts, in nanoseconds since 1970.
             parent: The context whose current span is its parent.
             has_ended: Whether what it stands for has ended, so that nobody asks for it between its start and its end.
+            span_id: Id of a span that was sent before, which this one overwrites, where we send it; None for a new one.
         """
+        above = trace.get_current_span(parent).get_span_context()
         if has_ended and self._alone is not None and self._ids is not None:
-            above = trace.get_current_span(parent).get_span_context()
-            written = self._alone.span(name, attributes, start_ns, above, self._ids.generate_span_id)
+            new_id = self._ids.generate_span_id if span_id is None else lambda: span_id
+            written = self._alone.span(name, attributes, start_ns, above, new_id)
             if written is not None:
                 return written
+        if span_id is not None:
+            return trace.NonRecordingSpan(above)
         try:
             return self._tracer.start_span(name, context=parent, attributes=attributes, start_time=start_ns)
         except Exception as error:  # of a span processor of the app's: the step goes on without its span
             caught("starting a span: a span processor of the app raised an error", error)
-            return trace.NonRecordingSpan(trace.get_current_span(parent).get_span_context())
+            return trace.NonRecordingSpan(above)
 
     def start_root(
         self,

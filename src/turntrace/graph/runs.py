@@ -4,10 +4,8 @@ Ids travel by run tree: every run is found by its id, and hangs on the step of i
 in which context LangChain calls the handler.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
 from typing import Any
 from uuid import UUID
 from weakref import WeakKeyDictionary
@@ -20,7 +18,7 @@ from turntrace.boundary import never_breaks, off_watched_loop
 from turntrace.content import to_json
 from turntrace.current import current_scope, enter, leave, turn_that_left, was_in_turn
 from turntrace.forking import lock_of
-from turntrace.graph import extract
+from turntrace.graph import extract, tree
 from turntrace.graph.given import given_ids
 from turntrace.graph.neighbours import neighbours
 from turntrace.graph.reading import Reading
@@ -30,18 +28,8 @@ from turntrace.lifecycle.running import is_abandoning
 from turntrace.lifecycle.steps import OpenStep, StepKind
 from turntrace.lifecycle.turn import TURN_ID_KEY
 
-logger = logging.getLogger("turntrace")
-
 # One for all handlers of a tracker: a run that two of them hear is one run.
 _runs_of: "WeakKeyDictionary[SessionTracker, dict[UUID, Run]]" = WeakKeyDictionary()
-
-
-@cache
-def _say_once_that_it_is_late() -> None:
-    logger.warning(
-        "turntrace: a run began in what a node left running after its turn had ended, as in a background task, and is "
-        "on no record. Keep the turn open until then (with conversation.turn(...)), or give the run its own config."
-    )
 
 
 class RunRegistry:
@@ -56,6 +44,7 @@ class RunRegistry:
         self._tracker = tracker
         self.reads = reads
         self._runs: dict[UUID, Run] = _runs_of.setdefault(tracker, {})
+        self._late = tree.LateRuns()
         self._unheard: set[UUID] = set()  # runs that are none of the app's, and what is below them
         self._lock = lock_of(self)
 
@@ -77,7 +66,7 @@ class RunRegistry:
         if self._is_unheard(run_id, parent_id) or (parent_id is None and extract.is_edit_of_state(name)):
             self._unheard.add(run_id)
             return
-        parent = None if parent_id is None else self._runs.get(parent_id)
+        parent = self._parent(parent_id)
         if parent is None:
             try:
                 root = self._root_of(parent_id, inputs, metadata)
@@ -190,7 +179,7 @@ class RunRegistry:
     ) -> Run | None:
         if run_id in self._runs or self._is_unheard(run_id, parent_id):
             return None
-        parent = None if parent_id is None else self._runs.get(parent_id)
+        parent = self._parent(parent_id)
         root = self._root_of(parent_id, inputs, metadata) if parent is None else parent.root
         return None if root is None else self._step_began(run_id, root, parent, name, kind, known)
 
@@ -208,6 +197,10 @@ class RunRegistry:
         run = Run(root, step, is_step=True, is_root=parent is None, parent=parent)
         self._note(run_id, run)
         return run
+
+    def _parent(self, run_id: UUID | None) -> Run | None:
+        """Return the run above another one, also where it was closed before its end was told."""
+        return None if run_id is None else self._runs.get(run_id) or self._late.get(run_id)
 
     def _is_unheard(self, run_id: UUID, parent_id: UUID | None) -> bool:
         if not self._unheard or parent_id not in self._unheard:
@@ -250,7 +243,7 @@ class RunRegistry:
             left_by: Any = turn_that_left()
             if isinstance(left_by, Turn) and left_by.tracker is self._tracker:
                 return Root(left_by, owns_turn=False)
-            _say_once_that_it_is_late()
+            tree.say_once_that_it_is_late()
             return None
         return Root(off_watched_loop(lambda: self._turn_of_its_own(inputs, metadata or {})), owns_turn=True)
 
@@ -298,6 +291,10 @@ class RunRegistry:
     def llm_ended(self, run_id: UUID, result: LLMResult) -> None:
         """Note what a call of a model used."""
         run = self._forget(run_id)
+        late = None if run is not None else self._late.pop(run_id, None)
+        if late is not None and late.step is not None and late.step.kind == "generation":
+            call = extract.call_of(result, model=late.model, provider=late.provider)
+            late.root.turn.call_ended_late(late.step, call)
         if run is None or run.step is None:
             return
         if self._tracker.content.records_steps:
@@ -333,6 +330,8 @@ class RunRegistry:
             run.root.turn.close_step(run.step, error=None if control_flow else error)
             if not control_flow:
                 note_failure(run)
+            if is_abandoning(error):
+                self._late.keep(run_id, run)
         if run.is_root:
             self._root_ended(run.root, None, error=None if control_flow else error)
 
@@ -372,6 +371,7 @@ class RunRegistry:
             if run is not None and run.is_step and run.step is not None:
                 run.step.abandoned = True
                 root.turn.close_step(run.step)
+                self._late.keep(run_id, run)
         if root.interrupted and error is not None and is_abandoning(error):
             error = None  # whoever read the stream left it at the question: the graph waits all the same
         turn = root.turn

@@ -1,8 +1,10 @@
 """The runs of LangChain's that have not ended, as a tree: what hangs on which step of which turn."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from functools import cache
+from typing import Any, Final, TypeAlias
 from uuid import UUID
 
 from opentelemetry import trace
@@ -13,6 +15,9 @@ from turntrace.current import Scope, current_span
 from turntrace.lifecycle import Turn
 from turntrace.lifecycle.steps import OpenStep
 
+logger = logging.getLogger("turntrace")
+
+_MOST_LATE: Final = 256
 Metadata: TypeAlias = Mapping[str, Any] | None
 Tags: TypeAlias = Sequence[str] | None
 Prompt: TypeAlias = Mapping[str, AttributeValue]
@@ -85,6 +90,16 @@ class Run:
     failed: dict[str, OpenStep] | None = None
 
 
+class LateRuns(dict[UUID, Run]):
+    """Runs that were closed before their end was told: in a thread they may go on, and what they call is paid."""
+
+    def keep(self, run_id: UUID, run: Run) -> None:
+        """Keep a run; the oldest of too many is forgotten."""
+        self[run_id] = run
+        if len(self) > _MOST_LATE:
+            self.pop(next(iter(self)), None)
+
+
 def joined(turn: Turn, scope: Scope) -> Root:
     """Return the root of a run that begins inside a turn that runs: below its step, or a span of other code in it."""
     span = current_span()
@@ -113,3 +128,12 @@ def note_failure(run: Run) -> None:
         if run.parent.failed is None:
             run.parent.failed = {}
         run.parent.failed[run.namespace] = run.step
+
+
+@cache
+def say_once_that_it_is_late() -> None:
+    """Say that something of a turn is on no record, since it began when the turn had ended."""
+    logger.warning(
+        "turntrace: a run began in what a node left running after its turn had ended, as in a background task, and is "
+        "on no record. Keep the turn open until then (with conversation.turn(...)), or give the run its own config."
+    )

@@ -56,9 +56,9 @@ def _add_step(step: OpenStep, account: TurnAccount) -> EndedStep:
     late: dict[str, AttributeValue] = {} if step.extra is None else dict(step.extra)
     cost: float | None = None
     given: ContextGiven | None = None
-    if step.kind == "generation":
+    if step.kind == "generation" and step.again_of is None:
         account.llm_calls += 1
-        given = given_to(step)
+        given, step.sent = given_to(step), None  # the messages are not kept any longer
         if given is not None:
             late.update(given.attributes())
             add_given(account, given)
@@ -88,10 +88,14 @@ def end_steps(turn: "Turn", ended: list[EndedStep], account: TurnAccount) -> lis
         each.step.start(each.late | words_of(failure))
     with turn.tracker.target.capturing() as spans:
         for each, failure in zip(ended, failures, strict=True):
-            account.spans += each.step.span.is_recording()
+            is_again = each.step.again_of is not None
+            account.spans += each.step.span.is_recording() and not is_again
             end_span(each.step.span, each.step.end_ns, failure)
-            if len(account.steps) < _MAX_STEPS_KEPT:
-                account.steps.append(_as_record(turn, each))
+            record = _as_record(turn, each)
+            if is_again:
+                account.steps = [record if known.span_id == record.span_id else known for known in account.steps]
+            elif len(account.steps) < _MAX_STEPS_KEPT:
+                account.steps.append(record)
     return spans
 
 

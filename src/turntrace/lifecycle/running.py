@@ -221,8 +221,14 @@ class RunningTurn:
         if step.known is not None:
             begun.update(step.known)
         begun.update(late)
+        again = step.again_of
         return self._tracker.target.start(
-            step.name, attributes=begun, start_ns=step.start_ns, parent=context, has_ended=step.end_ns is not None
+            step.name,
+            attributes=begun,
+            start_ns=step.start_ns,
+            parent=context,
+            has_ended=step.end_ns is not None,
+            span_id=None if again is None else again.span.get_span_context().span_id,
         )
 
     def close_step(
@@ -249,6 +255,15 @@ class RunningTurn:
                 step.error_text = text_of(error)
         self._note_end(step, self._clock() if end_ns is None else end_ns)
         if self._finished or len(self._ended) >= _SETTLE_AT:
+            self._settle()
+
+    def call_ended_late(self, step: OpenStep, call: LLMCall) -> None:
+        """Note what a call of a model used that went on when nobody waited for it any more, and was closed then."""
+        again = replace(
+            step, call=call, abandoned=False, end_ns=self._clock(), started=None, fit=None, sent=None, again_of=step
+        )
+        self._ended.append(again)
+        if self._finished:
             self._settle()
 
     def _note_end(self, step: OpenStep, end_ns: int) -> None:

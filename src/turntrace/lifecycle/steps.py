@@ -103,6 +103,7 @@ class OpenStep:
         attempt: Which attempt of a node or a task it is, for those after the first.
         fit: How messages were fitted in it last.
         sent: What the model was sent, for a generation.
+        again_of: The step as it was written down before, where this tells what came to be known of it later.
     """
 
     starter: Starter
@@ -126,6 +127,7 @@ class OpenStep:
     started: Span | None = None
     fit: Fit | None = None
     sent: Sent | None = None
+    again_of: "OpenStep | None" = None
 
     @property
     def span(self) -> Span:
