@@ -461,6 +461,22 @@ def test_a_process_whose_keys_are_wrong_keeps_no_other_from_sending(
         new.stop(PATIENCE_S)
 
 
+@pytest.mark.usefixtures("lenient")
+def test_a_flush_keeps_to_its_time_while_the_server_does_not_answer(server: LangfuseServer, ledger: Ledger) -> None:
+    """As where it is called before a process is frozen; what was begun is sent all the same."""
+    put(ledger, SPANS, spans_of(3), items=3)
+    server.fail(Failure("timeout"), times=1)
+    sender = Sender(ledger.to_send, address(server, timeout=PATIENCE_S), QUICK)
+    began = time.monotonic()
+    assert not sender.drain(0.2)
+    assert time.monotonic() - began < PATIENCE_S / 2
+    server.recover()
+    until(lambda: sender.drain(0.2))
+    sender.stop(PATIENCE_S)
+    assert waits(ledger) == (0, 0)
+    assert len(names(server)) == 3
+
+
 def test_spans_do_not_wait_for_scores_that_are_not_taken(
     server: LangfuseServer, ledger: Ledger, caplog: pytest.LogCaptureFixture, lenient: None
 ) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -164,6 +165,23 @@ def test_a_session_that_ended_meanwhile_is_open_again(desk: Desk) -> None:
     assert len(desk.turns()) == 1
     [summary] = desk.tracker.ledger.sessions()
     assert (summary.id, summary.total_turns, summary.end_reason) == (session.id, 1, None)
+
+
+@pytest.mark.usefixtures("lenient")
+def test_who_asks_the_ledger_meanwhile_does_not_wait_for_long(desk: Desk) -> None:
+    turn = desk.tracker.start_session(user_id="ann").conversation("c").start_turn("Hello?")
+    turn.end()
+    assert desk.tracker.flush(60)
+    with desk.away():
+        desk.tracker.start_session(user_id="ann").conversation("c").start_turn("And now?").end()
+        assert desk.tracker.is_ledger_away
+        began = time.monotonic()
+        desk.tracker.feedback(True, turn_id=turn.id)
+        assert desk.tracker.user_summary("ann") is not None
+        assert time.monotonic() - began < 15
+    assert desk.tracker.flush(60)
+    [session] = [each for each in desk.tracker.ledger.sessions() if each.user_satisfaction is not None]
+    assert session.user_satisfaction == 1.0
 
 
 def test_a_question_of_that_time_is_answered_later(desk: Desk) -> None:

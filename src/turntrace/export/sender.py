@@ -8,6 +8,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
@@ -158,8 +159,28 @@ class Sender:
         """
         if self._failing is not None:
             return False
-        until = None if timeout is None else time.monotonic() + timeout
-        return self.send_waiting(until=until).is_all
+        if timeout is None:
+            return self.send_waiting().is_all
+        until = time.monotonic() + timeout
+        if timeout >= self.server.timeout_s:
+            return self.send_waiting(until=until).is_all
+        # One request may take longer than that: it goes on in a thread, and nobody waits for it.
+        sent: Future[Sent] = Future()
+
+        def send() -> None:
+            try:
+                sent.set_result(self.send_waiting(until=until))
+            except BaseException as error:
+                sent.set_exception(error)
+
+        try:
+            threading.Thread(target=send, name="turntrace-flush", daemon=True).start()
+        except RuntimeError:  # no new threads while the interpreter exits
+            send()
+        try:
+            return sent.result(timeout).is_all
+        except TimeoutError:
+            return False
 
     # --- sending ------------------------------------------------------------------------------------------------------
     def send_waiting(self, *, until: float | None = None, on_sent: Callable[[Delivered], object] | None = None) -> Sent:

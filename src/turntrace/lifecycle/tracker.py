@@ -152,7 +152,7 @@ class SessionTracker(Turns, Afterwards):
         max_bytes = outbox_bytes_of(settings.outbox_max_mb if outbox_max_mb is None else outbox_max_mb)
         self._sending = Sending(self.ledger, self.target, max_bytes, pace)
         self._writer = self._sending.writer
-        self.ledger.settle = self._writer.drain  # whoever asks the ledger sees all that has ended
+        self.ledger.settle = self._writer.settle  # whoever asks the ledger sees all that has ended
         self._sittings = Sittings(self, self._writer)
         self.windows = Windows()
         Turns.__init__(self)

@@ -27,6 +27,7 @@ MOST_WAITING: Final = 100_000
 _BATCH: Final = 64
 _LINGER_S: Final = 0.005
 _RETRY_S: Final = (0.05, 0.2, 1.0, 5.0, 15.0)
+_ASKED_S: Final = 1.0
 _EXIT_S: Final = 10.0
 _STOP: Final = threading.Event()
 
@@ -130,6 +131,10 @@ class Writer:
         self._hurry.set()
         self._put(reached)
         return reached.wait(timeout)
+
+    def settle(self, timeout: float) -> bool:
+        """Do what `drain` does for who asks the ledger something; while that is away nobody waits for long."""
+        return self.drain(min(timeout, _ASKED_S) if self.is_ledger_away else timeout)
 
     def stop(self, timeout: float | None = None) -> None:
         """End the thread when all that was submitted is written; another job starts it again."""
