@@ -26,6 +26,7 @@ _LOOK_S: Final = 30.0
 """How often a sender looks whether another process left something behind."""
 _BUSY_S: Final = 1.0
 _HELD_S: Final = 10.0
+"""How long a sender that cannot send keeps others from trying."""
 _MAX_RETRY_AFTER_S: Final = 3600.0
 
 
@@ -317,9 +318,10 @@ class Sender:
                 return
             with suppress(LedgerError):  # then the next try says so
                 self._outbox.renew(self._owner, lease_s=self._lease_s)
-        with suppress(LedgerError):  # what stops this process, as its keys or its network, is not to stop others
-            self._outbox.release(self._owner)
-        self._stopped.wait(max(2 * _BUSY_S, seconds - held_s))
+        if seconds > held_s:  # what stops this process, as its keys or its network, is not to stop others
+            with suppress(LedgerError):
+                self._outbox.release(self._owner)
+            self._stopped.wait(max(2 * _BUSY_S, seconds - held_s))
 
 
 def _after_fork(sender: Sender | None) -> None:
