@@ -1,6 +1,7 @@
 """The runs of LangChain's that have not ended, as a tree: what hangs on which step of which turn."""
 
 import logging
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -90,14 +91,14 @@ class Run:
     failed: dict[str, OpenStep] | None = None
 
 
-class LateRuns(dict[UUID, Run]):
+class LateRuns(OrderedDict[UUID, Run]):
     """Runs that were closed before their end was told: in a thread they may go on, and what they call is paid."""
 
     def keep(self, run_id: UUID, run: Run) -> None:
         """Keep a run; the oldest of too many is forgotten."""
         self[run_id] = run
         if len(self) > _MOST_LATE:
-            self.pop(next(iter(self)), None)
+            self.popitem(last=False)
 
 
 def joined(turn: Turn, scope: Scope) -> Root:
