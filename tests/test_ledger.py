@@ -248,11 +248,20 @@ def test_the_end_of_a_turn_is_activity_of_its_session(ledger: Ledger) -> None:
 
 def test_a_turn_that_still_runs_keeps_its_session_from_being_idle(ledger: Ledger) -> None:
     open_session(ledger, "s1")
-    begin(ledger, "t1")
+    begin(ledger, "t1", at=NOON + IDLE, active_since=NOON)
     later = NOON + 2 * IDLE
     assert begin(ledger, "t2", at=later, active_since=later - IDLE) == 2
     opened = open_session(ledger, "s2", at=later)
     assert (opened.session.id, opened.expired_id) == ("s1", None)
+
+
+def test_a_turn_that_nobody_will_end_does_not_keep_it_for_ever(ledger: Ledger) -> None:
+    open_session(ledger, "s1")
+    begin(ledger, "t1")
+    later = NOON + IDLE + MINUTE
+    assert begin(ledger, "t2", at=later, active_since=later - IDLE) is None
+    opened = open_session(ledger, "s2", at=later)
+    assert (opened.session.id, opened.expired_id) == ("s2", "s1")
 
 
 # --- how a turn ends --------------------------------------------------------------------------------------------------
