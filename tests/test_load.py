@@ -25,6 +25,7 @@ from turntrace import SessionCallbackHandler, SessionTracker, current_turn, trac
 from turntrace import attributes as a
 from turntrace.current import Scope
 from turntrace.export import written
+from turntrace.graph import tree
 from turntrace.graph.tree import Run
 from turntrace.lifecycle import Turn, checks
 from turntrace.lifecycle import sittings as sittings_module
@@ -200,6 +201,7 @@ def _remembers_little(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sittings_module, name, 100)
     monkeypatch.setattr(checks, "_HASHES_REMEMBERED", 100)
     monkeypatch.setattr(turns_module, "_NUMBERS", 100)
+    monkeypatch.setattr(tree, "_MOST_LATE", 0)  # a few runs that may go on are kept, with their turns
     monkeypatch.setattr(written, "_known_attribute", lru_cache(100)(written._new_attribute))
 
 

@@ -18,7 +18,7 @@ from turntrace.lifecycle.steps import OpenStep
 
 logger = logging.getLogger("turntrace")
 
-_MOST_LATE: Final = 256
+_MOST_LATE: Final = 64
 Metadata: TypeAlias = Mapping[str, Any] | None
 Tags: TypeAlias = Sequence[str] | None
 Prompt: TypeAlias = Mapping[str, AttributeValue]
