@@ -200,7 +200,9 @@ def test_eight_workers_of_whom_one_is_killed_lose_nothing_and_count_nothing_twic
         assert {len(found) for found in ids.values()} == {1}
     starts = Counter(span.attributes[a.SESSION_ID] for span in spans if span.name == a.SPAN_SESSION_START)
     assert set(starts.values()) == {1}
-    assert log(tmp_path) == "", "a worker had something to warn of"
+    # On a machine that is slow for a moment SQLite's file may be locked for over 5 s, which is told and costs nothing.
+    told = [line for line in log(tmp_path).splitlines() if "database is locked" not in line]
+    assert set(told) <= {"turntrace: the ledger can be written again."}, "a worker had something to warn of"
 
 
 # --- what the workers brought to light --------------------------------------------------------------------------------
