@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import BigInteger, Connection, bindparam, delete, func, insert, select, update
+from sqlalchemy import BigInteger, Connection, Select, bindparam, delete, func, insert, select, update
 
 from turntrace.ledger.engine import Database
 from turntrace.ledger.schema import insert_for
@@ -66,8 +66,7 @@ class StoredOutbox:
             if busy_s > 0:
                 return Claim(busy_s=busy_s)
             last, total = 0, 0
-            of_kind = [] if kind is None else [outbox.c.kind == kind]
-            sizes = connection.execute(_SIZES.where(*of_kind), {"most": max_rows + 1}).all()
+            sizes = connection.execute(_of_kind(_SIZES, kind), {"most": max_rows + 1}).all()
             for row_id, size in sizes[:max_rows]:
                 total += size
                 if last and total > max_bytes:
@@ -76,7 +75,7 @@ class StoredOutbox:
             if not sizes:  # another process has sent them since
                 connection.execute(_HELD, {"holder": owner, "until": 0})
                 return Claim(is_all=True)
-            rows = connection.execute(_UP_TO.where(*of_kind), {"last": last}).all()
+            rows = connection.execute(_of_kind(_UP_TO, kind), {"last": last}).all()
             items = tuple(OutboxItem(*row) for row in rows)
             return Claim(items, is_all=last == sizes[-1].id)
 
@@ -172,6 +171,10 @@ class StoredOutbox:
             noted = insert_for(connection.dialect.name, meta).values(key=_DROPPED, value=so_far)
             connection.execute(noted.on_conflict_do_update(index_elements=[meta.c.key], set_={"value": so_far}))
         return Dropped(items, size)
+
+
+def _of_kind(query: Select[Any], kind: str | None) -> Select[Any]:
+    return query if kind is None else query.where(outbox.c.kind == kind)
 
 
 def _take_lease(connection: Connection, owner: str, lease_s: float) -> float:
