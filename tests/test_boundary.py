@@ -4,6 +4,8 @@ import asyncio
 import copy
 import logging
 import sqlite3
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -299,6 +301,36 @@ def test_a_ledger_that_fails_before_a_turn_changes_and_loses_nothing(
     told, back = logged(caplog)
     assert "TURNTRACE_LEDGER_URL" in told
     assert "can be written again" in back
+
+
+def test_turns_keep_their_order_while_those_of_an_outage_are_written_down(capture: Capture, ledger: Ledger) -> None:
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def classify(text: str) -> str:
+        if text == "second":
+            begun.set()
+            assert goes_on.wait(20)
+        return "statement"
+
+    tracker = capture.tracker(ledger.url, classify=classify)
+    talk = tracker.start_session(user_id="ann").conversation("c-1")
+    talk.start_turn("first").end()
+    tracker.flush()
+
+    ledger.damage()
+    second = talk.start_turn("second")
+    time.sleep(0.2)  # its beginning is tried alone
+    second.end()
+    third = talk.start_turn("third")
+    ledger.mend()
+    assert begun.wait(30), "the ledger is back, and the second turn is being written down"
+    fourth = talk.start_turn("fourth")
+    goes_on.set()
+    third.end()
+    fourth.end()
+    capture.spans()
+
+    assert [turn.number for turn in (second, third, fourth)] == [2, 3, 4]
 
 
 def test_a_ledger_that_fails_while_a_turn_runs_loses_nothing(

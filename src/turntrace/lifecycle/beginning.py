@@ -78,7 +78,7 @@ def begun_turn(
         if begun.unanswered_id is not None:
             tracker.submit(AbandonWaiting(tracker, begun.unanswered_id))
 
-    is_late = tracker.is_ledger_away
+    is_late = tracker.begins_late(conversation.id)
     begun: TurnBegun | None = None
     if not is_late:
         try:
@@ -123,7 +123,7 @@ def begun_turn(
         own=kept,
     )
     if is_late:
-        turn.is_lost = not tracker.submit(BeginTurnLate(turn, begin, meets))
+        turn.is_lost = not tracker.begin_late(turn, BeginTurnLate(turn, begin, meets))
     return turn
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from turntrace.errors import StateError
+from turntrace.errors import LedgerError, StateError
 from turntrace.ledger import TurnBegun
 
 if TYPE_CHECKING:
@@ -46,6 +46,17 @@ class BeginTurnLate:
 
     def prepare(self) -> None:
         """Write it down in a transaction of its own, before the spans of the turn are made, which carry its number."""
+        tracker = self._turn.tracker
+        try:
+            self._write_down()
+        except LedgerError:
+            raise  # it is tried again
+        except BaseException:
+            tracker.began_late(self._turn)
+            raise
+        tracker.began_late(self._turn)
+
+    def _write_down(self) -> None:
         found = self._begin()
         if found is None:
             self._turn.tracker.open_again(self._turn.conversation.session)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from turntrace.errors import LedgerError, StateError
 from turntrace.lifecycle.beginning import begun_turn
 from turntrace.lifecycle.closing import FinishTurn, SettleTurn
+from turntrace.lifecycle.late import BeginTurnLate
 from turntrace.lifecycle.resuming import forked_from, is_to_resume, resumed_turn
 from turntrace.lifecycle.session import Conversation, Session
 from turntrace.lifecycle.sittings import Sittings, key_of_run
@@ -40,6 +41,7 @@ class Turns:
         self._turns: dict[str, Turn] = {}
         self._finishing: dict[str, Turn] = {}
         self._numbers: OrderedDict[str, int] = OrderedDict()
+        self._late: dict[str, str] = {}
 
     # --- what begins --------------------------------------------------------------------------------------------------
     def start_turn(self, conversation: Conversation, message: Any = None, *, role: str = "user") -> Turn:
@@ -107,6 +109,22 @@ class Turns:
     def note_ledger_away(self, error: LedgerError) -> None:
         """Note that the ledger cannot be written now."""
         self._writer.note_away(error)
+
+    def begins_late(self, conversation_id: str) -> bool:
+        """Tell whether a turn of a conversation is to be written down later: turns keep the order they began in."""
+        return self.is_ledger_away or (bool(self._late) and conversation_id in list(self._late.values()))
+
+    def begin_late(self, turn: Turn, job: BeginTurnLate) -> bool:
+        """Have the beginning of a turn written down later; tell whether it will be."""
+        self._late[turn.id] = turn.conversation.id
+        if self._writer.submit(job):
+            return True
+        self.began_late(turn)
+        return False
+
+    def began_late(self, turn: Turn) -> None:
+        """Note that the beginning of a turn is written, or cannot be. Called by the writer."""
+        self._late.pop(turn.id, None)
 
     def open_again(self, session: Session) -> None:
         """Have the ledger hold a session open that this process has.
