@@ -124,9 +124,10 @@ def fill(url: str, turns: int) -> None:
         "cost_usd": "0.001",
         "latency_ms": "1200",
         "spans": "3",
-        "steps": f"'{json.dumps([['a' * 16, 'b' * 16, 'agent', 'chain', 0, 500]] * 4)}'",
         **dict.fromkeys(zeros, "0"),
     }
+    step = json.dumps(["a" * 16, "b" * 16, "agent", "chain", 0, 500, 900, 60, 0.001, None, None, None, None])
+    of_steps = {"turn_id": of_turn["id"], "steps": f"'[{', '.join([step] * 7)}]'"}
     of_conversation = {
         "id": conversation.format("i"),
         "session_id": session.format("i"),
@@ -141,6 +142,7 @@ def fill(url: str, turns: int) -> None:
             ("sessions", of_session, sessions),
             ("conversations", of_conversation, sessions),
             ("turns", of_turn, turns),
+            ("steps", of_steps, turns),
             *([] if is_sqlite else [("gates", of_gate, sessions)]),
         ):
             connection.exec_driver_sql(

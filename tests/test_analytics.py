@@ -1,5 +1,6 @@
 """Analytics: every question with every filter, on each database, against figures that are counted here in Python."""
 
+import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -28,13 +29,13 @@ from turntrace.demo.replay import Replay
 from turntrace.demo.transcripts import find_sources, read_lines
 from turntrace.errors import ConfigurationError
 from turntrace.ledger import Ledger
-from turntrace.ledger.tables import conversations, decisions, journeys, sessions, stages, turns
+from turntrace.ledger.tables import conversations, decisions, journeys, sessions, stages, turn_steps, turns
 from turntrace.records import TurnSummary
 
 SECOND = 1_000_000_000
 DAY = 86_400 * SECOND
 MONDAY = int(datetime(2026, 11, 2, tzinfo=UTC).timestamp()) * SECOND
-TABLES = (sessions, conversations, turns, decisions, journeys, stages)
+TABLES = (sessions, conversations, turns, turn_steps, decisions, journeys, stages)
 DATABASES = ("sqlite-file", "sqlite-memory", "postgresql")
 Row = dict[str, Any]
 
@@ -90,6 +91,9 @@ class Records:
         }
         self.sessions.append(row)
         return row
+
+    def add_steps(self, turn: Row, steps: list[list[Any]]) -> None:
+        self.of(turn_steps).append({"turn_id": turn["id"], "steps": json.dumps(steps)})
 
     def add_turn(self, session: Row, conversation: str, number: int, **given: Any) -> Row:
         """Add a turn, to the sums of its session too."""

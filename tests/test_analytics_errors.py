@@ -17,7 +17,6 @@ from test_analytics import (
     FILTERS,
     MONDAY,
     Records,
-    Row,
     _stop_servers,  # noqa: F401 -- pytest finds it here: it stops the PostgreSQL of engine_of
     by_chance,
     date,
@@ -33,6 +32,7 @@ from test_analytics import (
 from turntrace import analytics
 from turntrace.analytics import ErrorsAt, Filters, interval
 from turntrace.ledger import Ledger
+from turntrace.ledger.tables import turn_steps
 
 LOST = ("failed", "abandoned")
 
@@ -56,7 +56,8 @@ def with_errors() -> Records:
             step("c", "b", tool, "tool", chance.choice((None, "TimeoutError"))),
             step("d", "b", tool, "tool", chance.choice((None, "KeyError"))),
         ]
-        turn["steps"] = chance.choice((None, json.dumps(steps), json.dumps(steps)))
+        if chance.choice((False, True, True)):
+            records.add_steps(turn, steps)
         turn["started_ns"] += chance.randrange(DAY)
     return records
 
@@ -134,19 +135,20 @@ def test_errors_meet_every_filter(made: Made, name: str) -> None:
     assert {plain(each) for each in found.by_turn} == set(counted(lambda turn: str(numbered(turn))))
     assert {plain(each) for each in found.by_intent} == set(counted(lambda turn: turn["intent"] or ""))
     lost = [turn for turn in kept if turn["status"] in LOST]
+    steps = {row["turn_id"]: row["steps"] for row in made.records.of(turn_steps)}
     assert {each.at: each.times for each in found.by_class} == Counter(turn["error"] or "" for turn in lost)
     assert found.looked_into == len(lost) < analytics.MOST_LOOKED_INTO
     assert {(each.kind, each.name): each.turns for each in found.by_step} == Counter(
-        at for turn in lost for at in innermost(turn)
+        at for turn in lost for at in innermost(steps.get(turn["id"]))
     )
     exact_types([*found.by_day, *found.by_turn, *found.by_intent, *found.by_class, *found.by_step])
 
 
-def innermost(turn: Row) -> set[tuple[str, str]]:
+def innermost(steps: str | None) -> set[tuple[str, str]]:
     """Return where it arose in a turn of `with_errors`, whose steps are four."""
-    if turn["steps"] is None:
+    if steps is None:
         return set()
-    _graph, node, *tools = json.loads(turn["steps"])
+    _graph, node, *tools = json.loads(steps)
     failed = {("tool", each[2]) for each in tools if each[9]}
     return failed or ({("chain", node[2])} if node[9] else set())
 
@@ -157,10 +159,10 @@ def test_a_step_is_the_innermost_one_with_its_most_frequent_error(engine: Engine
     graph = step("a", "", "LangGraph", "agent", "ValueError")
     for number, error in enumerate(("ValueError", "KeyError", "KeyError"), start=1):
         steps = [graph, step("b", "a", "agent", "chain", error), step("c", "b", "gpt-4o", "generation")]
-        records.add_turn(session, "c", number, status="failed", error=error, steps=json.dumps(steps))
-    records.add_turn(session, "c", 4, status="failed", error="ValueError", steps=json.dumps([graph]))
+        records.add_steps(records.add_turn(session, "c", number, status="failed", error=error), steps)
+    records.add_steps(records.add_turn(session, "c", 4, status="failed", error="ValueError"), [graph])
     tried_again = [step("a", "", "LangGraph", "agent"), step("b", "a", "agent", "chain", "TimeoutError")]
-    records.add_turn(session, "c", 5, steps=json.dumps(tried_again))
+    records.add_steps(records.add_turn(session, "c", 5), tried_again)
     found = analytics.turn_errors(records.write(engine))
     assert [plain(each) for each in found.by_step] == [
         ("agent", "chain", 3, "KeyError"),
@@ -173,9 +175,9 @@ def test_only_the_latest_turns_are_looked_into(engine: Engine, monkeypatch: pyte
     records = Records()
     session = records.add_session("s", user_id="ann")
     for number, name in enumerate(("old", "new", "newest"), start=1):
-        steps = json.dumps([step("a", "", name, "tool", "ValueError")])
         at = MONDAY + number
-        records.add_turn(session, "c", number, status="failed", error="ValueError", steps=steps, started_ns=at)
+        turn = records.add_turn(session, "c", number, status="failed", error="ValueError", started_ns=at)
+        records.add_steps(turn, [step("a", "", name, "tool", "ValueError")])
     ledger = records.write(engine)
     monkeypatch.setattr("turntrace.analytics.errors.MOST_LOOKED_INTO", 2)
     found = analytics.turn_errors(ledger)

@@ -30,7 +30,7 @@ from turntrace.analytics import ALL, Choices, Filters
 from turntrace.errors import ConfigurationError, LedgerError
 from turntrace.ledger import Ledger
 from turntrace.ledger.rows import steps_text
-from turntrace.ledger.tables import conversations, decisions, journeys, sessions, stages, turns
+from turntrace.ledger.tables import conversations, decisions, journeys, sessions, stages, turn_steps, turns
 from turntrace.records import Step
 from turntrace.report import LangfusePlace, Report, ReportServer, collect, render, serve, write_report
 from turntrace.report.figures import whole
@@ -55,7 +55,7 @@ class Synthetic:
     def __init__(self, seed: int = 7) -> None:
         self.random = random.Random(seed)
         self.rows: dict[Any, list[dict[str, Any]]] = {
-            table: [] for table in (sessions, conversations, turns, decisions, journeys, stages)
+            table: [] for table in (sessions, conversations, turns, turn_steps, decisions, journeys, stages)
         }
         self.journeys: dict[str, dict[str, Any]] = {}
 
@@ -210,7 +210,6 @@ class Synthetic:
             "time_to_first_token_ms": latency // 3 if rnd.random() < 0.7 else None,
             "model": model,
             "error": error,
-            "steps": steps_text(_steps(latency, error, model if number % 2 else None)),
             "context_tokens": tokens,
             "context_limit": limit,
             "prunings": int(prunes),
@@ -218,6 +217,8 @@ class Synthetic:
             "counted_of_tokens": tokens,
         }
         self.rows[turns].append(row)
+        steps = steps_text(_steps(latency, error, model if number % 2 else None))
+        self.rows[turn_steps].append({"turn_id": known, "steps": steps})
         return row
 
     def journey(self, user_id: str, session_id: str, began: int, turn_number: int) -> dict[str, Any]:

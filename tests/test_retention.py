@@ -10,8 +10,9 @@ import pytest
 from sqlalchemy import create_engine, text
 
 import postgres
+from apps import single
 from command_line import runner
-from turntrace import SessionTracker
+from turntrace import SessionTracker, track_graph
 from turntrace.cli.main import app
 from turntrace.errors import ConfigurationError
 from turntrace.ledger.tables import metadata
@@ -19,6 +20,7 @@ from turntrace.records import TurnRequest
 from turntrace.testing import Clock
 
 DAY = 24 * 60
+GRAPH: Any = track_graph(single(lambda state: {"messages": [("ai", "Hello.")]})).compile()
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def visit(tracker: SessionTracker, user: str | None, *conversations: str) -> str
     session = tracker.start_session(user_id=user, channel="web")
     for conversation in conversations:
         with session.conversation(conversation).turn("Hello there?") as turn:
-            turn.set_answer("Hello.")
+            GRAPH.invoke(turn.input, turn.config)
             turn.journey("help", stages=["asked", "helped"]).enter("asked")
         turn.feedback(True)
     session.end("completed")
@@ -70,7 +72,7 @@ def test_what_is_old_goes_with_all_that_is_its_own_and_nothing_else(url: str) ->
         assert [turn.conversation_id for turn, _ in tracker.ledger.turns(kept)] == ["c2", "c4"]
         left = rows(url)
         assert (left["turntrace_sessions"], left["turntrace_turns"], left["turntrace_conversations"]) == (2, 2, 2)
-        assert left["turntrace_feedback"] == 2
+        assert (left["turntrace_steps"], left["turntrace_feedback"]) == (2, 2)
         assert left["turntrace_journeys"] == 1  # of ann, who is still known
         with tracker.start_session(user_id="ann").conversation("c2").turn("Again") as turn:
             assert turn.number == 3

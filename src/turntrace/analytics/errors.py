@@ -14,7 +14,7 @@ from turntrace.analytics.times import DAY_NS, iso_day
 from turntrace.ledger import Ledger
 from turntrace.ledger.rows import plain_summary, steps_from
 from turntrace.ledger.shapes import ABANDONED
-from turntrace.ledger.tables import is_failing, sessions, turns
+from turntrace.ledger.tables import is_failing, sessions, turn_steps, turns
 from turntrace.records import Step
 from turntrace.summaries import SessionSummary
 
@@ -183,7 +183,8 @@ def _by_day_and_class(ledger: Ledger, filters: Filters, of: int) -> tuple[list[E
 
 
 def _by_step(ledger: Ledger, filters: Filters) -> tuple[list[ErrorsAtStep], int]:
-    query = select(turns.c.steps).where(of_turns(filters), is_failing)
+    query = select(turn_steps.c.steps).outerjoin_from(turns, turn_steps, turn_steps.c.turn_id == turns.c.id)
+    query = query.where(of_turns(filters), is_failing)
     latest = query.order_by(turns.c.started_ns.desc(), in_bytes(turns.c.id)).limit(MOST_LOOKED_INTO)
     rows = rows_of(ledger, latest)
     at: Counter[tuple[str, str]] = Counter()

@@ -20,6 +20,7 @@ from turntrace.ledger.tables import (
     refused,
     sessions,
     stages,
+    turn_steps,
     turns,
 )
 from turntrace.waiting import SCORE
@@ -58,8 +59,7 @@ def forget(connection: Connection, user_id: str) -> Erased:
     ]
     owners = select(literal("session:") + sessions.c.id).where(sessions.c.user_id == user_id)
     connection.execute(delete(journeys).where(or_(journeys.c.owner == user_id, journeys.c.owner.in_(owners))))
-    for table in _BY_SESSION:
-        connection.execute(delete(table).where(table.c.session_id.in_(mine)))
+    _erase_by_session(connection, mine)
     _leave_to_others(connection, user_id)
     in_mine = conversations.c.session_id.in_(mine)
     numbers = select(literal("number:") + conversations.c.id).where(in_mine)
@@ -86,8 +86,7 @@ def forget_ended(connection: Connection, before_ns: int, most: int) -> list[str]
     found = connection.execute(old.order_by(sessions.c.ended_ns).limit(most)).all()
     ids = [row.id for row in found]
     users = {row.user_id for row in found if row.user_id is not None}
-    for table in _BY_SESSION:
-        connection.execute(delete(table).where(table.c.session_id.in_(ids)))
+    _erase_by_session(connection, ids)
     _forget_conversations(connection, ids)
     connection.execute(delete(sessions).where(sessions.c.id.in_(ids)))
     owned = {
@@ -98,6 +97,14 @@ def forget_ended(connection: Connection, before_ns: int, most: int) -> list[str]
     connection.execute(delete(journeys).where(journeys.c.owner.in_(gone)))
     connection.execute(delete(gates).where(gates.c.key.in_([f"session:{user}" for user in users - owned])))
     return ids
+
+
+def _erase_by_session(connection: Connection, session_ids: Any) -> None:
+    """Erase what was in sessions; which they are is told by their ids, or by a query for them."""
+    in_them = select(turns.c.id).where(turns.c.session_id.in_(session_ids))
+    connection.execute(delete(turn_steps).where(turn_steps.c.turn_id.in_(in_them)))
+    for table in _BY_SESSION:
+        connection.execute(delete(table).where(table.c.session_id.in_(session_ids)))
 
 
 def _forget_conversations(connection: Connection, session_ids: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ from turntrace.ledger.rows import (
     user_summary,
 )
 from turntrace.ledger.shapes import INTERRUPTED, OPEN
-from turntrace.ledger.tables import decisions, feedback, open_turns, outbox, sessions, turns
+from turntrace.ledger.tables import decisions, feedback, open_turns, outbox, sessions, turn_steps, turns
 from turntrace.ledger.taking_up import newest_turn, turn_at
 from turntrace.ledger.writing import owner_of
 from turntrace.records import Step, TurnSummary
@@ -82,7 +82,8 @@ class LedgerQuestions:
 
         Those that still run have the status ``open`` and no steps yet, but for what they did before they waited.
         """
-        ended = select(turns).where(turns.c.session_id == session_id)
+        ended = select(turns, turn_steps.c.steps).where(turns.c.session_id == session_id)
+        ended = ended.outerjoin_from(turns, turn_steps, turn_steps.c.turn_id == turns.c.id)
         running = select(open_turns).where(open_turns.c.session_id == session_id)
         with self.asking() as connection:
             found = [(turn_summary(row), steps_from(row["steps"])) for row in connection.execute(ended).mappings()]

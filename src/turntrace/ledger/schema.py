@@ -26,6 +26,7 @@ from turntrace.ledger.tables import (
     refused,
     sessions,
     stages,
+    turn_steps,
     turns,
     waiting_turns,
 )
@@ -96,6 +97,15 @@ def _to_7(connection: Connection) -> None:
     failing_turns.create(connection)
 
 
+def _to_8(connection: Connection) -> None:
+    """Move the steps of turns into a table of their own."""
+    turn_steps.create(connection)
+    connection.exec_driver_sql(
+        f"INSERT INTO {turn_steps.name} (turn_id, steps) SELECT id, steps FROM {turns.name} WHERE steps <> '[]'"
+    )
+    connection.exec_driver_sql(f"ALTER TABLE {turns.name} DROP COLUMN steps")
+
+
 MIGRATIONS: Final[dict[int, Callable[[Connection], None]]] = {
     1: _to_2,
     2: _to_3,
@@ -103,6 +113,7 @@ MIGRATIONS: Final[dict[int, Callable[[Connection], None]]] = {
     4: _to_5,
     5: _to_6,
     6: _to_7,
+    7: _to_8,
 }
 """By version: what brings a ledger of that version to the next, in one transaction."""
 

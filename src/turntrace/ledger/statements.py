@@ -25,9 +25,9 @@ from sqlalchemy.engine import Dialect
 from turntrace.ledger.engine import Prepared
 from turntrace.ledger.schema import insert_for
 from turntrace.ledger.shapes import INTERRUPT, INTERRUPTED
-from turntrace.ledger.tables import conversations, decisions, gates, open_turns, outbox, sessions, turns
+from turntrace.ledger.tables import conversations, decisions, gates, open_turns, outbox, sessions, turn_steps, turns
 
-TURN_COLUMNS: Final = tuple(column.name for column in turns.c if column.name not in ("spans", "steps"))
+TURN_COLUMNS: Final = tuple(column.name for column in turns.c if column.name != "spans")
 """Columns of a turn that are named as the fields of `turntrace.records.TurnSummary`."""
 
 _SAME_SUMS: Final = (
@@ -57,6 +57,7 @@ class Statements:
         self.put_decision = Prepared(_put_decision(), dialect)
         self.close_turn = Prepared(_close_turn(), dialect)
         self.insert_turn = Prepared(_insert_turn(), dialect)
+        self.put_steps = Prepared(_put_steps(dialect.name), dialect)
         self.add_to_session = Prepared(_add_to_session(), dialect)
         self.upsert_conversation = Prepared(_upsert_conversation(dialect.name), dialect)
 
@@ -159,6 +160,11 @@ def _close_turn() -> Any:
 
 def _insert_turn() -> Any:
     return insert(turns).values({column.name: _parameter(f"new_{column.name}", column) for column in turns.c})
+
+
+def _put_steps(dialect: str) -> Any:
+    upsert = insert_for(dialect, turn_steps).values(turn_id=bindparam("new_id"), steps=bindparam("new_steps"))
+    return upsert.on_conflict_do_update(index_elements=[turn_steps.c.turn_id], set_={"steps": upsert.excluded.steps})
 
 
 def _add_to_session() -> Any:

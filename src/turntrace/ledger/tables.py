@@ -24,7 +24,7 @@ from sqlalchemy import (
     text,
 )
 
-SCHEMA_VERSION: Final = 7
+SCHEMA_VERSION: Final = 8
 """Version of the tables below; a change of them raises it and adds a migration to `turntrace.ledger.schema`."""
 
 metadata = MetaData()
@@ -155,7 +155,6 @@ turns = Table(
     Column("model", String(200)),
     Column("error", String(200)),
     Column("spans", Integer, nullable=False, default=0),
-    Column("steps", Text),
     Column("context_tokens", Integer),
     Column("context_messages", Integer),
     Column("context_limit", Integer),
@@ -169,6 +168,15 @@ turns = Table(
     Column("own", Text),  # as of the turns that run
     UniqueConstraint("conversation_id", "number", name="turntrace_turns_number"),
     Index("turntrace_turns_session", "session_id", "started_ns"),
+)
+
+# The steps of a turn, as JSON. They are longer than all else that is known of it and only looked at: whoever asks about
+# all turns reads past none of them.
+turn_steps = Table(
+    "turntrace_steps",
+    metadata,
+    Column("turn_id", String(200), primary_key=True),
+    Column("steps", Text, nullable=False),
 )
 
 # Those that wait for a person; the index holds no others. PostgreSQL is told by `know_postgresql`.

@@ -7,7 +7,7 @@ from sqlalchemy import Connection, RowMapping, insert, select, update
 
 from turntrace.ledger.rows import first_session, open_row, running_turn, session_facts, steps_from, turn_summary
 from turntrace.ledger.shapes import COMPLETED, INTERRUPTED, OPEN, TurnTakenUp, TurnWritten
-from turntrace.ledger.tables import open_turns, sessions, turns
+from turntrace.ledger.tables import open_turns, sessions, turn_steps, turns
 from turntrace.records import TurnSummary
 
 
@@ -91,8 +91,9 @@ def written_turn(connection: Connection, turn_id: str) -> TurnWritten | None:
     row = connection.execute(select(turns).where(turns.c.id == turn_id).with_for_update()).mappings().first()
     if row is None:
         return None
+    text = connection.execute(select(turn_steps.c.steps).where(turn_steps.c.turn_id == turn_id)).scalar_one_or_none()
     roots = int(row["status"] != INTERRUPTED and row["spans"] > 0)
-    return TurnWritten(turn_summary(row), tuple(steps_from(row["steps"])), row["spans"] - roots, roots)
+    return TurnWritten(turn_summary(row), tuple(steps_from(text)), row["spans"] - roots, roots)
 
 
 def _newest(connection: Connection, table: Any, conversation_id: str) -> RowMapping | None:

@@ -109,16 +109,21 @@ class LedgerWriter:
         self, turn: TurnSummary, steps: Sequence[Step], spans: int, topic: str | None, late: Mapping[str, float]
     ) -> TurnEnd:
         values = {f"new_{name}": getattr(turn, name) for name in TURN_COLUMNS}
-        values |= {"new_steps": steps_text(steps), "new_spans": spans, "topic": topic}
+        values |= {"new_spans": spans, "topic": topic}
         values["new_failed"] = int(turn.status == "failed")
         for name, value in late.items():
             values[f"new_{name}"] += value
         statements, cursor = self._statements, self._cursor
         statements.insert_turn.run(cursor, values)
+        self._put_steps(turn.id, steps)
         session = statements.add_to_session.run(cursor, values).fetchone()
         statements.upsert_conversation.run(cursor, values)
         ended_after_session = session is not None and session[0] is not None
         return TurnEnd.ENDED_AFTER_SESSION if ended_after_session else TurnEnd.ENDED
+
+    def _put_steps(self, turn_id: str, steps: Sequence[Step]) -> None:
+        if steps:
+            self._statements.put_steps.run(self._cursor, {"new_id": turn_id, "new_steps": steps_text(steps)})
 
     def _take_back(self, turn_id: str, *, was_open: bool) -> TurnWritten | None:
         """Take back what was written of a turn that went on: it had waited, or a sweep had closed it as abandoned.
@@ -158,8 +163,9 @@ class LedgerWriter:
         whole, all_steps = put_together(written.turn, written.steps, TurnWritten(part, tuple(steps), spans), before)
         spans += written.spans - (0 if before is None else before.spans)
         values = {name: getattr(whole, name) for name in TURN_COLUMNS}
-        values |= {"steps": steps_text(all_steps), "spans": spans + written.roots}
+        values |= {"spans": spans + written.roots}
         self._connection.execute(update(turns).where(turns.c.id == part.id).values(values))
+        self._put_steps(part.id, all_steps)
         more = {
             column: sessions.c[column] + (getattr(whole, name) - getattr(written.turn, name))
             for column, name in SESSION_SUMS.items()
