@@ -105,6 +105,18 @@ def test_what_goes_wrong_is_one_line(run: Run, tmp_path: Path, monkeypatch: pyte
     assert "turntrace: The environment variable TURNTRACE_IDLE_AFTER is 'soon'. Allowed is" in run("demo").stderr
 
 
+def test_a_ledger_that_may_only_be_read_can_be_looked_at(run: Run, tmp_path: Path) -> None:
+    with SessionTracker(f"sqlite:///{tmp_path}/ledger.db") as tracker:
+        with tracker.session(user_id="ann") as session, session.conversation("c-1").turn("Hello?"):
+            session_id = session.id
+        tracker.flush()
+    url = f"sqlite:///file:{tmp_path}/ledger.db?mode=ro&immutable=1&uri=true"
+    for asked in (["sessions"], ["show", "c-1"], ["sessions", "--user-id", "ann"]):
+        found = run(*asked, "--ledger", url)
+        assert (found.exit_code, found.stderr) == (0, "")
+        assert session_id[:8] in found.stdout
+
+
 # --- replay -----------------------------------------------------------------------------------------------------------
 def test_a_replay_ends_with_totals(run: Run, tmp_path: Path, url: str) -> None:
     file = tmp_path / "talks.jsonl"

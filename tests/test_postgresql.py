@@ -5,10 +5,13 @@ from typing import Any
 
 import pytest
 from sqlalchemy import create_engine, text
+from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 
 import postgres
+from command_line import runner
 from turntrace import SessionTracker
+from turntrace.cli.main import app
 from turntrace.errors import ConfigurationError
 from turntrace.ledger.engine import Database
 from turntrace.records import LLMCall, Usage
@@ -90,6 +93,33 @@ def test_while_a_table_is_away_the_app_goes_on_and_nothing_is_lost(url: str) -> 
     assert len(tracker.ledger.turns(before)) >= 1
     tracker.shutdown()
     engine.dispose()
+
+
+def test_whoever_may_only_read_can_look_at_all_of_it(url: str) -> None:
+    tracker, engine = SessionTracker(url), create_engine(url)
+    session_id = talk(tracker, 2)
+    tracker.shutdown()
+    with engine.begin() as connection:
+        schema = connection.execute(text("SELECT current_schema()")).scalar_one()
+        for words in (
+            f"CREATE ROLE {schema}_reader LOGIN",
+            f"GRANT USAGE ON SCHEMA {schema} TO {schema}_reader",
+            f"GRANT SELECT ON ALL TABLES IN SCHEMA {schema} TO {schema}_reader",
+        ):
+            connection.execute(text(words))
+    engine.dispose()
+    reads = make_url(url).set(username=f"{schema}_reader").render_as_string(hide_password=False)
+    looks: dict[tuple[str, ...], str] = {
+        ("sessions",): session_id[:8],
+        ("show", session_id): "turn 2",
+        ("users", "--user-id", "ann"): "2,200",
+        ("dropoff",): "sessions",
+    }
+    for asked, shown in looks.items():
+        found = runner().invoke(app, [*asked, "--ledger", reads])
+        assert (found.exit_code, found.stderr) == (0, ""), found.stderr
+        assert shown in found.stdout, found.stdout
+    assert runner().invoke(app, ["sweep", "--ledger", reads]).exit_code != 0
 
 
 FAILS_ONCE = (

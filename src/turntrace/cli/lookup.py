@@ -23,7 +23,7 @@ _SUGGESTED: Final = 50
 
 
 def open_existing(url: str | None) -> Ledger:
-    """Open a ledger to read from it, without making one where there is none.
+    """Open a ledger to read from it, without making one where there is none, or needing the right to write.
 
     Args:
         url: Its URL. Default: ``TURNTRACE_LEDGER_URL``, else the one in the user's data folder.
@@ -38,9 +38,10 @@ def open_existing(url: str | None) -> Ledger:
     except (ArgumentError, ValueError):
         return Ledger(chosen)  # which says what is wrong with it
     file = parsed.database
-    if parsed.get_backend_name() == "sqlite" and file not in (None, "", ":memory:") and not Path(str(file)).exists():
+    is_path = parsed.get_backend_name() == "sqlite" and "uri" not in parsed.query and file not in (None, "", ":memory:")
+    if is_path and not Path(str(file)).exists():
         raise LedgerError(f"There is no ledger at {file} yet. turntrace demo makes one; --ledger URL names another.")
-    return Ledger(chosen)
+    return Ledger(chosen, only_reads=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,14 +152,23 @@ def prepare(connection: Connection) -> None:
         connection.execute(update(meta).where(meta.c.key == _VERSION_KEY).values(value=str(SCHEMA_VERSION)))
 
 
+def is_current(connection: Connection) -> bool:
+    """Tell whether there is a ledger of this version of turntrace."""
+    return inspect(connection).has_table(meta.name) and noted(connection, _VERSION_KEY) == str(SCHEMA_VERSION)
+
+
+def noted(connection: Connection, key: str) -> str | None:
+    """Return what the ledger keeps under a key, or None."""
+    return connection.execute(select(meta.c.value).where(meta.c.key == key)).scalar_one_or_none()
+
+
 def remembered(connection: Connection, key: str, make: Callable[[], str]) -> str:
     """Return what the ledger keeps under a key; where there is nothing yet, it is made, once for all processes."""
-    query = select(meta.c.value).where(meta.c.key == key)
-    value = connection.execute(query).scalar_one_or_none()
+    value = noted(connection, key)
     if value is None:
         insert = insert_for(connection.dialect.name, meta)
         connection.execute(insert.values(key=key, value=make()).on_conflict_do_nothing())
-        value = connection.execute(query).scalar_one()  # another process may have been first: then its value counts
+        value = noted(connection, key)  # another process may have been first: then its value counts
     return str(value)
 
 

@@ -42,6 +42,7 @@ class Ledger(LedgerQuestions):
         engine_or_url: A SQLAlchemy URL such as ``sqlite:////var/lib/app/turntrace.db`` (``sqlite://`` for one in
             memory), or an engine of the app's, which then stays the app's to close, and to dispose of in a process
             that was forked.
+        only_reads: Whether nothing is to be written: then it needs no rights to, unless an older turntrace made it.
 
     Attributes:
         settle: Called before a question is asked, with the seconds that it may take: writes down what still waits.
@@ -52,11 +53,16 @@ class Ledger(LedgerQuestions):
         LedgerError: If the database cannot be opened, or was written by a newer turntrace.
     """
 
-    def __init__(self, engine_or_url: Engine | str | URL) -> None:
+    def __init__(self, engine_or_url: Engine | str | URL, *, only_reads: bool = False) -> None:
         self.settle: Callable[[float], object] | None = None
         self._hash_key: bytes | None = None
         self._database = Database(engine_or_url, self._begin_anew)
-        self._side_by_side(schema.prepare)
+        try:
+            if not (only_reads and self._is_current()):
+                self._side_by_side(schema.prepare)
+        except BaseException:
+            self.close()
+            raise
         self._statements = Statements(self._database.dialect)
         self.to_send = StoredOutbox(self._database)
 
@@ -68,6 +74,10 @@ class Ledger(LedgerQuestions):
     def close(self) -> None:
         """Close the connections."""
         self._database.close()
+
+    def _is_current(self) -> bool:
+        with self._database.reading() as connection:
+            return schema.is_current(connection)
 
     def _side_by_side(self, change: Callable[[Connection], T]) -> T:
         """Make a change in a transaction; again where another writer was first to make the same."""
@@ -89,9 +99,13 @@ class Ledger(LedgerQuestions):
 
     def hash_key(self) -> bytes:
         """Return the key for hashing users: random, made once and kept in the ledger."""
-        with self._database.writing() as connection:
-            self._hash_key = bytes.fromhex(schema.remembered(connection, _HASH_KEY, lambda: new_hash_key().hex()))
-            return self._hash_key
+        with self._database.reading() as connection:
+            known = schema.noted(connection, _HASH_KEY)
+        if known is None:
+            with self._database.writing() as connection:
+                known = schema.remembered(connection, _HASH_KEY, lambda: new_hash_key().hex())
+        self._hash_key = bytes.fromhex(known)
+        return self._hash_key
 
     def _begin_anew(self, connection: Connection) -> None:
         """Make a ledger of a file that took the place of the one that was there; users keep their hashes."""
