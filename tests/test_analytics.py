@@ -700,6 +700,14 @@ def test_the_slowest_turn_of_each_session_is_told_with_its_number(made: Made) ->
     assert analytics.slowest_turns(made.ledger, []) == {}
 
 
+def test_abandoned_turns_are_counted_by_session(made: Made) -> None:
+    ids = [row["id"] for row in made.records.sessions]
+    abandoned = [row["session_id"] for row in made.records.turns if row["status"] == "abandoned"]
+    assert analytics.abandoned_turns(made.ledger, [*ids, "none such"]) == Counter(abandoned)
+    assert abandoned
+    assert analytics.abandoned_turns(made.ledger, []) == {}
+
+
 # --- what must hold of any figures ------------------------------------------------------------------------------------
 def test_groups_sum_up_to_all_sessions_and_turns(made: Made) -> None:
     ledger, rows = made.ledger, made.records.sessions
@@ -729,7 +737,7 @@ EVERY_QUESTION = sorted(
     if callable(getattr(analytics, name))
     and name
     not in ("ask_together", "day_of", "interval", "funnel", "users", "users_that_begin", "sessions_by", "choices")
-    and name not in ("slow_above_ms", "slowest_turns")
+    and name not in ("slow_above_ms", "slowest_turns", "abandoned_turns")
     and not name[0].isupper()
 )
 

@@ -267,6 +267,12 @@ def test_sessions_with_failures_are_found_by_them(run: Run, url: str) -> None:
         assert at == 1
         failed = {line.split()[0]: line[: head.index("failed") + 6].split()[-1] for line in table}
         assert failed.items() >= {"bad": "2", "late": "1", "left": "0"}.items()
+    head, _, *table = run("sessions", "--ledger", url, "--failed", columns=72).stdout.splitlines()
+    abandoned = {line.split()[0]: line[: head.index("abandoned") + 9].split()[-1] for line in table}
+    assert abandoned == {"bad": "0", "late": "0", "left": "1"}
+    cards = run("sessions", "--ledger", url, "--failed", columns=30).stdout
+    assert "0 failed, 1 abandoned, 1 turn" in " ".join(cards.split())
+    assert "abandoned" not in run("sessions", "--ledger", url, "--error", "KeyError").stdout
 
 
 def test_who_is_on_call_sees_when_it_began_and_what_failed_in_any_width(

@@ -12,6 +12,7 @@ from turntrace.analytics.times import DAY_NS, iso_day
 from turntrace.errors import ConfigurationError
 from turntrace.ledger import Ledger
 from turntrace.ledger.rows import plain_summary
+from turntrace.ledger.shapes import ABANDONED
 from turntrace.ledger.tables import sessions, turns
 from turntrace.summaries import SessionSummary
 
@@ -226,4 +227,19 @@ def slowest_turns(ledger: Ledger, session_ids: Sequence[str]) -> dict[str, Slowe
             known = found.get(turn.session_id)
             if known is None or turn.latency_ms > known.latency_ms:
                 found[turn.session_id] = turn
+    return found
+
+
+def abandoned_turns(ledger: Ledger, session_ids: Sequence[str]) -> dict[str, int]:
+    """Return how many turns of each of these sessions were abandoned, by the session's id; those without are left out.
+
+    Args:
+        ledger: The ledger.
+        session_ids: Ids of the sessions.
+    """
+    found: dict[str, int] = {}
+    for begin in range(0, len(session_ids), _AT_ONCE):
+        those = turns.c.session_id.in_(session_ids[begin : begin + _AT_ONCE])
+        query = select(turns.c.session_id, func.count().label("turns")).where(those, turns.c.status == ABANDONED)
+        found |= {row.session_id: row.turns for row in rows_of(ledger, query.group_by(turns.c.session_id))}
     return found

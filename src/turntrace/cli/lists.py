@@ -3,6 +3,7 @@
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from rich.console import Console, Group
 from rich.padding import Padding
@@ -22,6 +23,7 @@ def sessions_table(
     *,
     about: Collection[str] = (),
     slowest: Mapping[str, SlowestTurn] | None = None,
+    abandoned: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
     """Show sessions; there must be some.
 
@@ -30,6 +32,7 @@ def sessions_table(
         sessions: The sessions.
         about: Names of the columns that they were asked for by, which are shown in any width.
         slowest: The slowest turn of each, by the session's id; None for no column of these.
+        abandoned: How many turns were abandoned, by the session's id; nothing for no column of these.
     """
     now_ns = time.time_ns()
     columns = [
@@ -39,6 +42,7 @@ def sessions_table(
         Column("started UTC", [Text(short_clock(each.started_ns, now_ns)) for each in sessions]),
         figures("turns", [f"{each.total_turns:,}" for each in sessions], rank=1),
         *_failed(sessions, about),
+        *_abandoned(sessions, abandoned),
         figures("tokens", [f"{each.total_tokens:,}" for each in sessions], rank=5),
         figures("cost", [money(each.total_cost_usd, 4) for each in sessions], rank=4),
         figures("duration", [duration(each.duration_ms) for each in sessions], rank=6),
@@ -51,7 +55,8 @@ def sessions_table(
     columns = [replace(column, rank=0) if column.name in about else column for column in columns]
     if not fits(fitting(columns, console.width), console.width):
         for session in sessions:
-            console.print(_session_card(session, now_ns, about, (slowest or {}).get(session.id)))
+            slow, left = (slowest or {}).get(session.id), abandoned.get(session.id, 0)
+            console.print(_session_card(session, now_ns, about, slow, left))
     else:
         say_left_out(console, draw(console, columns))
 
@@ -62,6 +67,12 @@ def _failed(sessions: Sequence[SessionSummary], about: Collection[str]) -> list[
         return []
     cells = [Text(f"{each.failed_turns:,}", style="red" if each.failed_turns else "") for each in sessions]
     return [Column("failed", cells, justify="right")]
+
+
+def _abandoned(sessions: Sequence[SessionSummary], abandoned: Mapping[str, int]) -> list[Column]:
+    if not abandoned:
+        return []
+    return [figures("abandoned", [f"{abandoned.get(each.id, 0):,}" for each in sessions])]
 
 
 def _satisfied(sessions: Sequence[SessionSummary], about: Collection[str]) -> list[Column]:
@@ -92,11 +103,15 @@ def _latency(session: SessionSummary) -> str:
     return "" if session.avg_turn_latency_ms is None else duration(session.avg_turn_latency_ms)
 
 
-def _session_card(session: SessionSummary, now_ns: int, about: Collection[str], slowest: SlowestTurn | None) -> Group:
+def _session_card(
+    session: SessionSummary, now_ns: int, about: Collection[str], slowest: SlowestTurn | None, abandoned: int
+) -> Group:
     head = Text.assemble((safe(session.id[:SHORT_ID]), "bold"), f" {safe(session.channel)}, user ", user_of(session))
     facts = Text.assemble(short_clock(session.started_ns, now_ns), ", ")
     if session.failed_turns or "failed" in about:
         facts.append(f"{session.failed_turns:,} failed", style="red" if session.failed_turns else "").append(", ")
+    if abandoned:
+        facts.append(f"{abandoned:,} abandoned, ")
     facts.append(totals_of(session))
     if "per turn" in about and session.avg_turn_latency_ms is not None:
         facts.append(f", {_latency(session)} per turn")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Self, cast
 import typer
 from rich.console import Console
 
-from turntrace.analytics import sessions_by, slowest_turns, totals
+from turntrace.analytics import abandoned_turns, sessions_by, slowest_turns, totals
 from turntrace.analytics import users as users_by
 from turntrace.cli import links, lists, machine, tree, window
 from turntrace.cli.choosing import Chosen, about_sessions
@@ -93,14 +93,14 @@ def sessions(
     with working("Asking the ledger"):
         limit = _limit(limit, all_of_them=as_json or as_csv)
         found = sessions_by(chosen.ledger, cast(Any, _words(sort)), chosen.filters, limit=limit)
-        slowest = None
-        if sort is SessionOrder.SLOWEST_TURN and not (as_json or as_csv):
-            slowest = slowest_turns(chosen.ledger, [session.id for session in found])
+        about, ids = _about(chosen, sort), [] if as_json or as_csv else [session.id for session in found]
+        slowest = slowest_turns(chosen.ledger, ids) if sort is SessionOrder.SLOWEST_TURN else None
+        abandoned = abandoned_turns(chosen.ledger, ids) if "failed" in about else {}
     if as_json or as_csv:
         machine.write_rows([machine.session_row(session) for session in found], machine.SESSION_NAMES, as_csv=as_csv)
         lists.warn_of_nothing(chosen, found)
     elif found:
-        lists.sessions_table(stdout(), found, about=_about(chosen, sort), slowest=slowest)
+        lists.sessions_table(stdout(), found, about=about, slowest=slowest, abandoned=abandoned)
         if len(found) == limit:
             lists.cut(stdout(), limit, totals(chosen.ledger, chosen.filters).sessions, "sessions")
     else:
