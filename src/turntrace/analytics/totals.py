@@ -136,8 +136,9 @@ def values_of(ledger: Ledger, name: str, *, limit: int = _MOST_CHOICES) -> list[
         limit: How many values at most.
     """
     column = _COLUMNS[name]
-    query = select(column.label("value")).where(column.is_not(None)).group_by(column).order_by(in_bytes(column))
-    return [str(row.value) for row in rows_of(ledger, query.limit(limit))]
+    found = select(column.label("value")).where(column.is_not(None)).distinct().subquery()  # before they are sorted
+    query = select(found.c.value).order_by(in_bytes(found.c.value)).limit(limit)
+    return [str(row.value) for row in rows_of(ledger, query)]
 
 
 def users_that_begin(ledger: Ledger, begins: str) -> list[str]:
