@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+WORKERS ?= auto
 
 .PHONY: help demo test test-live test-server lint types types-elsewhere bench bench-quick clean
 
 help:
 	@echo "make demo   run the demo: a support desk, three users, five sessions, seen in the terminal"
-	@echo "make test   run the tests"
+	@echo "make test   run the tests, several files at a time (WORKERS=0: one after the other)"
 	@echo "make test-live   the tests of what arrives, against the Langfuse of LANGFUSE_BASE_URL and its keys"
 	@echo "make test-server   the tests on LangGraph's own server (langgraph dev), which they install"
 	@echo "make lint   ruff"
@@ -33,8 +34,9 @@ $(VENV)/.dev: $(VENV)/.app
 demo: $(VENV)/.app
 	$(BIN)/turntrace demo
 
+# Files of tests side by side: many tests wait for servers and processes, so a worker more than processors is no loss.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-live: $(VENV)/.dev
 	TURNTRACE_LIVE=1 $(BIN)/python -m pytest -m live $(ARGS)

@@ -25,6 +25,8 @@ WHY_NOT: Final[Mapping[str, str]] = {
     "measure.",
     "session_durations": "The Metrics API gives percentiles of the score `session.duration_ms`, not how many lie "
     "where.",
+    "abandoned_turns": "How a turn ended stands in metadata, which cannot be a dimension; filter Langfuse's Tracing by "
+    "`turn.status` in the metadata.",
     "slowest_turns": "The longest latency of a session can be asked for there; which turn it was stands in metadata, "
     "which cannot be a dimension.",
     "turn_errors": "Calls that failed can be counted there by their level; which turns failed, at which number and "
