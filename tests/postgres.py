@@ -43,7 +43,7 @@ class Server:
         self._home = home
         self._pg_ctl = folder / "pg_ctl"
         self._run = _runner(home)
-        self._port = _free_port()
+        self._port = 0
         self._run(
             folder / "initdb", "--pgdata", f"{home}/data", "--username", "turntrace", "--auth", "trust", "--no-sync"
         )
@@ -55,6 +55,7 @@ class Server:
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
+        self._port = self._port or _free_port()
         options = f"-p {self._port} -h 127.0.0.1 -k {self._home} -c fsync=off -c max_connections=200"
         data, log = f"{self._home}/data", f"{self._home}/log"
         self._run(self._pg_ctl, "--pgdata", data, "--options", options, "--log", log, "--wait", "start")

@@ -92,6 +92,7 @@ def test_what_goes_wrong_is_one_line(run: Run, tmp_path: Path, monkeypatch: pyte
         ),
         (("sessions", "--ledger", f"sqlite:///{tmp_path}/none.db"), "none.db yet. turntrace demo makes one"),
         (("show", "x", "--ledger", f"sqlite:///{tmp_path}/none.db"), "There is no ledger at"),
+        (("sessions", "--ledger", f"sqlite:///file:{tmp_path}/none.db?uri=true"), "none.db yet. turntrace demo"),
         (("demo", "--ledger", "mysql://host/db"), "'mysql'"),
         (("replay", "-", "--ledger", "sqlite:////proc/none/x.db"), "/proc/none, cannot be made"),
     ):
@@ -115,6 +116,7 @@ def test_a_ledger_that_may_only_be_read_can_be_looked_at(run: Run, tmp_path: Pat
         found = run(*asked, "--ledger", url)
         assert (found.exit_code, found.stderr) == (0, "")
         assert session_id[:8] in found.stdout
+    assert "1 session" in run("doctor", "--ledger", url).stdout
 
 
 # --- replay -----------------------------------------------------------------------------------------------------------

@@ -107,7 +107,6 @@ def test_whoever_may_only_read_can_look_at_all_of_it(url: str) -> None:
             f"GRANT SELECT ON ALL TABLES IN SCHEMA {schema} TO {schema}_reader",
         ):
             connection.execute(text(words))
-    engine.dispose()
     reads = make_url(url).set(username=f"{schema}_reader").render_as_string(hide_password=False)
     looks: dict[tuple[str, ...], str] = {
         ("sessions",): session_id[:8],
@@ -120,6 +119,13 @@ def test_whoever_may_only_read_can_look_at_all_of_it(url: str) -> None:
         assert (found.exit_code, found.stderr) == (0, ""), found.stderr
         assert shown in found.stdout, found.stdout
     assert runner().invoke(app, ["sweep", "--ledger", reads]).exit_code != 0
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE turntrace_meta SET value = '99' WHERE key = 'schema_version'"))
+    assert "Upgrade turntrace" in runner().invoke(app, ["sessions", "--ledger", reads]).stderr
+    with engine.begin() as connection:
+        connection.execute(text(f"DROP OWNED BY {schema}_reader"))
+        connection.execute(text(f"DROP ROLE {schema}_reader"))
+    engine.dispose()
 
 
 FAILS_ONCE = (

@@ -282,6 +282,47 @@ def test_a_process_that_forks_while_it_writes_can_write_in_the_child(path: Path,
     assert rows(path, "SELECT count(*) FROM turntrace_outbox WHERE kind = 'other'") == [(1,)]
 
 
+FORKS_WHILE_THE_LEDGER_IS_AWAY = """
+import os, signal, sqlite3, time
+from contextlib import closing
+from turntrace import SessionTracker
+from turntrace.records import TurnRequest
+
+signal.alarm(60)
+tracker = SessionTracker(idle_after=1)
+
+def rename(table, to):
+    with closing(sqlite3.connect(os.environ["TURNTRACE_LEDGER_URL"].removeprefix("sqlite:///"))) as connection:
+        connection.execute(f"ALTER TABLE {table} RENAME TO {to}")
+
+session = tracker.start_session(user_id="ann")
+session.conversation("c").start_turn("Hello").end()
+tracker.flush()
+rename("turntrace_open_turns", "away")
+session.conversation("c").start_turn("Hello").end()  # its beginning waits, and is the parent's to write
+assert tracker.is_ledger_away
+pid = os.fork()
+if pid == 0:
+    sittings = set()
+    for _ in range(3):  # each after a silence that ends a sitting
+        time.sleep(1.6)
+        turn = tracker.begin_turn(TurnRequest(user_id="ann", conversation_id="c"))
+        sittings.add(turn.conversation.session.id)
+        turn.end()
+        assert tracker.flush(20)
+    os._exit(len(sittings))
+rename("away", "turntrace_open_turns")
+assert tracker.flush(20)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+"""
+
+
+@needs_fork
+def test_what_a_parent_has_still_to_write_is_not_waited_for_in_the_child(path: Path, url: str) -> None:
+    fresh.run(FORKS_WHILE_THE_LEDGER_IS_AWAY, TURNTRACE_LEDGER_URL=url)
+    assert sorted(rows(path, "SELECT conversation_id, number FROM turntrace_turns")) == [("c", n) for n in range(1, 6)]
+
+
 OUTLIVES = """
 import os, signal
 from turntrace import SessionTracker

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import create_engine, inspect
 
 import postgres
-from turntrace import SessionTracker
+from turntrace import SessionTracker, Turn, analytics
 from turntrace import attributes as a
 from turntrace.errors import ConfigurationError, LedgerError, TurntraceError
 from turntrace.ledger import Ledger
@@ -319,8 +319,6 @@ def test_a_ledger_of_the_first_schema_is_brought_up_without_loss(path: Path, url
     with database(path) as connection:
         for name, rows in kept.items():
             now = connection.execute(f"SELECT * FROM {name} ORDER BY 1").fetchall()
-            if name == "turntrace_turns":  # their last column has a table of its own now
-                rows = [row[:-1] for row in rows]
             assert [row[: len(before)] for row, before in zip(now, rows, strict=True)] == rows
     Ledger(f"sqlite:///{tmp_path / 'new.db'}").close()
     assert columns_of(path) == columns_of(tmp_path / "new.db")
@@ -382,7 +380,6 @@ def test_a_ledger_of_the_first_schema_on_postgresql_is_brought_up_without_loss()
                     connection.exec_driver_sql(f"ALTER TABLE {table} DROP COLUMN {name}")
             for index in ("waiting", "failing"):
                 connection.exec_driver_sql(f"DROP INDEX turntrace_turns_{index}")
-            connection.exec_driver_sql("ALTER TABLE turntrace_turns ADD COLUMN steps TEXT")
             for name in ("attempts", "next_try_ns", "leased_until_ns", "refused"):
                 connection.exec_driver_sql(f"ALTER TABLE turntrace_outbox ADD COLUMN {name} BIGINT")
             connection.exec_driver_sql("INSERT INTO turntrace_meta VALUES ('schema_version', '1')")
@@ -412,6 +409,48 @@ def test_a_ledger_of_the_first_schema_on_postgresql_is_brought_up_without_loss()
 
 
 @pytest.mark.parametrize("database_of", ["sqlite", "postgresql"])
+def test_steps_that_an_older_version_wrote_are_known_and_added_to(
+    database_of: str, capture: Capture, path: Path
+) -> None:
+    def step(turn: Turn, name: str, error: BaseException | None = None) -> None:
+        turn.close_step(turn.open_step(name, "tool"), error=error)
+
+    with ExitStack() as stack:
+        url = f"sqlite:///{path}"
+        if database_of == "postgresql":
+            url = postgres.new_schema(stack.enter_context(postgres.server()))
+        tracker = capture.tracker(url)
+        session = tracker.start_session(user_id="ann")
+        waits, fails = (session.conversation(name).start_turn("Sum this up.") for name in ("c1", "c2"))
+        step(waits, "begun")
+        step(fails, "broken", KeyError())
+        carrier = waits.carrier()
+        fails.end(error=KeyError())
+        tracker.shutdown()
+        engine = create_engine(url)
+        with engine.begin() as connection:  # as version 7 wrote them
+            of_turn = "SELECT steps FROM turntrace_steps WHERE turn_id = turntrace_turns.id"
+            connection.exec_driver_sql(f"UPDATE turntrace_turns SET steps = ({of_turn})")
+            connection.exec_driver_sql("DROP TABLE turntrace_steps")
+            connection.exec_driver_sql("UPDATE turntrace_meta SET value = '7' WHERE key = 'schema_version'")
+        again = capture.tracker(url)
+        with again.resume_turn(carrier) as turn:
+            step(turn, "gone on")
+        again.flush()
+        known = {each.id: [step.name for step in steps] for each, steps in again.ledger.turns(session.id)}
+        assert known == {waits.id: ["begun", "gone on"], fails.id: ["broken"]}
+        assert [each.name for each in analytics.turn_errors(again.ledger).by_step] == ["broken"]
+        with engine.connect() as connection:
+            kept = connection.exec_driver_sql("SELECT turn_id FROM turntrace_steps").scalars().all()
+        assert kept == [waits.id]
+        again.forget_user("ann")
+        with engine.connect() as connection:
+            assert connection.exec_driver_sql("SELECT turn_id FROM turntrace_steps").all() == []
+        engine.dispose()
+        again.shutdown()
+
+
+@pytest.mark.parametrize("database_of", ["sqlite", "postgresql"])
 def test_a_turn_that_waits_in_a_ledger_of_version_5_keeps_its_topic(
     database_of: str, capture: Capture, path: Path
 ) -> None:
@@ -431,7 +470,6 @@ def test_a_turn_that_waits_in_a_ledger_of_version_5_keeps_its_topic(
                 connection.exec_driver_sql(f"ALTER TABLE {table} DROP COLUMN own")
             connection.exec_driver_sql("DROP INDEX turntrace_turns_failing")
             connection.exec_driver_sql("DROP TABLE turntrace_steps")
-            connection.exec_driver_sql("ALTER TABLE turntrace_turns ADD COLUMN steps TEXT")
             connection.exec_driver_sql("UPDATE turntrace_meta SET value = '5' WHERE key = 'schema_version'")
         again = capture.tracker(url)
         with again.resume_turn(carrier) as turn:

@@ -183,10 +183,12 @@ def _by_day_and_class(ledger: Ledger, filters: Filters, of: int) -> tuple[list[E
 
 
 def _by_step(ledger: Ledger, filters: Filters) -> tuple[list[ErrorsAtStep], int]:
-    query = select(turn_steps.c.steps).outerjoin_from(turns, turn_steps, turn_steps.c.turn_id == turns.c.id)
-    query = query.where(of_turns(filters), is_failing)
-    latest = query.order_by(turns.c.started_ns.desc(), in_bytes(turns.c.id)).limit(MOST_LOOKED_INTO)
-    rows = rows_of(ledger, latest)
+    failing = select(turns.c.id, turns.c.started_ns).where(of_turns(filters), is_failing)
+    # The steps of no others are read.
+    latest = failing.order_by(turns.c.started_ns.desc(), in_bytes(turns.c.id)).limit(MOST_LOOKED_INTO).subquery()
+    known = select(func.coalesce(turn_steps.c.steps, turns.c.steps).label("steps"))
+    known = known.select_from(latest.join(turns, turns.c.id == latest.c.id))
+    rows = rows_of(ledger, known.outerjoin(turn_steps, turn_steps.c.turn_id == turns.c.id))
     at: Counter[tuple[str, str]] = Counter()
     errors: dict[tuple[str, str], Counter[str]] = {}
     for row in rows:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from sqlalchemy import func, or_, select
@@ -14,6 +13,7 @@ from turntrace.analytics import users_that_begin
 from turntrace.errors import IdentityError, LedgerError
 from turntrace.identity import hash_user, safe_id
 from turntrace.ledger import Ledger
+from turntrace.ledger.opening import file_of
 from turntrace.ledger.tables import open_turns, turns
 from turntrace.settings import read_settings
 from turntrace.summaries import SessionSummary
@@ -37,9 +37,8 @@ def open_existing(url: str | None) -> Ledger:
         parsed = make_url(chosen)
     except (ArgumentError, ValueError):
         return Ledger(chosen)  # which says what is wrong with it
-    file = parsed.database
-    is_path = parsed.get_backend_name() == "sqlite" and "uri" not in parsed.query and file not in (None, "", ":memory:")
-    if is_path and not Path(str(file)).exists():
+    file = file_of(parsed)
+    if file is not None and not file.exists():
         raise LedgerError(f"There is no ledger at {file} yet. turntrace demo makes one; --ledger URL names another.")
     return Ledger(chosen, only_reads=True)
 

@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib import metadata
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from packaging.requirements import Requirement
@@ -17,7 +16,7 @@ from sqlalchemy.exc import ArgumentError, ProgrammingError
 from turntrace.errors import DeliveryError, LedgerError, TurntraceError
 from turntrace.export import LangfuseServer, Outcome
 from turntrace.ledger.engine import Database
-from turntrace.ledger.opening import is_memory
+from turntrace.ledger.opening import file_of, is_memory
 from turntrace.ledger.outbox import StoredOutbox
 from turntrace.ledger.tables import SCHEMA_VERSION, meta, sessions
 from turntrace.settings import LangfuseSettings, read_langfuse_settings, read_settings, unknown_variables
@@ -247,10 +246,11 @@ def _missing(url: str) -> Check | None:
         return None
     if is_memory(parsed):
         return Check("ledger", None, "it is in memory, and gone with the process", "Set TURNTRACE_LEDGER_URL.")
-    if Path(str(parsed.database)).exists():
+    file = file_of(parsed)
+    if file is None or file.exists():
         return None
     todo = "It is made when something is tracked; turntrace demo does that. --ledger URL names another."
-    return Check("ledger", None, f"there is none at {parsed.database} yet", todo)
+    return Check("ledger", None, f"there is none at {file} yet", todo)
 
 
 def _read_ledger(connection: Connection) -> Check:

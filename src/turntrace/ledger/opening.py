@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
+from urllib.parse import unquote
 
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
@@ -111,6 +112,14 @@ def _no_url(given: object) -> str:
 def is_memory(url: URL) -> bool:
     """Tell whether a SQLite URL names a database in memory."""
     return url.database in (None, "", ":memory:")
+
+
+def file_of(url: URL) -> Path | None:
+    """Return the file that a URL of SQLite names; None for one in memory, or of another database."""
+    if url.get_backend_name() != "sqlite" or is_memory(url) or url.query.get("mode") == "memory":
+        return None
+    database = str(url.database)
+    return Path(unquote(database.removeprefix("file:")) if "uri" in url.query else database)
 
 
 def checked(engine: Engine) -> Engine:

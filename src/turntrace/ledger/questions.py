@@ -82,11 +82,12 @@ class LedgerQuestions:
 
         Those that still run have the status ``open`` and no steps yet, but for what they did before they waited.
         """
-        ended = select(turns, turn_steps.c.steps).where(turns.c.session_id == session_id)
+        ended = select(turns, turn_steps.c.steps.label("known_steps")).where(turns.c.session_id == session_id)
         ended = ended.outerjoin_from(turns, turn_steps, turn_steps.c.turn_id == turns.c.id)
         running = select(open_turns).where(open_turns.c.session_id == session_id)
         with self.asking() as connection:
-            found = [(turn_summary(row), steps_from(row["steps"])) for row in connection.execute(ended).mappings()]
+            rows = connection.execute(ended).mappings()
+            found = [(turn_summary(row), steps_from(row["known_steps"] or row["steps"])) for row in rows]
             known = {turn.id: (turn, steps) for turn, steps in found}
             for row in connection.execute(running).mappings():
                 turn, steps = known.get(row["id"], (running_turn(row), []))

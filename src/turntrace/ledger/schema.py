@@ -98,12 +98,8 @@ def _to_7(connection: Connection) -> None:
 
 
 def _to_8(connection: Connection) -> None:
-    """Move the steps of turns into a table of their own."""
+    """Add the table of the steps of turns that end from now on."""
     turn_steps.create(connection)
-    connection.exec_driver_sql(
-        f"INSERT INTO {turn_steps.name} (turn_id, steps) SELECT id, steps FROM {turns.name} WHERE steps <> '[]'"
-    )
-    connection.exec_driver_sql(f"ALTER TABLE {turns.name} DROP COLUMN steps")
 
 
 MIGRATIONS: Final[dict[int, Callable[[Connection], None]]] = {
@@ -133,19 +129,7 @@ def prepare(connection: Connection) -> None:
         metadata.create_all(connection)
         connection.execute(meta.insert().values(key=_VERSION_KEY, value=str(SCHEMA_VERSION)))
         return
-    version_row = select(meta.c.value).where(meta.c.key == _VERSION_KEY).with_for_update()
-    noted = connection.execute(version_row).scalar_one_or_none()
-    if noted is None or not noted.isdecimal():
-        raise LedgerError(
-            f"The table {meta.name} does not say which version the ledger has: it was changed by hand or is damaged. "
-            "Point TURNTRACE_LEDGER_URL at another ledger, or restore this one from a copy."
-        )
-    version = int(noted)
-    if version > SCHEMA_VERSION:
-        raise LedgerError(
-            f"The ledger has schema version {version}; this turntrace knows versions up to {SCHEMA_VERSION}. "
-            "Upgrade turntrace (pip install -U turntrace), or point TURNTRACE_LEDGER_URL at another ledger."
-        )
+    version = _version(connection, alone=True)
     for older in range(version, SCHEMA_VERSION):
         MIGRATIONS[older](connection)
     if version < SCHEMA_VERSION:
@@ -153,8 +137,29 @@ def prepare(connection: Connection) -> None:
 
 
 def is_current(connection: Connection) -> bool:
-    """Tell whether there is a ledger of this version of turntrace."""
-    return inspect(connection).has_table(meta.name) and noted(connection, _VERSION_KEY) == str(SCHEMA_VERSION)
+    """Tell whether there is a ledger, and of this version of turntrace.
+
+    Raises:
+        LedgerError: If it was written by a newer one.
+    """
+    return inspect(connection).has_table(meta.name) and _version(connection) == SCHEMA_VERSION
+
+
+def _version(connection: Connection, *, alone: bool = False) -> int:
+    query = select(meta.c.value).where(meta.c.key == _VERSION_KEY)
+    value = connection.execute(query.with_for_update() if alone else query).scalar_one_or_none()
+    if value is None or not value.isdecimal():
+        raise LedgerError(
+            f"The table {meta.name} does not say which version the ledger has: it was changed by hand or is damaged. "
+            "Point TURNTRACE_LEDGER_URL at another ledger, or restore this one from a copy."
+        )
+    version = int(value)
+    if version > SCHEMA_VERSION:
+        raise LedgerError(
+            f"The ledger has schema version {version}; this turntrace knows versions up to {SCHEMA_VERSION}. "
+            "Upgrade turntrace (pip install -U turntrace), or point TURNTRACE_LEDGER_URL at another ledger."
+        )
+    return version
 
 
 def noted(connection: Connection, key: str) -> str | None:

@@ -27,7 +27,7 @@ from turntrace.ledger.schema import insert_for
 from turntrace.ledger.shapes import INTERRUPT, INTERRUPTED
 from turntrace.ledger.tables import conversations, decisions, gates, open_turns, outbox, sessions, turn_steps, turns
 
-TURN_COLUMNS: Final = tuple(column.name for column in turns.c if column.name != "spans")
+TURN_COLUMNS: Final = tuple(column.name for column in turns.c if column.name not in ("spans", "steps"))
 """Columns of a turn that are named as the fields of `turntrace.records.TurnSummary`."""
 
 _SAME_SUMS: Final = (
@@ -159,7 +159,8 @@ def _close_turn() -> Any:
 
 
 def _insert_turn() -> Any:
-    return insert(turns).values({column.name: _parameter(f"new_{column.name}", column) for column in turns.c})
+    columns = (turns.c[name] for name in (*TURN_COLUMNS, "spans"))
+    return insert(turns).values({column.name: _parameter(f"new_{column.name}", column) for column in columns})
 
 
 def _put_steps(dialect: str) -> Any:

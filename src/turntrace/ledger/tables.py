@@ -155,6 +155,7 @@ turns = Table(
     Column("model", String(200)),
     Column("error", String(200)),
     Column("spans", Integer, nullable=False, default=0),
+    Column("steps", Text),  # as versions before 8 wrote them; see `turn_steps`
     Column("context_tokens", Integer),
     Column("context_messages", Integer),
     Column("context_limit", Integer),
@@ -171,7 +172,8 @@ turns = Table(
 )
 
 # The steps of a turn, as JSON. They are longer than all else that is known of it and only looked at: whoever asks about
-# all turns reads past none of them.
+# all turns reads past none of them. Those that are in the row of the turn stay there, so that a large ledger is brought
+# up at once, and processes of the version before write on meanwhile.
 turn_steps = Table(
     "turntrace_steps",
     metadata,
