@@ -3,7 +3,7 @@
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,20 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 AIRLINE = Path(__file__).parents[1].parent / "shared" / "data" / "conversations" / "airline.jsonl"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Write half a surrogate pair, which tests of bad input make and libraries log, so that a worker can tell it."""
+    report = yield
+    report.sections = [(name, _as_utf_8(text)) for name, text in report.sections]
+    if report.failed:
+        report.longrepr = _as_utf_8(whole) if "\\ud" in ascii(whole := str(report.longrepr)) else report.longrepr
+    return report
+
+
+def _as_utf_8(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @pytest.fixture(scope="session")
