@@ -1,5 +1,6 @@
 """Other tracers, where they are installed: `make bench` has them in an environment of its own (group `bench`)."""
 
+import logging
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -32,6 +33,8 @@ def openinference(sink: Sink) -> Peer:
     """OpenInference's tracer for LangChain on a plain OpenTelemetry provider."""
     from openinference.instrumentation.langchain import LangChainInstrumentor
 
+    # Of a long history it has more attributes than a span takes, and each too many is a line of the log.
+    logging.getLogger("opentelemetry.attributes").setLevel(logging.ERROR)
     provider = provider_to(sink.url("openinference"))
     instrumentor = LangChainInstrumentor()
     instrumentor.instrument(tracer_provider=provider, separate_trace_from_runtime_context=True)
