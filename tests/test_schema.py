@@ -4,7 +4,7 @@ import sqlite3
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -408,76 +408,71 @@ def test_a_ledger_of_the_first_schema_on_postgresql_is_brought_up_without_loss()
         engine.dispose()
 
 
-@pytest.mark.parametrize("database_of", ["sqlite", "postgresql"])
-def test_steps_that_an_older_version_wrote_are_known_and_added_to(
-    database_of: str, capture: Capture, path: Path
-) -> None:
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url_of_either(request: pytest.FixtureRequest, path: Path) -> Iterator[str]:
+    if request.param == "sqlite":
+        yield f"sqlite:///{path}"
+    else:
+        with postgres.server() as server:
+            yield postgres.new_schema(server)
+
+
+def test_steps_that_an_older_version_wrote_are_known_and_added_to(url_of_either: str, capture: Capture) -> None:
     def step(turn: Turn, name: str, error: BaseException | None = None) -> None:
         turn.close_step(turn.open_step(name, "tool"), error=error)
 
-    with ExitStack() as stack:
-        url = f"sqlite:///{path}"
-        if database_of == "postgresql":
-            url = postgres.new_schema(stack.enter_context(postgres.server()))
-        tracker = capture.tracker(url)
-        session = tracker.start_session(user_id="ann")
-        waits, fails = (session.conversation(name).start_turn("Sum this up.") for name in ("c1", "c2"))
-        step(waits, "begun")
-        step(fails, "broken", KeyError())
-        carrier = waits.carrier()
-        fails.end(error=KeyError())
-        tracker.shutdown()
-        engine = create_engine(url)
-        with engine.begin() as connection:  # as version 7 wrote them
-            of_turn = "SELECT steps FROM turntrace_steps WHERE turn_id = turntrace_turns.id"
-            connection.exec_driver_sql(f"UPDATE turntrace_turns SET steps = ({of_turn})")
-            connection.exec_driver_sql("DROP TABLE turntrace_steps")
-            connection.exec_driver_sql("UPDATE turntrace_meta SET value = '7' WHERE key = 'schema_version'")
-        again = capture.tracker(url)
-        with again.resume_turn(carrier) as turn:
-            step(turn, "gone on")
-        again.flush()
-        known = {each.id: [step.name for step in steps] for each, steps in again.ledger.turns(session.id)}
-        assert known == {waits.id: ["begun", "gone on"], fails.id: ["broken"]}
-        assert [each.name for each in analytics.turn_errors(again.ledger).by_step] == ["broken"]
-        with engine.connect() as connection:
-            kept = connection.exec_driver_sql("SELECT turn_id FROM turntrace_steps").scalars().all()
-        assert kept == [waits.id]
-        again.forget_user("ann")
-        with engine.connect() as connection:
-            assert connection.exec_driver_sql("SELECT turn_id FROM turntrace_steps").all() == []
-        engine.dispose()
-        again.shutdown()
+    tracker = capture.tracker(url_of_either)
+    session = tracker.start_session(user_id="ann")
+    waits, fails = (session.conversation(name).start_turn("Sum this up.") for name in ("c1", "c2"))
+    step(waits, "begun")
+    step(fails, "broken", KeyError())
+    carrier = waits.carrier()
+    fails.end(error=KeyError())
+    tracker.shutdown()
+    engine = create_engine(url_of_either)
+    with engine.begin() as connection:  # as version 7 wrote them
+        of_turn = "SELECT steps FROM turntrace_steps WHERE turn_id = turntrace_turns.id"
+        connection.exec_driver_sql(f"UPDATE turntrace_turns SET steps = ({of_turn})")
+        connection.exec_driver_sql("DROP TABLE turntrace_steps")
+        connection.exec_driver_sql("UPDATE turntrace_meta SET value = '7' WHERE key = 'schema_version'")
+    again = capture.tracker(url_of_either)
+    with again.resume_turn(carrier) as turn:
+        step(turn, "gone on")
+    again.flush()
+    known = {each.id: [step.name for step in steps] for each, steps in again.ledger.turns(session.id)}
+    assert known == {waits.id: ["begun", "gone on"], fails.id: ["broken"]}
+    assert [each.name for each in analytics.turn_errors(again.ledger).by_step] == ["broken"]
+    with engine.connect() as connection:
+        kept = connection.exec_driver_sql("SELECT turn_id FROM turntrace_steps").scalars().all()
+    assert kept == [waits.id]
+    again.forget_user("ann")
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql("SELECT turn_id FROM turntrace_steps").all() == []
+    engine.dispose()
+    again.shutdown()
 
 
-@pytest.mark.parametrize("database_of", ["sqlite", "postgresql"])
-def test_a_turn_that_waits_in_a_ledger_of_version_5_keeps_its_topic(
-    database_of: str, capture: Capture, path: Path
-) -> None:
-    with ExitStack() as stack:
-        url = f"sqlite:///{path}"
-        if database_of == "postgresql":
-            url = postgres.new_schema(stack.enter_context(postgres.server()))
-        tracker = capture.tracker(url)
-        session = tracker.start_session(user_id="ann")
-        carrier = session.conversation("c1", topic="billing").start_turn("Sum this up.").carrier()
-        session.conversation("c2").start_turn("And this.").carrier()
-        session.conversation("c1", topic="billing").start_turn("Hello")  # and its process dies
-        tracker.shutdown()
-        engine = create_engine(url)
-        with engine.begin() as connection:  # as version 5 left it
-            for table in ("turntrace_turns", "turntrace_open_turns"):
-                connection.exec_driver_sql(f"ALTER TABLE {table} DROP COLUMN own")
-            connection.exec_driver_sql("DROP INDEX turntrace_turns_failing")
-            connection.exec_driver_sql("DROP TABLE turntrace_steps")
-            connection.exec_driver_sql("UPDATE turntrace_meta SET value = '5' WHERE key = 'schema_version'")
-        again = capture.tracker(url)
-        with again.resume_turn(carrier) as turn:
-            assert turn.tags[a.CONVERSATION_TOPIC] == "billing"
-        again.flush()
-        with engine.connect() as connection:
-            query = "SELECT id, own FROM turntrace_turns UNION ALL SELECT id, own FROM turntrace_open_turns"
-            kept = [row.own for row in connection.exec_driver_sql(query)]
-        assert sorted(kept, key=str) == [None, '{"topic": "billing"}', '{"topic": "billing"}']
-        engine.dispose()
-        again.shutdown()
+def test_a_turn_that_waits_in_a_ledger_of_version_5_keeps_its_topic(url_of_either: str, capture: Capture) -> None:
+    tracker = capture.tracker(url_of_either)
+    session = tracker.start_session(user_id="ann")
+    carrier = session.conversation("c1", topic="billing").start_turn("Sum this up.").carrier()
+    session.conversation("c2").start_turn("And this.").carrier()
+    session.conversation("c1", topic="billing").start_turn("Hello")  # and its process dies
+    tracker.shutdown()
+    engine = create_engine(url_of_either)
+    with engine.begin() as connection:  # as version 5 left it
+        for table in ("turntrace_turns", "turntrace_open_turns"):
+            connection.exec_driver_sql(f"ALTER TABLE {table} DROP COLUMN own")
+        connection.exec_driver_sql("DROP INDEX turntrace_turns_failing")
+        connection.exec_driver_sql("DROP TABLE turntrace_steps")
+        connection.exec_driver_sql("UPDATE turntrace_meta SET value = '5' WHERE key = 'schema_version'")
+    again = capture.tracker(url_of_either)
+    with again.resume_turn(carrier) as turn:
+        assert turn.tags[a.CONVERSATION_TOPIC] == "billing"
+    again.flush()
+    with engine.connect() as connection:
+        query = "SELECT id, own FROM turntrace_turns UNION ALL SELECT id, own FROM turntrace_open_turns"
+        kept = [row.own for row in connection.exec_driver_sql(query)]
+    assert sorted(kept, key=str) == [None, '{"topic": "billing"}', '{"topic": "billing"}']
+    engine.dispose()
+    again.shutdown()
