@@ -127,7 +127,7 @@ def fill(url: str, turns: int) -> None:
         **dict.fromkeys(zeros, "0"),
     }
     step = json.dumps(["a" * 16, "b" * 16, "agent", "chain", 0, 500, 900, 60, 0.001, None, None, None, None])
-    of_steps = {"turn_id": of_turn["id"], "steps": f"'[{', '.join([step] * 7)}]'"}
+    of_steps = {"started_ns": of_turn["started_ns"], "turn_id": of_turn["id"], "steps": f"'[{', '.join([step] * 7)}]'"}
     of_conversation = {
         "id": conversation.format("i"),
         "session_id": session.format("i"),

@@ -93,7 +93,9 @@ class Records:
         return row
 
     def add_steps(self, turn: Row, steps: list[list[Any]]) -> None:
-        self.of(turn_steps).append({"turn_id": turn["id"], "steps": json.dumps(steps)})
+        self.of(turn_steps).append(
+            {"started_ns": turn["started_ns"], "turn_id": turn["id"], "steps": json.dumps(steps)}
+        )
 
     def add_turn(self, session: Row, conversation: str, number: int, **given: Any) -> Row:
         """Add a turn, to the sums of its session too."""

@@ -47,6 +47,7 @@ def with_errors() -> Records:
     for turn in records.turns:
         if turn["status"] not in LOST:
             continue
+        turn["started_ns"] += chance.randrange(DAY)
         error = chance.choice(("ValueError", "TimeoutError", "Überlauf", None))
         turn["error"] = "abandoned" if turn["status"] == "abandoned" else error
         tool = chance.choice(("search", "refund"))
@@ -58,7 +59,6 @@ def with_errors() -> Records:
         ]
         if chance.choice((False, True, True)):
             records.add_steps(turn, steps)
-        turn["started_ns"] += chance.randrange(DAY)
     return records
 
 

@@ -218,7 +218,7 @@ class Synthetic:
         }
         self.rows[turns].append(row)
         steps = steps_text(_steps(latency, error, model if number % 2 else None))
-        self.rows[turn_steps].append({"turn_id": known, "steps": steps})
+        self.rows[turn_steps].append({"started_ns": row["started_ns"], "turn_id": known, "steps": steps})
         return row
 
     def journey(self, user_id: str, session_id: str, began: int, turn_number: int) -> dict[str, Any]:

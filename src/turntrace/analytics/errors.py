@@ -14,7 +14,7 @@ from turntrace.analytics.times import DAY_NS, iso_day
 from turntrace.ledger import Ledger
 from turntrace.ledger.rows import plain_summary, steps_from
 from turntrace.ledger.shapes import ABANDONED
-from turntrace.ledger.tables import is_failing, sessions, turn_steps, turns
+from turntrace.ledger.tables import are_steps_of_turn, is_failing, sessions, turn_steps, turns
 from turntrace.records import Step
 from turntrace.summaries import SessionSummary
 
@@ -188,7 +188,7 @@ def _by_step(ledger: Ledger, filters: Filters) -> tuple[list[ErrorsAtStep], int]
     latest = failing.order_by(turns.c.started_ns.desc(), in_bytes(turns.c.id)).limit(MOST_LOOKED_INTO).subquery()
     known = select(func.coalesce(turn_steps.c.steps, turns.c.steps).label("steps"))
     known = known.select_from(latest.join(turns, turns.c.id == latest.c.id))
-    rows = rows_of(ledger, known.outerjoin(turn_steps, turn_steps.c.turn_id == turns.c.id))
+    rows = rows_of(ledger, known.outerjoin(turn_steps, are_steps_of_turn))
     at: Counter[tuple[str, str]] = Counter()
     errors: dict[tuple[str, str], Counter[str]] = {}
     for row in rows:

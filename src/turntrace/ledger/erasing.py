@@ -6,7 +6,7 @@ from typing import Any, Final, NamedTuple
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
-from sqlalchemy import Connection, Table, delete, exists, func, literal, or_, select, update
+from sqlalchemy import Connection, Table, delete, exists, func, literal, or_, select, tuple_, update
 
 from turntrace import attributes as a
 from turntrace.ledger.tables import (
@@ -101,8 +101,8 @@ def forget_ended(connection: Connection, before_ns: int, most: int) -> list[str]
 
 def _erase_by_session(connection: Connection, session_ids: Any) -> None:
     """Erase what was in sessions; which they are is told by their ids, or by a query for them."""
-    in_them = select(turns.c.id).where(turns.c.session_id.in_(session_ids))
-    connection.execute(delete(turn_steps).where(turn_steps.c.turn_id.in_(in_them)))
+    in_them = select(turns.c.started_ns, turns.c.id).where(turns.c.session_id.in_(session_ids))
+    connection.execute(delete(turn_steps).where(tuple_(*turn_steps.primary_key.c).in_(in_them)))
     for table in _BY_SESSION:
         connection.execute(delete(table).where(table.c.session_id.in_(session_ids)))
 

@@ -21,7 +21,16 @@ from turntrace.ledger.rows import (
     user_summary,
 )
 from turntrace.ledger.shapes import INTERRUPTED, OPEN
-from turntrace.ledger.tables import decisions, feedback, open_turns, outbox, sessions, turn_steps, turns
+from turntrace.ledger.tables import (
+    are_steps_of_turn,
+    decisions,
+    feedback,
+    open_turns,
+    outbox,
+    sessions,
+    turn_steps,
+    turns,
+)
 from turntrace.ledger.taking_up import newest_turn, turn_at
 from turntrace.ledger.writing import owner_of
 from turntrace.records import Step, TurnSummary
@@ -83,7 +92,7 @@ class LedgerQuestions:
         Those that still run have the status ``open`` and no steps yet, but for what they did before they waited.
         """
         ended = select(turns, turn_steps.c.steps.label("known_steps")).where(turns.c.session_id == session_id)
-        ended = ended.outerjoin_from(turns, turn_steps, turn_steps.c.turn_id == turns.c.id)
+        ended = ended.outerjoin_from(turns, turn_steps, are_steps_of_turn)
         running = select(open_turns).where(open_turns.c.session_id == session_id)
         with self.asking() as connection:
             rows = connection.execute(ended).mappings()

@@ -164,8 +164,9 @@ def _insert_turn() -> Any:
 
 
 def _put_steps(dialect: str) -> Any:
-    upsert = insert_for(dialect, turn_steps).values(turn_id=bindparam("new_id"), steps=bindparam("new_steps"))
-    return upsert.on_conflict_do_update(index_elements=[turn_steps.c.turn_id], set_={"steps": upsert.excluded.steps})
+    values: dict[str, Any] = {column.name: bindparam(f"new_{column.name}") for column in turn_steps.c}
+    upsert = insert_for(dialect, turn_steps).values(values)
+    return upsert.on_conflict_do_update(index_elements=turn_steps.primary_key.c, set_={"steps": upsert.excluded.steps})
 
 
 def _add_to_session() -> Any:

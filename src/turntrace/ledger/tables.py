@@ -177,9 +177,12 @@ turns = Table(
 turn_steps = Table(
     "turntrace_steps",
     metadata,
+    # When the turn began comes first: ids come in no order, and a large index costs least where it is added to.
+    Column("started_ns", BigInteger, primary_key=True, autoincrement=False),
     Column("turn_id", String(200), primary_key=True),
     Column("steps", Text, nullable=False),
 )
+are_steps_of_turn = (turn_steps.c.started_ns == turns.c.started_ns) & (turn_steps.c.turn_id == turns.c.id)
 
 # Those that wait for a person; the index holds no others. PostgreSQL is told by `know_postgresql`.
 _waits = turns.c.status == text("'interrupted'")

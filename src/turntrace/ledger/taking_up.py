@@ -91,8 +91,9 @@ def written_turn(connection: Connection, turn_id: str) -> TurnWritten | None:
     row = connection.execute(select(turns).where(turns.c.id == turn_id).with_for_update()).mappings().first()
     if row is None:
         return None
-    known = select(turn_steps.c.steps).where(turn_steps.c.turn_id == turn_id)
-    text = connection.execute(known).scalar_one_or_none() or row["steps"]
+    known = select(turn_steps.c.steps)
+    same = turn_steps.c.started_ns == row["started_ns"], turn_steps.c.turn_id == turn_id
+    text = connection.execute(known.where(*same)).scalar_one_or_none() or row["steps"]
     roots = int(row["status"] != INTERRUPTED and row["spans"] > 0)
     return TurnWritten(turn_summary(row), tuple(steps_from(text)), row["spans"] - roots, roots)
 

@@ -20,7 +20,7 @@ from turntrace.ledger.parts import put_together
 from turntrace.ledger.rows import decision_values, first_session, full_summary, plain_summary, steps_text, turn_summary
 from turntrace.ledger.shapes import ABANDONED, INTERRUPTED, StageWanted, TurnEnd, TurnWritten
 from turntrace.ledger.statements import SESSION_SUMS, TURN_COLUMNS, Statements
-from turntrace.ledger.tables import conversations, open_turns, outbox, sessions, turns
+from turntrace.ledger.tables import conversations, open_turns, outbox, sessions, turn_steps, turns
 from turntrace.ledger.taking_up import newest_turn, written_turn
 from turntrace.records import Step, TurnSummary, TurnTags
 from turntrace.summaries import SessionSummary, StageEntered
@@ -115,15 +115,16 @@ class LedgerWriter:
             values[f"new_{name}"] += value
         statements, cursor = self._statements, self._cursor
         statements.insert_turn.run(cursor, values)
-        self._put_steps(turn.id, steps)
+        self._put_steps(turn, steps)
         session = statements.add_to_session.run(cursor, values).fetchone()
         statements.upsert_conversation.run(cursor, values)
         ended_after_session = session is not None and session[0] is not None
         return TurnEnd.ENDED_AFTER_SESSION if ended_after_session else TurnEnd.ENDED
 
-    def _put_steps(self, turn_id: str, steps: Sequence[Step]) -> None:
+    def _put_steps(self, turn: TurnSummary, steps: Sequence[Step]) -> None:
         if steps:
-            self._statements.put_steps.run(self._cursor, {"new_id": turn_id, "new_steps": steps_text(steps)})
+            values = {"new_started_ns": turn.started_ns, "new_turn_id": turn.id, "new_steps": steps_text(steps)}
+            self._statements.put_steps.run(self._cursor, values)
 
     def _take_back(self, turn_id: str, *, was_open: bool) -> TurnWritten | None:
         """Take back what was written of a turn that went on: it had waited, or a sweep had closed it as abandoned.
@@ -135,6 +136,8 @@ class LedgerWriter:
         if written is None or not (was_open or written.turn.status in (ABANDONED, INTERRUPTED)):
             return None
         turn = written.turn
+        same = turn_steps.c.started_ns == turn.started_ns, turn_steps.c.turn_id == turn.id
+        self._connection.execute(delete(turn_steps).where(*same))
         self._connection.execute(delete(turns).where(turns.c.id == turn_id))
         less = {column: sessions.c[column] - getattr(turn, name) for column, name in SESSION_SUMS.items()}
         less["failed_turns"] = sessions.c.failed_turns - int(turn.status == "failed")
@@ -165,7 +168,7 @@ class LedgerWriter:
         values = {name: getattr(whole, name) for name in TURN_COLUMNS}
         values |= {"spans": spans + written.roots}
         self._connection.execute(update(turns).where(turns.c.id == part.id).values(values))
-        self._put_steps(part.id, all_steps)
+        self._put_steps(whole, all_steps)
         more = {
             column: sessions.c[column] + (getattr(whole, name) - getattr(written.turn, name))
             for column, name in SESSION_SUMS.items()
