@@ -67,9 +67,9 @@ LIMITS = {
         "which belong together; kept beside the history that is held, that would be saved."
     ),
     "all that a report asks": (
-        "SQLite counts by sorting: six of the questions read every turn and sort a million rows, in C, on as many "
-        "processors as there are threads. A scan of all turns takes 0.2 s and a sort of them 0.2 to 0.5 s; more "
-        "processors would help (`ask_together(threads=4)`), or sums that are kept while turns are written."
+        "SQLite counts by sorting: six of the questions read every turn and sort a million rows, in C. A scan of all "
+        "turns takes 0.2 s and a sort of them 0.2 to 0.5 s. More processors help (four are used where they are), or "
+        "sums that are kept while turns are written."
     ),
 }
 """By words of a target: what limits it where it is missed, and what would help."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from sqlalchemy import Engine, create_engine
+from sqlalchemy import Engine, create_engine, func, select
 
 import fresh
 import ledger_processes
@@ -24,6 +24,7 @@ import postgres
 from ledger_processes import IDLE, NOON, SECOND, begin, ended, finish
 from turntrace.errors import LedgerError, TurntraceError
 from turntrace.ledger import Ledger, SessionOpened, StageWanted, TurnEnd
+from turntrace.ledger.tables import sessions
 from turntrace.records import SessionFacts, Step, TurnTags
 
 T = TypeVar("T")
@@ -213,6 +214,20 @@ def test_threads_get_numbers_without_gaps_and_none_twice(database: Database) -> 
     session = ledgers[1].session("s1")
     assert session is not None
     assert session.total_turns == 16 * each
+
+
+def test_all_that_is_asked_in_one_reading_is_of_the_same_moment(shared: Database) -> None:
+    if shared.backend.engine is not None:
+        pytest.skip("how an engine of the app's locks is for the app to say")
+    ledger, other = shared.open(), shared.open()
+    open_session(ledger, "s1")
+    count = select(func.count()).select_from(sessions)
+    with ledger.asking() as connection:
+        before = connection.execute(count).scalar_one()
+        open_session(other, "s2", user="u2")
+        assert connection.execute(count).scalar_one() == before == 1
+    with ledger.asking() as connection:
+        assert connection.execute(count).scalar_one() == 2
 
 
 # --- where a turn may begin -------------------------------------------------------------------------------------------

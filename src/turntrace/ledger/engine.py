@@ -78,6 +78,8 @@ class Database:
         # An engine of the app's may be one that commits by itself, or that sees no more than its first query saw.
         own = self._owns_engine or self._is_sqlite
         self._writes = self.engine if own else self.engine.execution_options(isolation_level="READ COMMITTED")
+        one_moment = {} if self._is_sqlite else {"isolation_level": "REPEATABLE READ"}
+        self._reads = self.engine.execution_options(**one_moment)
         self._in_memory = self._is_sqlite and is_memory(self.engine.url)
         self._alone = self.engine if self._is_sqlite else self.engine.execution_options(isolation_level="AUTOCOMMIT")
         self._lock = threading.RLock()
@@ -256,7 +258,7 @@ class Database:
                 with self._lock, self.engine.connect() as connection:
                     yield connection
             else:
-                with self._counted(), self.engine.connect() as connection:
+                with self._counted(), self._reads.connect() as connection:
                     if self._is_sqlite:
                         connection.exec_driver_sql("BEGIN")
                     yield connection

@@ -1,5 +1,6 @@
 """All figures of the report, asked of the ledger."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,8 @@ from turntrace.analytics import ALL, UNSATISFIED_BELOW, Filters
 from turntrace.ledger import Ledger
 from turntrace.summaries import SessionSummary
 
-_AT_ONCE: Final = 2
+_MOST_AT_ONCE: Final = 4
+"""As many questions read all turns and take about the same time; an app's pool of connections is not used up by it."""
 _SHOWN: Final = 10
 _LATEST: Final = 15
 _NEARLY_EMPTY: Final = 0.02
@@ -93,8 +95,15 @@ class Report:
         return self.totals.sessions == 0
 
 
+def at_once() -> int:
+    """Return how many questions are asked at a time: as many as there are processors, but at least two."""
+    # Those that this process may use; macOS and Windows do not tell them apart.
+    known = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(2, min(known, _MOST_AT_ONCE))
+
+
 def collect(ledger: Ledger, filters: Filters = ALL, *, now_ns: int) -> Report:
-    """Ask the ledger for all that the report shows; in two threads.
+    """Ask the ledger for all that the report shows: on as many processors as there are, on at most four.
 
     Args:
         ledger: The ledger.
@@ -106,7 +115,7 @@ def collect(ledger: Ledger, filters: Filters = ALL, *, now_ns: int) -> Report:
     """
     ledger.settled()  # once, instead of at the first question of each thread
     questions = {name: partial(question, ledger, filters) for name, question in _QUESTIONS.items()}
-    answers: dict[str, Any] = analytics.ask_together(questions, threads=_AT_ONCE)
+    answers: dict[str, Any] = analytics.ask_together(questions, threads=at_once())
     usage, errors = answers.pop("by_model")
     of_model = {"usage_by_model": usage, "estimate_errors": errors}
     windows: Sequence[analytics.WindowOfTurn] = answers["windows"]

@@ -87,7 +87,7 @@ class ReportServer:
         filters = filters_of(asked, self._filters)
         if "user" in asked:
             filters = with_whole_user(filters, self._ledger)
-        with self._making:  # one page at a time: each asks in two threads
+        with self._making:  # one page at a time: each asks in several threads
             report = collect(self._ledger, filters, now_ns=self._clock())
         return render(report, langfuse=self._langfuse, refresh_s=self._refresh_s)
 
