@@ -1,6 +1,7 @@
 """The ledger on PostgreSQL: poolers, engines of the app's own, tables that are away for a moment."""
 
 from collections.abc import Iterator
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -149,6 +150,28 @@ def test_an_engine_of_the_apps_may_have_transactions_of_any_kind(level: Any, url
     talk(tracker)
     assert tracker.flush(60)
     assert totals(tracker) == (4, 4, 4400)
+    tracker.shutdown()
+    engine.dispose()
+
+
+@pytest.mark.usefixtures("lenient")
+def test_a_locked_table_holds_up_one_turn_for_as_long_as_the_url_says_and_nothing_is_lost(url: str) -> None:
+    engine = create_engine(url)
+    options = f"{engine.url.query['options']} -c lock_timeout=500"
+    bounded = engine.url.update_query_dict({"options": options}).render_as_string(hide_password=False)
+    tracker = SessionTracker(bounded, user_hash_key="a key of the tests")
+    talk(tracker)
+    assert tracker.flush()
+    with engine.connect() as locked:
+        locked.exec_driver_sql("LOCK TABLE turntrace_turns, turntrace_open_turns, turntrace_sessions")
+        talking = Thread(target=talk, args=(tracker, 3), daemon=True)
+        talking.start()
+        talking.join(30)
+        assert not talking.is_alive()
+        locked.rollback()
+    assert tracker.flush(60)
+    assert totals(tracker) == (4, 4, 4400)
+    assert tracker.ledger.turn_numbers("c") == [1, 2, 3, 4]
     tracker.shutdown()
     engine.dispose()
 
