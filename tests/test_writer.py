@@ -3,6 +3,7 @@
 import logging
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -153,6 +154,27 @@ def test_several_jobs_share_a_transaction(writer: Writer, ledger: Ledger, engine
     assert writer.drain(PATIENCE)
     assert len(texts(ledger)) == 51
     assert len(commits) <= 4
+
+
+def test_jobs_that_come_soon_after_a_transaction_share_the_next_one(ledger: Ledger) -> None:
+    """In a busy process a turn ends every few milliseconds; a transaction for each would cost more than the turn."""
+    transactions: list[threading.Event] = []
+    writer = Writer(ledger, lambda: transactions[-1].set())
+
+    def share_one() -> bool:
+        transactions.append(threading.Event())
+        writer.submit(Put("first"))
+        assert transactions[-1].wait(PATIENCE)  # nobody asked for it to be written
+        jobs = [Put("second"), Put("third")]
+        transactions.append(threading.Event())
+        writer.submit(jobs[0])
+        time.sleep(0.015)  # longer than a job waits that comes by itself
+        were_none = not transactions[-1].is_set()
+        writer.submit(jobs[1])
+        assert writer.drain(PATIENCE)
+        return were_none
+
+    assert any(share_one() for _ in range(10))  # a slow machine may come too late with some
 
 
 def test_a_job_may_submit_another(writer: Writer, ledger: Ledger) -> None:
