@@ -34,6 +34,11 @@ def machine() -> str:
     return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}; {known}"
 
 
+def as_installed() -> dict[str, str]:
+    """Return the environment for a process in which Python keeps what it has compiled, as of a package's modules."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)

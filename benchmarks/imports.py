@@ -11,7 +11,7 @@ themselves, and what Langfuse's own handler takes over them.
 import subprocess
 import sys
 
-from _tables import Report, arguments, middle, summary
+from _tables import Report, arguments, as_installed, middle, summary
 
 BASE = "import langgraph.graph, langfuse"
 HANDLER = "from turntrace import SessionCallbackHandler"
@@ -34,7 +34,8 @@ MOST_MS = 150.0
 def once(before: str, timed: str) -> tuple[float, float]:
     """Return milliseconds of CPU and of wall that something takes after something else."""
     code = TIMED.format(before=before, timed=timed)
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=as_installed())
     cpu, wall = map(float, done.stdout.split())
     return cpu * 1e3, wall * 1e3
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from _sink import Sink
-from _tables import Report, arguments, summary
+from _tables import Report, arguments, as_installed, summary
 
 BARE, OURS, FITTING, LANGFUSE = "bare graph", "turntrace", "turntrace, ContextTracker", "langfuse.langchain's handler"
 VARIANTS = (BARE, OURS, FITTING, LANGFUSE)
@@ -107,7 +107,7 @@ def run_child(variant: str, turns: int, sink: Sink) -> dict[str, Any]:
         "--sink",
         sink.url("").rstrip("/"),
     ]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=as_installed())
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
