@@ -46,8 +46,9 @@ LIMITS = {
     "process CPU below Langfuse's": (
         "Who sends spans pays for making them and for a request. The row `one bare OTel span a run` is what that takes "
         "with OpenTelemetry's own exporter, with nothing written down and nothing known of the turn; a ledger comes on "
-        "top of it. At turn 400 the same calls of the writing thread take three times as long, since the graph has put "
-        "all else out of the processor's caches. A compiled encoder would bring turntrace nearer to that row."
+        "top of it. At turn 400 the same number of calls took the writing thread three times the CPU, probably since "
+        "the graph has put all else out of the processor's caches; that was not measured. A compiled encoder would "
+        "bring turntrace nearer to that row."
     ),
     "turntrace to one span a run, in callbacks": (
         "The ledger gives a turn its number before the first node runs, so that every span has it: a row of SQLite's, "
