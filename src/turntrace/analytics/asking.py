@@ -1,25 +1,10 @@
-"""How questions are asked of the ledger: rows to results, days, quantiles in SQL, and several questions at once."""
+"""How questions are asked of the ledger: rows to results, days, texts in order, and several questions at once."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import (
-    CTE,
-    BigInteger,
-    ColumnElement,
-    Executable,
-    Integer,
-    Select,
-    case,
-    func,
-    literal,
-    null,
-    or_,
-    select,
-    union_all,
-)
+from sqlalchemy import ColumnElement, Executable, case, func, literal
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
@@ -31,10 +16,6 @@ T = TypeVar("T")
 
 MOST_TURNS: Final = 50
 """Turns of a conversation that are told apart; those after it are one."""
-
-QUANTILES: Final = (50, 95, 99)
-_SPAN: Final = 2**40
-"""More than any value of numbered parts, which are milliseconds or thousandths: 34 years of them."""
 
 
 def checked_ledger(ledger: Ledger) -> Ledger:
@@ -116,80 +97,3 @@ def _plain(element: in_bytes, compiler: Any, **kw: Any) -> str:
 @compiles(in_bytes, "postgresql")
 def _collated(element: in_bytes, compiler: Any, **kw: Any) -> str:
     return f'({compiler.process(element.clauses, **kw)}) COLLATE "C"'
-
-
-@dataclass(frozen=True, slots=True)
-class Quantiles:
-    """Quantiles of whole numbers.
-
-    Attributes:
-        n: How many numbers there are; at least 1.
-        at: By percent, the smallest number with so many of the hundred at or below it.
-    """
-
-    n: int
-    at: Mapping[int, int]
-
-
-def quantiles(
-    ledger: Ledger, values: Select[Any], percents: Sequence[int] = QUANTILES, *, overall: bool = False
-) -> dict[Any, Quantiles]:
-    """Return quantiles of a value, exact and by the nearest rank: the smallest value with so many at or below it.
-
-    Equal values are counted before they are ordered, which spares most of the ordering.
-
-    Args:
-        ledger: The ledger.
-        values: Rows of ``value``, a whole number from 0 to 2**40 that is not NULL, and perhaps of ``part``, a number or
-            a text that the values are told apart by, which is not NULL either.
-        percents: Which quantiles.
-        overall: Whether those of all parts together are wanted too.
-
-    Returns:
-        The quantiles by each part, and by None for all together (also where there are no parts); nothing without any
-        value.
-    """
-    given = values.subquery()
-    parts = "part" in given.c
-    counts = _counted(given, packed=parts and isinstance(given.c.part.type, Integer))
-    queries = [_reached(counts, percents, counts.c.part if parts else None)]
-    if parts and overall:
-        together = select(counts.c.value, func.sum(counts.c.times).label("times")).group_by(counts.c.value)
-        queries.append(_reached(together.cte("together"), percents, None, like=counts.c.part.type))
-    found: dict[Any, tuple[int, dict[int, int]]] = {}
-    for row in rows_of(ledger, union_all(*queries)):
-        _, at = found.setdefault(row.part, (int(row.n), {}))
-        at |= {percent: int(row.value) for percent in percents if _is_at(row, percent)}
-    return {part: Quantiles(n, at) for part, (n, at) in found.items()}
-
-
-def _counted(given: Any, *, packed: bool) -> CTE:
-    """Return how many times there is each value of each part.
-
-    Where the parts are numbers, SQLite sorts one number a row, which takes it two thirds of the time of two.
-    """
-    keys = [given.c[name] for name in ("part", "value") if name in given.c]
-    if not packed:
-        return select(*keys, func.count().label("times")).group_by(*keys).cte("counts")
-    span = literal(_SPAN, BigInteger)
-    key = (given.c.part * span + given.c.value).label("key")
-    by_key = select(key, func.count().label("times")).group_by(key).subquery()
-    unpacked = (by_key.c.key // span).label("part"), (by_key.c.key % span).label("value")
-    return select(*unpacked, by_key.c.times).cte("counts")
-
-
-def _reached(counts: CTE, percents: Sequence[int], part: Any, like: Any = None) -> Select[Any]:
-    """Return the query for the counted values at which a quantile is reached, with how many are at or below them."""
-    apart: dict[str, Any] = {} if part is None else {"partition_by": part}
-    times = func.sum(counts.c.times)
-    upto = times.over(order_by=counts.c.value, rows=(None, 0), **apart)
-    n = times.over(order_by=counts.c.value, rows=(None, None), **apart)  # in this order too: then it is sorted once
-    of = (null() if like is None else null().cast(like)) if part is None else part
-    columns = of.label("part"), counts.c.value, counts.c.times, upto.label("upto"), n.label("n")
-    summed = select(*columns).subquery()
-    return select(summed).where(or_(*(_is_at(summed.c, percent) for percent in percents)))
-
-
-def _is_at(row: Any, percent: int) -> Any:
-    """Tell, in SQL or in Python, whether a quantile is reached at a counted value, and not at the one before."""
-    return (row.upto * 100 >= row.n * percent) & ((row.upto - row.times) * 100 < row.n * percent)

@@ -7,8 +7,9 @@ from typing import Any, Final
 
 from sqlalchemy import Select, func, select
 
-from turntrace.analytics.asking import Quantiles, count_if, day, quantiles, rows_of, turn_number
+from turntrace.analytics.asking import count_if, day, rows_of, turn_number
 from turntrace.analytics.filters import ALL, Filters, checked, of_sessions, of_turns, of_turns_joined
+from turntrace.analytics.quantiles import Quantiles, quantiles
 from turntrace.analytics.times import DAY_NS, iso_day
 from turntrace.ledger import Ledger
 from turntrace.ledger.tables import sessions, turns

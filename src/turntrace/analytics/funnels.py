@@ -7,9 +7,10 @@ from typing import Any, Final
 
 from sqlalchemy import BigInteger, Select, case, func, literal, select
 
-from turntrace.analytics.asking import Quantiles, in_bytes, quantiles, rows_of
+from turntrace.analytics.asking import in_bytes, rows_of
 from turntrace.analytics.confidence import interval
 from turntrace.analytics.filters import ALL, Filters, in_sessions
+from turntrace.analytics.quantiles import Quantiles, quantiles
 from turntrace.ledger import Ledger
 from turntrace.ledger.tables import journeys, stages
 

@@ -5,8 +5,9 @@ from typing import Final
 
 from sqlalchemy import case, func, select
 
-from turntrace.analytics.asking import QUANTILES, quantiles, rows_of, turn_number
+from turntrace.analytics.asking import rows_of, turn_number
 from turntrace.analytics.filters import ALL, Filters, of_sessions, of_turns
+from turntrace.analytics.quantiles import QUANTILES, quantiles
 from turntrace.ledger import Ledger
 from turntrace.ledger.tables import sessions, turns
 

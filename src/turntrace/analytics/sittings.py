@@ -6,8 +6,9 @@ from typing import Any, Final, Literal
 
 from sqlalchemy import case, func, select
 
-from turntrace.analytics.asking import Quantiles, checked_ledger, count_if, day, in_bytes, quantiles, read, rows_of
+from turntrace.analytics.asking import checked_ledger, count_if, day, in_bytes, read, rows_of
 from turntrace.analytics.filters import ALL, Filters, of_sessions
+from turntrace.analytics.quantiles import Quantiles, quantiles
 from turntrace.analytics.times import DAY_NS, iso_day
 from turntrace.errors import ConfigurationError
 from turntrace.ledger import Ledger
