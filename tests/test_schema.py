@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, inspect
+from sqlalchemy import Connection, create_engine, inspect
 
 import postgres
 from turntrace import SessionTracker, Turn, analytics
@@ -290,6 +290,13 @@ STEP = Step("a" * 16, "b" * 16, "agent", "chain", 0, 500)
 OLDEST = Path(__file__).parent / "data" / "ledger-schema-1.sql"
 
 
+def before_8(connection: Connection) -> None:
+    """Take away what version 8 added."""
+    connection.exec_driver_sql("DROP TABLE IF EXISTS turntrace_steps")
+    connection.exec_driver_sql("DROP INDEX IF EXISTS turntrace_turns_figures")  # it goes with a column of it
+    connection.exec_driver_sql("CREATE INDEX turntrace_turns_session ON turntrace_turns (session_id, started_ns)")
+
+
 def columns_of(path: Path) -> dict[str, list[tuple[Any, ...]]]:
     with database(path) as connection:
         return {
@@ -380,6 +387,7 @@ def test_a_ledger_of_the_first_schema_on_postgresql_is_brought_up_without_loss()
                     connection.exec_driver_sql(f"ALTER TABLE {table} DROP COLUMN {name}")
             for index in ("waiting", "failing"):
                 connection.exec_driver_sql(f"DROP INDEX turntrace_turns_{index}")
+            before_8(connection)
             for name in ("attempts", "next_try_ns", "leased_until_ns", "refused"):
                 connection.exec_driver_sql(f"ALTER TABLE turntrace_outbox ADD COLUMN {name} BIGINT")
             connection.exec_driver_sql("INSERT INTO turntrace_meta VALUES ('schema_version', '1')")
@@ -404,6 +412,9 @@ def test_a_ledger_of_the_first_schema_on_postgresql_is_brought_up_without_loss()
         assert set(inspect(engine).get_table_names()) == set(metadata.tables)
         for table, names in ADDED.items():
             assert set(names) <= {column["name"] for column in inspect(engine).get_columns(table)}
+        indexes = {index["name"] for index in inspect(engine).get_indexes("turntrace_turns")}
+        assert indexes >= {index.name for index in metadata.tables["turntrace_turns"].indexes}
+        assert "turntrace_turns_session" not in indexes
         ledger.close()
         engine.dispose()
 
@@ -433,7 +444,7 @@ def test_steps_that_an_older_version_wrote_are_known_and_added_to(url_of_either:
     with engine.begin() as connection:  # as version 7 wrote them
         of_turn = "SELECT steps FROM turntrace_steps WHERE turn_id = turntrace_turns.id"
         connection.exec_driver_sql(f"UPDATE turntrace_turns SET steps = ({of_turn})")
-        connection.exec_driver_sql("DROP TABLE turntrace_steps")
+        before_8(connection)
         connection.exec_driver_sql("UPDATE turntrace_meta SET value = '7' WHERE key = 'schema_version'")
     again = capture.tracker(url_of_either)
     with again.resume_turn(carrier) as turn:
@@ -464,7 +475,7 @@ def test_a_turn_that_waits_in_a_ledger_of_version_5_keeps_its_topic(url_of_eithe
         for table in ("turntrace_turns", "turntrace_open_turns"):
             connection.exec_driver_sql(f"ALTER TABLE {table} DROP COLUMN own")
         connection.exec_driver_sql("DROP INDEX turntrace_turns_failing")
-        connection.exec_driver_sql("DROP TABLE turntrace_steps")
+        before_8(connection)
         connection.exec_driver_sql("UPDATE turntrace_meta SET value = '5' WHERE key = 'schema_version'")
     again = capture.tracker(url_of_either)
     with again.resume_turn(carrier) as turn:

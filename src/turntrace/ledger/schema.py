@@ -26,6 +26,7 @@ from turntrace.ledger.tables import (
     refused,
     sessions,
     stages,
+    turn_figures,
     turn_steps,
     turns,
     waiting_turns,
@@ -98,8 +99,10 @@ def _to_7(connection: Connection) -> None:
 
 
 def _to_8(connection: Connection) -> None:
-    """Add the table of the steps of turns that end from now on."""
+    """Add the table of the steps of turns that end from now on, and to the index by session what is asked of many."""
     turn_steps.create(connection)
+    turn_figures.create(connection)
+    connection.exec_driver_sql("DROP INDEX turntrace_turns_session")
 
 
 MIGRATIONS: Final[dict[int, Callable[[Connection], None]]] = {

@@ -168,12 +168,20 @@ turns = Table(
     Column("checkpoint_id", String(200)),
     Column("own", Text),  # as of the turns that run
     UniqueConstraint("conversation_id", "number", name="turntrace_turns_number"),
-    Index("turntrace_turns_session", "session_id", "started_ns"),
+)
+
+# The turns of a session, in order, with all that is asked of many turns: that is read from here, a third of the table.
+_ASKED_OF_MANY: Final = (
+    *("number", "status", "intent", "model", "latency_ms", "time_to_first_token_ms", "input_tokens", "output_tokens"),
+    *("cost_usd", "unpriced_calls", "context_tokens", "context_limit", "counted_tokens", "counted_of_tokens"),
+)
+turn_figures = Index(
+    "turntrace_turns_figures", *(turns.c[name] for name in ("session_id", "started_ns", *_ASKED_OF_MANY))
 )
 
 # The steps of a turn, as JSON. They are longer than all else that is known of it and only looked at: whoever asks about
 # all turns reads past none of them. Those that are in the row of the turn stay there, so that a large ledger is brought
-# up at once, and processes of the version before write on meanwhile.
+# up in seconds, and processes of the version before write on.
 turn_steps = Table(
     "turntrace_steps",
     metadata,
