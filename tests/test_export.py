@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from langfuse._utils.environment import common_release_envs
 from opentelemetry import trace
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, Status
@@ -29,6 +30,7 @@ from turntrace import SessionTracker
 from turntrace import attributes as a
 from turntrace.export import SpanTarget, from_otlp, ids_of, open_target, to_otlp
 from turntrace.ledger import Ledger
+from turntrace.settings import RELEASES
 from turntrace.testing import CapturedSpan, Clock, assert_all_tagged, captured_spans, decoded_spans, outbox_spans
 
 SECOND = 1_000_000_000
@@ -621,6 +623,149 @@ tracker.flush()
     assert {score["name"] for score in scores} >= {"session.total_turns", "session.user_satisfaction"}
     assert all("traceId" not in score for score in scores)
     assert {score["environment"] for score in scores} == {"staging"}
+
+
+# --- Langfuse's client, made when it is needed ------------------------------------------------------------------------
+def test_langfuses_client_is_not_made_where_nobody_needs_it(server: Server, url: str) -> None:
+    out = run(PLAYS_AND_FLUSHES + "import sys\nprint('langfuse' in sys.modules)", url, **keys(server))
+    assert out.strip() == "False"
+    assert sorted(span.name for span in server.spans()) == sorted([*NAMES, "agent", "work"])
+
+
+@pytest.mark.parametrize("needs_it", ["the app's listener", "the app's import"])
+def test_langfuses_client_is_made_at_once_where_the_app_is_known_to_need_it(
+    server: Server, url: str, needs_it: str
+) -> None:
+    listens = (
+        "from opentelemetry import trace\nfrom opentelemetry.sdk.trace import SpanProcessor, TracerProvider\n"
+        "trace.set_tracer_provider(TracerProvider())\n"
+        "trace.get_tracer_provider().add_span_processor(SpanProcessor())\n"
+    )
+    before = listens if needs_it == "the app's listener" else "import langfuse\n"
+    looks = (
+        "from langfuse._client.resource_manager import LangfuseResourceManager\n"
+        "print(len(LangfuseResourceManager._instances))"
+    )
+    assert run(before + PLAYS_AND_FLUSHES + looks, url, **keys(server)).strip() == "1"
+
+
+OUTSIDE = """
+from opentelemetry import trace
+from turntrace import SessionTracker
+tracker = SessionTracker()
+tracer = trace.get_tracer("opentelemetry.instrumentation.openai")
+with tracer.start_as_current_span("nightly"):
+    with tracer.start_as_current_span("call"):
+        pass
+with tracker.session(session_id="mine") as session:
+    with session.conversation("c1").turn("Hello"):
+        with tracer.start_as_current_span("in a turn"):
+            pass
+tracer.start_span("after").end()
+trace.get_tracer_provider().force_flush()
+tracker.flush()
+"""
+
+
+def test_all_spans_of_others_arrive_though_the_first_comes_before_langfuses_client(server: Server, url: str) -> None:
+    run(OUTSIDE, url, **keys(server))
+    spans = server.spans()
+    names = ["nightly", "call", "in a turn", "after"]
+    assert sorted(span.name for span in spans) == sorted([*NAMES, *names])
+    roots = {span.name for span in spans if span.attributes.get("langfuse.internal.is_app_root")}
+    assert roots == {"session.start", "conversation.turn", "session.end", "nightly", "after"}
+
+
+def test_what_the_app_observes_arrives_when_it_imports_langfuse_after_the_tracker_was_made(
+    server: Server, url: str
+) -> None:
+    server.status = 503
+    script = """
+from turntrace import SessionTracker
+tracker = SessionTracker()
+with tracker.session(session_id="mine") as session:
+    with session.conversation("c1").turn("Hello"):
+        pass
+    from langfuse import get_client, observe
+
+    @observe()
+    def look_up():
+        pass
+
+    with session.conversation("c1").turn("And now?"):
+        look_up()
+    look_up()
+get_client().flush()
+tracker.flush()
+"""
+    run(script, url, **keys(server))
+    turns, names = in_ledger(url)
+    assert turns == 2
+    assert sorted(names) == sorted([*NAMES, "conversation.turn", "look_up", "look_up"])
+
+
+def test_threads_that_need_langfuses_client_at_once_do_not_keep_each_other_waiting(server: Server, url: str) -> None:
+    script = """
+import threading
+from opentelemetry import trace
+from turntrace import SessionTracker
+tracker = SessionTracker()
+tracer = trace.get_tracer("opentelemetry.instrumentation.openai")
+begun = threading.Barrier(3)
+
+def imports():
+    begun.wait()
+    import langfuse
+
+def starts():
+    begun.wait()
+    tracer.start_span("other").end()
+
+threads = [threading.Thread(target=each) for each in (imports, starts, starts)]
+for each in threads:
+    each.start()
+for each in threads:
+    each.join(30)
+assert not any(each.is_alive() for each in threads)
+from langfuse._client.resource_manager import LangfuseResourceManager
+print(len(LangfuseResourceManager._instances))
+"""
+    assert run(script, url, **keys(server)).strip() == "1"
+
+
+@pytest.mark.parametrize("needs", ["import langfuse", 'tracer.start_span("other").end()'])
+def test_langfuses_client_can_be_made_in_a_loop_that_is_watched(server: Server, url: str, needs: str) -> None:
+    script = f"""
+import asyncio
+import sys
+from types import ModuleType
+from opentelemetry import trace
+from turntrace import SessionTracker
+sys.modules["blockbuster"] = ModuleType("blockbuster")  # by which langgraph dev watches loops
+tracker = SessionTracker()
+tracer = trace.get_tracer("opentelemetry.instrumentation.openai")
+
+async def node():
+    {needs}
+
+asyncio.run(node())
+from langfuse._client.resource_manager import LangfuseResourceManager
+print(len(LangfuseResourceManager._instances))
+"""
+    assert run(script, url, **keys(server)).strip() == "1"
+
+
+def test_variables_that_only_langfuses_client_reads_are_told_when_it_is_made(server: Server, url: str) -> None:
+    out = run(PLAYS_AND_FLUSHES + "import langfuse\n", url, **keys(server), LANGFUSE_FLUSH_AT="many")
+    assert sorted(span.name for span in server.spans()) == sorted([*NAMES, "agent", "work"])
+    assert out.count("LANGFUSE_FLUSH_AT=512") == 1
+    assert "many" not in out
+
+
+def test_the_release_is_that_of_the_platform_as_langfuses_client_reads_it(server: Server, url: str) -> None:
+    run(PLAYS_AND_FLUSHES, url, **keys(server), GIT_COMMIT="abc", GITHUB_SHA="def")
+    assert {resource_of(each)["langfuse.release"] for each in server.resources()} == {"abc"}
+    assert list(RELEASES) == common_release_envs
 
 
 # --- what finds the place ---------------------------------------------------------------------------------------------

@@ -89,6 +89,25 @@ def test_a_span_is_the_same_as_the_sdks(
     assert from_otlp(to_otlp([ours])).SerializeToString() == from_otlp(to_otlp([sdks])).SerializeToString()
 
 
+def test_what_stands_around_spans_is_written_as_the_sdk_writes_it() -> None:
+    held: dict[str, Any] = {
+        "text": "shop ☂",
+        "whole": -3,
+        "part": 0.5,
+        "yes": True,
+        "no": False,
+        "many": ("a", "b"),
+        "none": (),
+    }
+    resource = Resource({**held, "long": "x" * 5_000}, "https://example.com/schema")
+    context = trace.SpanContext(1, 2, is_remote=False)
+    ours = WrittenSpan(Around.of(resource), "same", context, None, {}, 1, lambda _: None)
+    ours.end(2)
+    scope = InstrumentationScope("turntrace")
+    sdks = ReadableSpan("same", context, None, resource, instrumentation_scope=scope, start_time=1, end_time=2)
+    assert from_otlp(to_otlp([ours])) == from_otlp(to_otlp([sdks]))
+
+
 def test_spans_of_both_kinds_go_together() -> None:
     context = trace.SpanContext(1, 2, is_remote=False)
     ours = WrittenSpan(AROUND, "ours", context, None, {}, 1, lambda _: None)

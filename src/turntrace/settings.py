@@ -24,6 +24,12 @@ _ALIKE: Final = 0.5
 MAX_TIMEOUT_S: Final = 86_400.0
 """Longest that a request may take, in seconds: a day."""
 
+RELEASES: Final = (
+    *("RENDER_GIT_COMMIT", "CI_COMMIT_SHA", "CIRCLE_SHA1", "SOURCE_VERSION", "TRAVIS_COMMIT", "GIT_COMMIT"),
+    *("GITHUB_SHA", "BITBUCKET_COMMIT", "BUILD_SOURCEVERSION", "DRONE_COMMIT_SHA"),
+)
+"""Where the release is read from when ``LANGFUSE_RELEASE`` is not set, in this order, as Langfuse's SDK does it."""
+
 LANGFUSE_CLOUD: Final = "https://cloud.langfuse.com"
 """The server where ``LANGFUSE_BASE_URL`` says none, as Langfuse's SDK has it."""
 
@@ -96,6 +102,11 @@ class LangfuseSettings(BaseSettings):
     def has_keys(self) -> bool:
         """Whether there is a server to send to."""
         return bool(self.public_key and self.secret_key and self.secret_key.get_secret_value())
+
+    @property
+    def known_release(self) -> str | None:
+        """The release, also as platforms that build and deploy name it."""
+        return self.release or next((os.environ[name] for name in RELEASES if name in os.environ), None)
 
     @property
     def server(self) -> str:
