@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import compress
+from itertools import compress, count
+from operator import is_
 from typing import Any, Final, TypeAlias
 
 from langchain_core.messages import (
@@ -10,6 +11,7 @@ from langchain_core.messages import (
     BaseMessage,
     HumanMessage,
     InvalidToolCall,
+    SystemMessage,
     ToolCall,
     ToolMessage,
 )
@@ -22,6 +24,7 @@ SUMMARY_KEY: Final = "turntrace_summary"
 _SYSTEM_ROLES: Final = ("system", "developer")
 _USER_ROLES: Final = ("user", "human")
 _KINDS: Final = (AIMessage, ToolMessage, HumanMessage)
+_EXACT: Final = frozenset((*_KINDS, SystemMessage))
 
 _Places: TypeAlias = Sequence[int | None]
 
@@ -171,15 +174,20 @@ class Overfull:
 
     def _places_of_kept(self, messages: Sequence[BaseMessage]) -> list[int | None] | None:
         """Return where each message stood, as late as can be; None where some were put in, or the order is another."""
-        places: list[int | None] = []
-        others = reversed(messages)
+        end = len(self.messages)
+        # Nearly always the newest stay, and of those before them what is pinned.
+        tail = min(end, max(0, len(messages) - sum(index < end - len(messages) for index in self.pinned)))
+        if not all(map(is_, reversed(messages[-tail:] if tail else ()), reversed(self.messages))):
+            tail = 0
+        places: list[int | None] = list(reversed(range(end - tail, end)))
+        others = iter(messages[len(messages) - tail - 1 :: -1] if len(messages) > tail else ())
         wanted = next(others, None)
-        for index, message in zip(reversed(range(len(self.messages))), reversed(self.messages), strict=True):
-            if message is wanted:
+        for index in reversed(range(end - tail)):
+            if wanted is None:
+                break
+            if self.messages[index] is wanted:
                 places.append(index)
                 wanted = next(others, None)
-                if wanted is None:
-                    break
         return places[::-1] if wanted is None else None
 
     def _places_of_any(self, messages: Sequence[BaseMessage]) -> list[int | None]:
@@ -242,28 +250,25 @@ def _read(messages: Sequence[BaseMessage]) -> _Read:
     calls: dict[str | None, int] = {}
     waiting: dict[str | None, list[int]] = {}
     crossing = False
-    for index, message in enumerate(messages):
-        kind: Any = message.__class__
-        if kind not in _KINDS:
-            kind = next((each for each in _KINDS if isinstance(message, each)), None)
+    kinds: list[Any] = list(map(type, messages))
+    if not _EXACT.issuperset(kinds):
+        kinds = [kind if kind in _EXACT else _kind_of(each) for each, kind in zip(messages, kinds, strict=True)]
+    message: Any
+    for index, message, kind in zip(count(), messages, kinds, strict=False):
         if kind is AIMessage:
-            assert isinstance(message, AIMessage)
-            if not (message.tool_calls or message.invalid_tool_calls):
-                continue
-            for call in _calls_of(message):
-                calls[call["id"]] = index
-                if waiting:
-                    for early in waiting.pop(call["id"], ()):
-                        crossing = crossing or (bool(starts) and starts[-1] > early)
-                        _link(linked, early, index)
+            if message.tool_calls or message.invalid_tool_calls:
+                for call in _calls_of(message):
+                    calls[call["id"]] = index
+                    if waiting:
+                        for early in waiting.pop(call["id"], ()):
+                            crossing = crossing or (bool(starts) and starts[-1] > early)
+                            _link(linked, early, index)
         elif kind is ToolMessage:
-            assert isinstance(message, ToolMessage)
-            at = calls.get(message.tool_call_id)
-            if at is None:
+            if (at := calls.get(message.tool_call_id)) is None:
                 waiting.setdefault(message.tool_call_id, []).append(index)
-            else:
-                crossing = crossing or (bool(starts) and starts[-1] > at)
-                _link(linked, index, at)
+                continue
+            crossing = crossing or (bool(starts) and starts[-1] > at)
+            _link(linked, index, at)
         elif kind is HumanMessage:
             (summaries if message.additional_kwargs and is_summary(message) else starts).append(index)
         elif (role := role_of(message)) in _SYSTEM_ROLES:
@@ -276,12 +281,13 @@ def _read(messages: Sequence[BaseMessage]) -> _Read:
     return pinned, summaries, starts, linked, crossing
 
 
+def _kind_of(message: BaseMessage) -> Any:
+    return next((kind for kind in _KINDS if isinstance(message, kind)), None)
+
+
 def _link(linked: dict[int, list[int]], result: int, call: int) -> None:
-    group = linked.get(call)
-    if group is None:
-        group = linked[call] = [call]
+    group = linked[result] = linked.setdefault(call, [call])
     group.append(result)
-    linked[result] = group
 
 
 def _alike(message: BaseMessage, other: BaseMessage) -> bool:

@@ -6,6 +6,7 @@ is set aside for that call, with a line in the log, and `DropOldestTurns` does i
 """
 
 import inspect
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, Final, Protocol, runtime_checkable
@@ -198,7 +199,8 @@ def _whole_turns(overfull: Overfull, starts: Sequence[int], needed: int) -> tupl
     for index in overfull.pinned:
         tokens[index] = 0
     freed = [0, *accumulate(tokens)]
-    begin = next((start for start in (0, *starts) if freed[start] >= needed), starts[-1])
+    enough = bisect_left(freed, needed)
+    begin = 0 if enough == 0 else starts[min(bisect_left(starts, enough), len(starts) - 1)]
     return begin, freed[begin]
 
 

@@ -5,6 +5,8 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import compress, count
+from operator import attrgetter
 from typing import Any, Final
 
 from langchain_core.messages import BaseMessage, RemoveMessage
@@ -23,6 +25,7 @@ from turntrace.identity import check_text
 logger = logging.getLogger("turntrace")
 
 _SHOWN: Final = 3
+_ID: Final = attrgetter("id")
 _MOST_TOKENS: Final = 10**12
 
 
@@ -232,14 +235,20 @@ class _Fitting:
         if self.pruned is not None:
             after, homes = list(self.pruned.messages), self.pruned.homes
             tokens = self._scaled(sum(self.overfull.counts(self.pruned)) + self.around)
-            stay = set(homes)
-            gone = [(index, each.id) for index, each in enumerate(before) if index not in stay]
-            dropped = tuple([each or f"#{index}" for index, each in gone])
-            removed = tuple([each for _, each in gone if each is not None])
-            new = [index for index, place in enumerate(self.pruned.places) if place is None]
-            put_in = tuple([after[index] for index in new])
-            replaced = tuple([after[index].id or f"#{homes[index]}" for index in new if homes[index] is not None])
-            added = tuple([after[index].id or f"#{index}" for index in new if homes[index] is None])
+            goes = bytearray(b"\1") * len(before)
+            for home in homes:
+                if home is not None:
+                    goes[home] = 0
+            ids = list(map(_ID, compress(before, goes)))
+            dropped = removed = tuple(ids)
+            if None in ids:
+                dropped = tuple([each or f"#{index}" for each, index in zip(ids, compress(count(), goes), strict=True)])
+                removed = tuple([each for each in ids if each is not None])
+            if homes is not self.pruned.places:
+                new = [index for index, place in enumerate(self.pruned.places) if place is None]
+                put_in = tuple([after[index] for index in new])
+                replaced = tuple([after[index].id or f"#{homes[index]}" for index in new if homes[index] is not None])
+                added = tuple([after[index].id or f"#{index}" for index in new if homes[index] is None])
         took = time.perf_counter_ns() - self.started
         decision = PruningDecision(
             at_ns=time.time_ns() - took,

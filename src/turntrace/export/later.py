@@ -1,4 +1,4 @@
-"""Langfuse's client, made when the first of the app's code needs it: it takes megabytes and a quarter of a second."""
+"""Langfuse's client, made when the first of the app's code needs it: it takes megabytes and a tenth of a second."""
 
 import logging
 import sys
