@@ -1,5 +1,7 @@
 """The 100 recorded conversations, replayed: every figure is compared with the file's, counted here without our code."""
 
+import gc
+import itertools
 import json
 import os
 import signal
@@ -8,11 +10,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -73,6 +76,17 @@ def replayed(
 
 def all_lines() -> Iterator[Line]:
     return read_lines(find_sources([str(AIRLINE)]))
+
+
+def interrupted_in_asyncio(at: int) -> Callable[..., Any]:
+    """Return a trace function by which Ctrl-C comes as this thread calls the so-manieth function of asyncio."""
+    calls = itertools.count()
+
+    def trace(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and "asyncio" in frame.f_code.co_filename and next(calls) == at:
+            raise KeyboardInterrupt
+
+    return trace
 
 
 @pytest.fixture(scope="module")
@@ -386,6 +400,28 @@ def test_ctrl_c_ends_a_replay_between_two_turns(options: tuple[str, ...], played
     assert 20 <= len(found) < len(known)
     assert [known[turn[0]] for turn in found] == found
     assert rows(path, "SELECT count(*) FROM turntrace_open_turns") == [(0,)]
+
+
+@pytest.mark.parametrize("at", [0, 2, 5])
+def test_ctrl_c_as_a_conversation_is_begun_leaves_nothing_half_done(at: int, tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    lines = list(all_lines())[:6]
+
+    def interrupts() -> Iterator[Line]:
+        for number, line in enumerate(lines):
+            if number == 2:
+                sys.settrace(interrupted_in_asyncio(at))
+            yield line
+
+    tracing = sys.gettrace()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            replayed(path, interrupts(), concurrency=2, is_async=True)
+    finally:
+        sys.settrace(tracing)
+    gc.collect()  # by which asyncio tells of what nobody waited for
+    assert rows(path, "SELECT count(*) FROM turntrace_open_turns") == [(0,)]
+    assert replayed(path, lines).totals.malformed == 0
 
 
 # --- what is played ---------------------------------------------------------------------------------------------------

@@ -169,17 +169,34 @@ def _in_threads(player: Player, concurrency: int) -> Iterator[Start]:
 
 @contextmanager
 def _in_tasks(player: Player) -> Iterator[Start]:
-    # In a thread of its own: there Ctrl-C does not cancel a turn half way.
+    # In a thread of its own: there Ctrl-C does not cancel a turn half way. Here it may come between any two steps, so
+    # what is begun is begun there, and what was begun is waited for, whether or not it was handed on.
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="turntrace-replay-loop")
     thread.start()
+    tasks: set[asyncio.Task[None]] = set()
+
+    def start(transcript: Transcript) -> "Future[Outcome]":
+        told: Future[Outcome] = Future()
+        loop.call_soon_threadsafe(lambda: tasks.add(loop.create_task(_told(told, player, transcript))))
+        return told
+
     try:
-        yield lambda transcript: asyncio.run_coroutine_threadsafe(player.aplay(transcript), loop)
+        yield start
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
+        if tasks:
+            loop.run_until_complete(asyncio.wait(tasks))
         loop.run_until_complete(loop.shutdown_default_executor())
         loop.close()
+
+
+async def _told(told: "Future[Outcome]", player: Player, transcript: Transcript) -> None:
+    try:
+        told.set_result(await player.aplay(transcript))
+    except BaseException as error:  # it is raised where it is waited for
+        told.set_exception(error)
 
 
 _CREATE: Final = "CREATE TABLE counted (id TEXT PRIMARY KEY) WITHOUT ROWID"
