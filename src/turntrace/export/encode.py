@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from opentelemetry.sdk.trace import ReadableSpan
 
 from turntrace.export.written import WrittenSpan, to_request
+from turntrace.forking import importing
 
 if TYPE_CHECKING:
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
@@ -26,8 +27,8 @@ def to_otlp(spans: Sequence[EndedSpan]) -> bytes:
 
 
 def _encoded(spans: Sequence[ReadableSpan]) -> bytes:
-    from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
-
+    with importing():
+        from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
     body: bytes = encode_spans(spans).SerializeToString()
     return body
 
@@ -38,9 +39,9 @@ def from_otlp(body: bytes) -> "ExportTraceServiceRequest":
     Raises:
         ValueError: If it is not OTLP.
     """
-    from google.protobuf.message import DecodeError
-    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-
+    with importing():
+        from google.protobuf.message import DecodeError
+        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
     request = ExportTraceServiceRequest()
     try:
         request.ParseFromString(body)

@@ -16,6 +16,7 @@ from turntrace.boundary import caught, off_watched_loop
 from turntrace.errors import ConfigurationError
 from turntrace.export.exporter import OutboxExporter, what_to_queue
 from turntrace.export.processor import TurnSpanProcessor, processor_of
+from turntrace.forking import importing
 
 logger = logging.getLogger("turntrace")
 
@@ -66,8 +67,8 @@ def when_needed(provider: TracerProvider) -> OutboxExporter:
     Returns:
         The exporter that the client will send by.
     """
-    from wrapt import register_post_import_hook
-
+    with importing():
+        from wrapt import register_post_import_hook
     with _lock:
         known = _to_come.get(provider)
         if known is None:
@@ -105,10 +106,15 @@ def _made_for(provider: TracerProvider | None, sdk: ModuleType) -> None:
 def _meet(provider: TracerProvider, span: Span, parent_context: Context | None) -> None:
     """Have the client listen from this span on, which starts."""
     before = _listening(provider) or ()
-    sdk = off_watched_loop(lambda: import_module(_SDK))  # by which it is made, unless that was begun before
-    _made_for(provider, sdk)
+    _made_for(provider, off_watched_loop(_imported))
     for processor in (_listening(provider) or ())[len(before) :]:
         processor.on_start(span, parent_context)  # the provider tells it of the next ones
+
+
+def _imported() -> ModuleType:
+    """Import the SDK, by which the client is made, unless that was begun before."""
+    with importing():
+        return import_module(_SDK)
 
 
 def _listening(provider: object) -> tuple[Any, ...] | None:

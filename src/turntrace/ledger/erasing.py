@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from sqlalchemy import Connection, Table, delete, exists, func, literal, or_, select, tuple_, update
 
 from turntrace import attributes as a
+from turntrace.forking import importing
 from turntrace.ledger.tables import (
     conversations,
     decisions,
@@ -169,8 +170,8 @@ def _erase_from(connection: Connection, table: Table, user_id: str, erased: Eras
 
 
 def _take_spans(connection: Connection, table: Table, row: Any, user_id: str, session_ids: Collection[str]) -> int:
-    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest  # megabytes
-
+    with importing():  # megabytes, which few need
+        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
     request = ExportTraceServiceRequest()
     request.ParseFromString(row.body)
     taken = kept = 0
