@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from langchain_core.messages import HumanMessage
 from langgraph.checkpoint.memory import InMemorySaver
@@ -46,6 +46,7 @@ IDS = st.integers(1, 2**64 - 1)
 
 
 # --- one span ---------------------------------------------------------------------------------------------------------
+@settings(deadline=None)  # the first example loads protobuf
 @given(
     name=NAMES,
     attributes=st.dictionaries(NAMES, VALUES, max_size=8),
