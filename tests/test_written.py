@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,11 @@ def test_a_span_is_the_same_as_the_sdks(
 
 
 def test_what_stands_around_spans_is_written_as_the_sdk_writes_it() -> None:
+    class Code(IntEnum):
+        OK = 200
+
     held: dict[str, Any] = {
+        "code": Code.OK,
         "text": "shop ☂",
         "whole": -3,
         "part": 0.5,

@@ -22,7 +22,6 @@ from turntrace.attributes import SCOPE_NAME, AttributeValue
 _INTERNAL: Final = b"\x30\x01"
 _HAS_IS_REMOTE, _IS_REMOTE = 0x100, 0x200
 _SHORT: Final = 200
-_INT64: Final = range(-(2**63), 2**63)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +206,7 @@ def _value(value: Any) -> bytes | None:
     if isinstance(value, bool):
         return b"\x10\x01" if value else b"\x10\x00"
     if isinstance(value, int):
-        return b"\x18" + _varint(value & 0xFFFF_FFFF_FFFF_FFFF) if value in _INT64 else None
+        return b"\x18" + _varint(value & 0xFFFF_FFFF_FFFF_FFFF) if -(2**63) <= value < 2**63 else None
     if isinstance(value, float):
         return b"\x21" + struct.pack("<d", value)
     if isinstance(value, Sequence) and not isinstance(value, bytes):
