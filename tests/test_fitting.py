@@ -764,3 +764,15 @@ def test_a_tracker_says_what_it_is() -> None:
     assert repr(tracker_of(5)) == "ContextTracker('gpt-4o', limit=8, strategy=DropOldestTurns(keep_last=1))"
     strategy: Strategy = KeepLast(2)
     assert tracker_of(5, strategy).strategy is strategy
+
+
+def test_dropped_messages_without_an_id_are_named_by_their_place() -> None:
+    said = "word " * 50
+    history = [
+        HumanMessage(said, id=""),
+        AIMessage(said),
+        HumanMessage(said, id="x"),
+        AIMessage("b"),
+        HumanMessage("Hi"),
+    ]
+    assert ContextTracker("gpt-4o", limit=60).fit(history).decision.dropped == ("#0", "#1", "x", "#3")

@@ -241,7 +241,7 @@ class _Fitting:
                     goes[home] = 0
             ids = list(map(_ID, compress(before, goes)))
             dropped = removed = tuple(ids)
-            if None in ids:
+            if not all(ids):
                 dropped = tuple([each or f"#{index}" for each, index in zip(ids, compress(count(), goes), strict=True)])
                 removed = tuple([each for each in ids if each is not None])
             if homes is not self.pruned.places:
