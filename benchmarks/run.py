@@ -60,8 +60,8 @@ LIMITS = {
         "for whatever runs next: the row `one bare OTel span a run` grows as well."
     ),
     "most memory of turntrace": (
-        "SQLAlchemy takes about 13 MB of it, the price list of genai-prices 5, the client for HTTP 4. A ledger without "
-        "SQLAlchemy would save the first."
+        "SQLAlchemy takes about 13 MB of it, Langfuse's client with its exporter 8, the price list of genai-prices 5. "
+        "A ledger without SQLAlchemy would save the first, a client that is made when the app first uses it the second."
     ),
     "growth of turntrace": "Caches with a bound (sessions, ids and counts of messages) that are not full yet.",
     "fit, 3 new, faster than recount": (

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,19 +16,20 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.id_generator import IdGenerator, RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import Decision, TraceIdRatioBased
 
-from turntrace.attributes import LANGFUSE_IS_APP_ROOT, SCOPE_NAME, AttributeValue
+from turntrace.attributes import SCOPE_NAME, AttributeValue
 from turntrace.boundary import caught
 from turntrace.current import Scope
+from turntrace.errors import ConfigurationError
 from turntrace.export.alone import Alone
 from turntrace.export.encode import EndedSpan
-from turntrace.export.exporter import OutboxExporter
-from turntrace.export.later import can_be_made_later, make_client, own_providers, when_needed
+from turntrace.export.exporter import OutboxExporter, what_to_queue
 from turntrace.export.processor import SERVING, TurnSpanProcessor, processor_of
 from turntrace.export.server import LangfuseServer
 from turntrace.settings import LangfuseSettings, read_langfuse_settings
 
 logger = logging.getLogger("turntrace")
 
+_own_providers: "weakref.WeakSet[TracerProvider]" = weakref.WeakSet()
 _said: set[str] = set()
 _lock = threading.Lock()
 _EMPTY = Context()
@@ -159,8 +161,6 @@ class SpanTarget:
                 trace.
             has_ended: Whether what it stands for has ended.
         """
-        if self.exporter is not None and self.processor is not None and self.processor.before_others is not None:
-            attributes = {**attributes, LANGFUSE_IS_APP_ROOT: True}  # as Langfuse's client does it, which is to come
         is_top = below is None and linked is None
         if has_ended and is_top and self._alone is not None:
             written = self._alone.root(name, attributes, start_ns, ids)
@@ -190,7 +190,7 @@ class SpanTarget:
         a turn would stand below nothing.
         """
         context = span.get_span_context()
-        if not context.is_valid or self.provider in own_providers:
+        if not context.is_valid or self.provider in _own_providers:
             return False
         serving: int | None = context.span_id if getattr(span, "kind", None) in SERVING else None
         if serving is None and self.processor is not None and not isinstance(span, Scope):
@@ -249,10 +249,9 @@ def open_target(provider: trace.TracerProvider | None = None, *, outbox: bool | 
     """Find out where spans go.
 
     With ``LANGFUSE_PUBLIC_KEY`` and ``LANGFUSE_SECRET_KEY`` a client of Langfuse's listens to the provider that the
-    app gives, to the one that is set for the process, or to a new one (if nobody else listens, as soon as anybody needs
-    it, see `turntrace.export.later`), and what it would send goes through the outbox. A client that the app had made
-    before sends by itself. Without keys, spans go to a provider of the app's, and where there is none they wait in the
-    outbox.
+    app gives, to the one that is set for the process, or to a new one, and what it would send goes through the
+    outbox. A client that the app had made before sends by itself. Without keys, spans go to a provider of the app's,
+    and where there is none they wait in the outbox.
 
     Args:
         provider: The app's own provider.
@@ -268,7 +267,7 @@ def open_target(provider: trace.TracerProvider | None = None, *, outbox: bool | 
         known |= {"exporter": exporter, "server": LangfuseServer(settings)}
         return SpanTarget(used, to_outbox=to_outbox, takes_scores=True, **known)
     found = provider or _global_provider(settings)
-    is_own = isinstance(found, TracerProvider) and found in own_providers
+    is_own = isinstance(found, TracerProvider) and found in _own_providers
     target = SpanTarget(found, to_outbox=is_own if outbox is None else outbox, **known)
     if not target.to_outbox and provider is None:
         _say_once("the tracer provider of this process is the app's own", found)
@@ -287,7 +286,7 @@ def _global_provider(settings: LangfuseSettings) -> trace.TracerProvider:
         )
         # As Langfuse's client does: what the app starts on the global provider is to fall into the turn too.
         trace.set_tracer_provider(own)
-        own_providers.add(own)
+        _own_providers.add(own)
         return own
 
 
@@ -295,17 +294,23 @@ def _with_langfuse(
     settings: LangfuseSettings, provider: trace.TracerProvider | None
 ) -> tuple[trace.TracerProvider, OutboxExporter | None]:
     """Have Langfuse's client listen; return the provider, and the exporter where the client sends by ours."""
+    from langfuse import Langfuse  # half a second, which only those with keys are to wait for
+
     found = provider or trace.get_tracer_provider()
     is_new = isinstance(found, trace.ProxyTracerProvider)
-    if can_be_made_later(found):
-        found = _global_provider(settings) if is_new else found
-        if isinstance(found, TracerProvider):
-            return found, when_needed(found)
     if not is_new and not isinstance(found, TracerProvider):
         _say_once("the tracer provider is not one of the OpenTelemetry SDK, so Langfuse's client cannot listen", found)
         return found, None
     # Without a provider the client makes one, with the environment, release and sample rate as it reads them.
-    client = make_client(found if isinstance(found, TracerProvider) else None, OutboxExporter())
+    given = found if isinstance(found, TracerProvider) else None
+    try:
+        client = Langfuse(tracer_provider=given, span_exporter=OutboxExporter(), should_export_span=what_to_queue())
+    except (ValueError, TypeError) as error:  # without its text, which may hold a key
+        raise ConfigurationError(
+            f"Langfuse's client cannot be made of the environment variables LANGFUSE_* ({type(error).__name__}). It "
+            "takes whole numbers of seconds as LANGFUSE_TIMEOUT=5, numbers above 0 as LANGFUSE_FLUSH_AT=512 and "
+            "LANGFUSE_FLUSH_INTERVAL=5: set or unset them."
+        ) from None
     # A client that the app had made before keeps its provider and exporter, and names them nowhere else.
     resources = getattr(client, "_resources", None)
     listening = getattr(resources, "tracer_provider", None)
@@ -319,7 +324,7 @@ def _with_langfuse(
         return used, None
     if isinstance(used, TracerProvider):
         with _lock:
-            own_providers.discard(used)
+            _own_providers.discard(used)
     return used, exporter
 
 

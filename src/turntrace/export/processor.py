@@ -3,7 +3,7 @@
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -42,15 +42,10 @@ class TurnSpanProcessor(SpanProcessor):
 
     Args:
         provider: The provider that it is added to.
-
-    Attributes:
-        before_others: Called with the provider, the span and the context when a span of other code starts outside of
-            turns; None when nobody is to know.
     """
 
     def __init__(self, provider: TracerProvider) -> None:
         self._provider = weakref.ref(provider)
-        self.before_others: Callable[[TracerProvider, Span, Context | None], None] | None = None
         self._running: dict[int, CollectingTurn] = {}
         self._requests: dict[int, int] = {}
         self._captured = threading.local()
@@ -70,9 +65,6 @@ class TurnSpanProcessor(SpanProcessor):
                 self._requests[span.context.trace_id] = span.context.span_id
             turn = self._turn_of(parent_context)
             if turn is None:
-                provider = self._provider()
-                if self.before_others is not None and provider is not None:
-                    self.before_others(provider, span, parent_context)
                 return
             span.set_attributes(turn.tags)
             if scope is not None and scope.name == _LANGFUSE_SDK:

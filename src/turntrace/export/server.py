@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Final
 from opentelemetry import context
 
 from turntrace.errors import DeliveryError
-from turntrace.forking import importing
 from turntrace.settings import LangfuseSettings
 
 if TYPE_CHECKING:
@@ -116,12 +115,11 @@ class LangfuseServer:
             context.detach(token)
 
     def _open(self) -> "httpx.Client":
+        import httpx
+
         with self._lock:
             if self._client is None:
-                with importing():  # the client imports what it needs, too
-                    import httpx
-
-                    self._client = httpx.Client(headers=self._headers, timeout=self.timeout_s)
+                self._client = httpx.Client(headers=self._headers, timeout=self.timeout_s)
             return self._client
 
     def close(self) -> None:

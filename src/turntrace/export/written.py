@@ -14,7 +14,10 @@ from functools import lru_cache
 from typing import Any, Final
 
 from opentelemetry import trace
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Status, StatusCode
 
 from turntrace.attributes import SCOPE_NAME, AttributeValue
@@ -41,12 +44,14 @@ class Around:
     @classmethod
     def of(cls, resource: Resource) -> "Around":
         """Return what stands around the spans of a provider with a resource."""
-        held = ((_name_of(key), _value(value)) for key, value in resource.attributes.items())
-        attributes = [_field(b"\x0a", name + _field(b"\x12", value)) for name, value in held if value is not None]
+        context = trace.SpanContext(1, 1, is_remote=False)
+        scope = InstrumentationScope(SCOPE_NAME)
+        request = encode_spans([ReadableSpan("any", context=context, resource=resource, instrumentation_scope=scope)])
+        of_all = request.resource_spans[0]
         return cls(
-            resource=_field(b"\x0a", b"".join(attributes)),
-            scope=_field(b"\x0a", _field(b"\x0a", SCOPE_NAME.encode())),
-            schema=_field(b"\x1a", _utf8(resource.schema_url)) if resource.schema_url else b"",
+            resource=_field(b"\x0a", of_all.resource.SerializeToString()),
+            scope=_field(b"\x0a", of_all.scope_spans[0].scope.SerializeToString()),
+            schema=_field(b"\x1a", of_all.schema_url.encode()) if of_all.schema_url else b"",
         )
 
 
