@@ -69,8 +69,10 @@ def replayed(
             is_async=is_async,
             on_problem=lambda line, why: problems.append(f"{line.number}: {why}"),
         )
-        totals = replay.run(lines)
-        player.close()
+        try:
+            totals = replay.run(lines)
+        finally:
+            player.close()
     return Replayed(path, totals, problems)
 
 
