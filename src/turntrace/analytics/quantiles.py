@@ -53,8 +53,8 @@ def quantiles(
 
     Args:
         ledger: The ledger.
-        values: Rows of ``value``, a whole number from 0 to 2**40 that is not NULL, and perhaps of ``part``, a number or
-            a text that the values are told apart by, which is not NULL either.
+        values: Rows of ``value``, a whole number from 0 and below 2**40 that is not NULL, and perhaps of ``part``, a
+            number from 0 or a text that the values are told apart by, which is not NULL either.
         percents: Which quantiles.
         overall: Whether those of all parts together are wanted too.
 
