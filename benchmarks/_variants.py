@@ -86,12 +86,14 @@ class Variant:
         handler: Its handler; None for the bare graph.
         drain: Sends all that it holds.
         at_sink: Whose its data is at the sink; empty for one that sends nothing.
+        remembers: Whether it keeps what it saw of a conversation from turn to turn.
     """
 
     name: str
     handler: BaseCallbackHandler | None = None
     drain: Callable[[], Any] = lambda: None
     at_sink: str = ""
+    remembers: bool = False
 
     @property
     def callbacks(self) -> list[BaseCallbackHandler]:
@@ -116,7 +118,7 @@ def turntrace(sink: Sink, folder: Path) -> Variant:
     }
     tracker = SessionTracker(f"sqlite:///{folder / 'ledger.db'}", tracer_provider=TracerProvider())
     assert tracker.target.to_outbox
-    return Variant(OURS, SessionCallbackHandler(tracker), tracker.flush, "turntrace")
+    return Variant(OURS, SessionCallbackHandler(tracker), tracker.flush, "turntrace", remembers=True)
 
 
 def langfuse(sink: Sink) -> Variant:

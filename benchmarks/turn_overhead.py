@@ -1,6 +1,8 @@
 """What tracking costs a turn, at turns 1 to 1,000, next to others in the same run.
 
-Each round runs one turn with every variant, in an order that changes. All send to a sink on loopback in a process of
+Each round runs one turn with every variant, in an order that changes, on a conversation in which the turn before was
+run in this process too: with turntrace, where that is measured, since it remembers what it saw of a conversation; the
+others keep nothing from turn to turn. All send to a sink on loopback in a process of
 its own, by their own senders. Five figures a variant:
 
 - caller CPU: what it adds to the CPU time of the app's threads until the run returns, against the bare graph in the
@@ -68,22 +70,29 @@ class Rounds:
     def measure(self, turn: int, rounds: int, together: int = 1) -> Costs:
         """Run rounds of turns of this number, each on a conversation that has the turns before."""
         costs = {variant.name: Cost() for variant in self._variants}
-        before = list(history(turn - 1, self._system_words))
+        before = None if turn == 1 else list(history(turn - 2, self._system_words))  # and the last of them is run
         for round_ in range(-WARM_UP if together == 1 else -1, rounds):
             with without_collection():
                 for variant in shuffled(self._variants, turn * 1_000_003 + round_):
-                    threads = [f"{turn}-{round_}-{each}" for each in range(together)]
+                    threads = [f"{turn}-{together}-{round_}-{each}" for each in range(together)]
                     turns = [self._ready(variant, thread, before, turn + round_) for thread in threads]
+                    if variant.remembers:
+                        variant.drain()
+                        self._sink.counts(variant.at_sink)
                     measure(variant, costs[variant.name], turns, self._sink, self._clock, keep=round_ >= 0)
                     for thread in threads:
                         self._saver.delete_thread(thread)
         return costs
 
-    def _ready(self, variant: Variant, thread: str, before: list[Any], number: int) -> Callable[[], Any]:
-        """Return what runs a turn, on a conversation that is made now."""
+    def _ready(self, variant: Variant, thread: str, before: list[Any] | None, number: int) -> Callable[[], Any]:
+        """Return what runs a turn, on a conversation that is made now, up to the turn before."""
         its = config(variant, thread)
+        bare = {"configurable": its["configurable"]}
         if before:
-            self._app.update_state({"configurable": its["configurable"]}, {"messages": before}, as_node="route")
+            self._app.update_state(bare, {"messages": before}, as_node="route")
+        if before is not None:
+            last = {"messages": [("user", question(number - 1))]}
+            self._app.invoke(last, its if variant.remembers else bare)
         given = {"messages": [("user", question(number))]}
         return lambda: self._app.invoke(given, its)
 

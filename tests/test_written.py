@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from langchain_core.messages import HumanMessage
 from langgraph.checkpoint.memory import InMemorySaver
@@ -56,6 +56,7 @@ IDS = st.integers(1, 2**64 - 1)
     status=st.none() | NAMES,
 )
 @example(name="x" * 5000, attributes={"a": "b" * 100_000}, ids=(1, 2), parent=None, times=(0, 0), status="☂" * 3000)
+@settings(deadline=None)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_span_is_the_same_as_the_sdks(
     name: str,

@@ -297,7 +297,7 @@ def _refuses(content: Any) -> bool:
 def to_json(value: Any) -> str:
     """Write a value as compact JSON; what JSON cannot hold is written as the name of its type, never by its text."""
     try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_name_of_type, allow_nan=False)
+        return _compact.encode(value)
     except (TypeError, ValueError, RecursionError):  # keys that are no strings, rings, numbers without end
         return json.dumps(_plain(value, _DEPTH), ensure_ascii=False, separators=(",", ":"))
 
@@ -307,6 +307,9 @@ _DEPTH: Final = 20
 
 def _name_of_type(value: Any) -> str:
     return type(value).__name__
+
+
+_compact: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=_name_of_type, allow_nan=False)
 
 
 def _plain(value: Any, depth: int) -> Any:

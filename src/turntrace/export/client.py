@@ -110,7 +110,7 @@ class SpanTarget:
         *,
         attributes: Mapping[str, AttributeValue],
         start_ns: int,
-        parent: Context,
+        parent: Context | trace.Span,
         has_ended: bool = False,
         span_id: int | None = None,
     ) -> trace.Span:
@@ -120,11 +120,11 @@ class SpanTarget:
             name: Its name.
             attributes: Its attributes at the start, where filters of processors look.
             start_ns: When it starts, in nanoseconds since 1970.
-            parent: The context whose current span is its parent.
+            parent: Its parent, or the context whose current span that is.
             has_ended: Whether what it stands for has ended, so that nobody asks for it between its start and its end.
             span_id: Id of a span that was sent before, which this one overwrites, where we send it; None for a new one.
         """
-        above = trace.get_current_span(parent).get_span_context()
+        above = (trace.get_current_span(parent) if isinstance(parent, Context) else parent).get_span_context()
         if has_ended and self._alone is not None and self._ids is not None:
             new_id = self._ids.generate_span_id if span_id is None else lambda: span_id
             written = self._alone.span(name, attributes, start_ns, above, new_id)
@@ -133,7 +133,8 @@ class SpanTarget:
         if span_id is not None:
             return trace.NonRecordingSpan(above)
         try:
-            return self._tracer.start_span(name, context=parent, attributes=attributes, start_time=start_ns)
+            context = parent if isinstance(parent, Context) else trace.set_span_in_context(parent, _EMPTY)
+            return self._tracer.start_span(name, context=context, attributes=attributes, start_time=start_ns)
         except Exception as error:  # of a span processor of the app's: the step goes on without its span
             caught("starting a span: a span processor of the app raised an error", error)
             return trace.NonRecordingSpan(above)

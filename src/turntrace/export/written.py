@@ -25,6 +25,7 @@ from turntrace.attributes import SCOPE_NAME, AttributeValue
 _INTERNAL: Final = b"\x30\x01"
 _HAS_IS_REMOTE, _IS_REMOTE = 0x100, 0x200
 _SHORT: Final = 200
+_pack_double: Final = struct.Struct("<d").pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,28 +170,29 @@ def _utf8(text: str) -> bytes:
     return text.encode("utf-8", "replace")
 
 
-def _attribute(key: str, value: AttributeValue | Any) -> bytes:
+def _attribute(key: str, value: Any) -> bytes:
     """Return an attribute as a field of a span; nothing of one that OTLP cannot hold, as the SDK's encoder does."""
-    if type(value) is str and len(value) <= _SHORT:
+    kind = type(value)
+    if kind is bool or (kind is str and len(value) <= _SHORT):
         return _known_attribute(key, value)
+    if kind is int and 0 <= value < 2**63:
+        number = _LENGTHS[value] if value < len(_LENGTHS) else _varint(value)
+        return _head(key, b"\x18", len(number)) + number
+    if kind is float:
+        return _head(key, b"\x21", 8) + _pack_double(value)
     return _new_attribute(key, value)
 
 
 def _new_attribute(key: str, value: Any) -> bytes:
     held = _text(value) if type(value) is str else _value(value)
-    if held is None:
-        return b""
-    name, lengths = _name_of(key), _LENGTHS
-    if len(held) + len(name) + 4 > len(lengths):
-        return _field(b"\x4a", name + _field(b"\x12", held))
-    length = lengths[len(held)]
-    return b"\x4a" + lengths[len(name) + 1 + len(length) + len(held)] + name + b"\x12" + length + held
+    return b"" if held is None else _head(key, b"", len(held)) + held
 
 
-@lru_cache(512)
-def _name_of(key: str) -> bytes:
-    """Return the name of an attribute as a field of it."""
-    return _field(b"\x0a", _utf8(key))
+@lru_cache(1024)
+def _head(key: str, tag: bytes, length: int) -> bytes:
+    """Return what stands before the value of an attribute: its name, and the value's tag and length in bytes."""
+    inside = _field(b"\x0a", _utf8(key)) + b"\x12" + _varint(len(tag) + length) + tag
+    return b"\x4a" + _varint(len(inside) + length) + inside
 
 
 _known_attribute = lru_cache(1024)(_new_attribute)
@@ -213,7 +215,7 @@ def _value(value: Any) -> bytes | None:
     if isinstance(value, int):
         return b"\x18" + _varint(value & 0xFFFF_FFFF_FFFF_FFFF) if -(2**63) <= value < 2**63 else None
     if isinstance(value, float):
-        return b"\x21" + struct.pack("<d", value)
+        return b"\x21" + _pack_double(value)
     if isinstance(value, Sequence) and not isinstance(value, bytes):
         held = [_value(each) for each in value]
         if all(each is not None for each in held):

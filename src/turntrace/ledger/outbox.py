@@ -2,12 +2,11 @@
 
 import time
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import BigInteger, Connection, Select, bindparam, delete, func, insert, select, update
 
-from turntrace.ledger.engine import Database
+from turntrace.ledger.engine import Database, Prepared
 from turntrace.ledger.schema import insert_for
 from turntrace.ledger.tables import leases, meta, outbox, refused
 from turntrace.waiting import SCORE, SPANS, Claim, OutboxItem, OutboxStatus, Refusal, Waiting
@@ -25,7 +24,7 @@ _DONE: Final = delete(outbox).where(outbox.c.id == bindparam("done"))
 _HELD: Final = (
     update(leases)
     .where(leases.c.name == _LEASE, leases.c.owner == bindparam("holder"))
-    .values(until_ns=bindparam("until"))
+    .values(until_ns=bindparam("until", type_=leases.c.until_ns.type))
 )
 _WHY_LENGTH: Final = 500
 
@@ -46,7 +45,10 @@ class StoredOutbox:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._take = Prepared(_taken(database.dialect.name), database.dialect)
+        self._hold = Prepared(_HELD, database.dialect)
         self._grown: float = float("inf")  # what is there from before is measured first
+        self._has_more = False
 
     # --- sending ------------------------------------------------------------------------------------------------------
     def claim(self, owner: str, *, lease_s: float, max_rows: int, max_bytes: int, kind: str | None = None) -> Claim:
@@ -59,10 +61,11 @@ class StoredOutbox:
             max_bytes: How many bytes at most; a row that is larger comes alone.
             kind: Only rows of this kind; None for all.
         """
-        if not self.waits():
+        has_more, self._has_more = self._has_more, False
+        if not has_more and not self.waits():
             return Claim()  # without making writers wait
         with self._database.writing() as connection:
-            busy_s = _take_lease(connection, owner, lease_s)
+            busy_s = self._take_lease(connection, owner, lease_s)
             if busy_s > 0:
                 return Claim(busy_s=busy_s)
             last, total = 0, 0
@@ -73,7 +76,7 @@ class StoredOutbox:
                     break
                 last = row_id
             if not sizes:  # another process has sent them since
-                connection.execute(_HELD, {"holder": owner, "until": 0})
+                self._hold_lease(connection, owner, 0)
                 return Claim(is_all=True)
             rows = connection.execute(_of_kind(_UP_TO, kind), {"last": last}).all()
             items = tuple(OutboxItem(*row) for row in rows)
@@ -87,7 +90,7 @@ class StoredOutbox:
             lease_s: Seconds from now for which nobody else may send.
         """
         with self._database.writing() as connection:
-            return _take_lease(connection, owner, lease_s) == 0
+            return self._take_lease(connection, owner, lease_s) == 0
 
     def settle(self, owner: str, sent: Sequence[int], apart: Sequence[Refusal], *, lease_s: float) -> None:
         """Take out what was sent and set apart what was refused.
@@ -104,7 +107,21 @@ class StoredOutbox:
                 connection.execute(insert(refused).values(values | {"why": refusal.why[:_WHY_LENGTH]}))
             if sent:
                 connection.execute(_DONE, [{"done": row_id} for row_id in sent])
-            connection.execute(_HELD, {"holder": owner, "until": _in(lease_s) if lease_s else 0})
+            self._hold_lease(connection, owner, lease_s)
+
+    def _take_lease(self, connection: Connection, owner: str, lease_s: float) -> float:
+        """Take or renew the lease; return for how many seconds another one has it, or 0."""
+        now = time.time_ns()
+        cursor = connection.connection.cursor()
+        if self._take.run(cursor, {"taker": owner, "until": _in(lease_s), "now": now}).fetchone() is not None:
+            return 0.0
+        until = connection.execute(select(leases.c.until_ns).where(leases.c.name == _LEASE)).scalar_one()
+        return max(float(until - now) / 1e9, 0.001)
+
+    def _hold_lease(self, connection: Connection, owner: str, lease_s: float) -> None:
+        """Hold the lease on for so many seconds; 0 gives it back."""
+        values = {"holder": owner, "until": _in(lease_s) if lease_s else 0}
+        self._hold.run(connection.connection.cursor(), values)
 
     def release(self, owner: str) -> None:
         """Give the lease back."""
@@ -141,6 +158,7 @@ class StoredOutbox:
     def note_growth(self, size: int) -> None:
         """Note that this process put in so many bytes."""
         self._grown += size
+        self._has_more = self._has_more or size > 0
 
     def trim(self, max_bytes: int) -> Dropped:
         """Drop the oldest where more waits than is allowed; it is measured now and then.
@@ -177,17 +195,6 @@ def _of_kind(query: Select[Any], kind: str | None) -> Select[Any]:
     return query if kind is None else query.where(outbox.c.kind == kind)
 
 
-def _take_lease(connection: Connection, owner: str, lease_s: float) -> float:
-    """Take or renew the lease; return for how many seconds another one has it, or 0."""
-    now = time.time_ns()
-    taken = _taken(connection.dialect.name)
-    if connection.execute(taken, {"taker": owner, "until": _in(lease_s), "now": now}).first() is not None:
-        return 0.0
-    until = connection.execute(select(leases.c.until_ns).where(leases.c.name == _LEASE)).scalar_one()
-    return max(float(until - now) / 1e9, 0.001)
-
-
-@cache
 def _taken(dialect: str) -> Any:
     taker, until = bindparam("taker", type_=leases.c.owner.type), bindparam("until", type_=BigInteger())
     wanted = {"owner": taker, "until_ns": until}

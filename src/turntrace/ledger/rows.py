@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any, Final
 
 from sqlalchemy import Connection, RowMapping, case, func, select, update
@@ -171,12 +172,12 @@ def decision_from(row: RowMapping) -> PruningDecision:
     return PruningDecision(**values | {name: tuple(json.loads(row[name] or "[]")) for name in _DECISION_LISTS})
 
 
-_STEP_FIELDS: Final = Step.__slots__
+_step_values: Final = attrgetter(*Step.__slots__)
 
 
 def steps_text(steps: Sequence[Step]) -> str:
     """Write steps as the ledger keeps them."""
-    return json.dumps([[getattr(step, name) for name in _STEP_FIELDS] for step in steps], separators=(",", ":"))
+    return json.dumps([_step_values(step) for step in steps], separators=(",", ":"))
 
 
 def steps_from(text: str | None) -> list[Step]:

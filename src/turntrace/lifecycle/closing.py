@@ -136,7 +136,9 @@ class FinishTurn(SettleTurn):
         self._steps = list(account.steps)
         is_known = root is not None and root.get_span_context().is_valid
         trace_id, root_span_id = ids_of(root) if root is not None and is_known else turn.planned_ids
-        self._summary = replace(summary, trace_id=trace_id, root_span_id=root_span_id)
+        if (trace_id, root_span_id) != turn.planned_ids:  # the app's provider chose them
+            summary = replace(summary, trace_id=trace_id, root_span_id=root_span_id)
+        self._summary = summary
 
     def write(self, ledger: "LedgerWriter") -> None:
         """Put the spans into the outbox and end the row of the turn, in one transaction."""
@@ -252,6 +254,8 @@ def _sum_up(turn: "Turn", status: str, ended_ns: int, question: Message | None, 
         tokens_pruned=account.tokens_pruned,
         forked_from=turn.forked_from,
         checkpoint_id=turn.checkpoint_id if waits else None,
+        trace_id=turn.planned_ids[0],
+        root_span_id=turn.planned_ids[1],
         own=turn.own,
     )
 

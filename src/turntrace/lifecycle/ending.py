@@ -10,7 +10,7 @@ from turntrace.attributes import AttributeValue
 from turntrace.boundary import never_breaks
 from turntrace.content import to_json
 from turntrace.decisions import ContextGiven
-from turntrace.export import EndedSpan, ids_of
+from turntrace.export import EndedSpan
 from turntrace.lifecycle.pricing import cost_usd
 from turntrace.lifecycle.steps import OpenStep, TurnAccount
 from turntrace.lifecycle.windows import add_given, given_to
@@ -151,7 +151,7 @@ def _as_record(turn: "Turn", ended: EndedStep) -> Step:
     if above is None:
         above = (turn.root if step.parent is None else step.parent).span.get_span_context()
     return Step(
-        span_id=ids_of(step.span)[1],
+        span_id=format_span_id(step.span.get_span_context().span_id),
         parent_id=format_span_id(above.span_id),
         name=_name_of(step),
         kind=step.kind,

@@ -1,10 +1,7 @@
 """A journey: the stages that a user passes on the way to a conversion, over as many sessions as it takes."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
-
-from opentelemetry import trace
-from opentelemetry.context import Context
+from typing import TYPE_CHECKING, Any
 
 from turntrace import attributes as a
 from turntrace.errors import ConfigurationError
@@ -19,8 +16,6 @@ if TYPE_CHECKING:
     from turntrace.ledger import LedgerWriter
     from turntrace.lifecycle.session import Session
     from turntrace.lifecycle.turn import Turn
-
-_EMPTY: Final = Context()
 
 
 class Journey:
@@ -118,7 +113,7 @@ class EnterStage(SpanJob):
         attributes = {**entered.attributes(), a.LANGFUSE_OBSERVATION_TYPE: "event"}
         with target.capturing() as ended:
             if self._turn is not None:
-                parent = trace.set_span_in_context(self._turn.root.span, _EMPTY)
+                parent = self._turn.root.span
                 attributes = {**self._turn.tags, **attributes}
                 span = target.start(
                     a.JOURNEY_STAGE, attributes=attributes, start_ns=at_ns, parent=parent, has_ended=True

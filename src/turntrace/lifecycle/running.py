@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 _SETTLE_AT: Final = 200
 """Steps that a long turn may hold in memory before they are written down."""
 
-_EMPTY: Final = Context()
 T = TypeVar("T")
 
 
@@ -206,10 +205,9 @@ class RunningTurn:
         return step
 
     def _start_span(self, step: OpenStep, late: Mapping[str, AttributeValue]) -> trace.Span:
-        context = step.context
-        if context is None:
-            above = self.root if step.parent is None else step.parent
-            context = trace.set_span_in_context(above.span, _EMPTY)
+        above: Context | trace.Span | None = step.context
+        if above is None:
+            above = (step.parent or self.root).span
         begun = dict(self.tags)
         begun[a.LANGFUSE_OBSERVATION_TYPE] = step.kind
         operation = OPERATION_OF.get(step.kind)
@@ -226,7 +224,7 @@ class RunningTurn:
             step.name,
             attributes=begun,
             start_ns=step.start_ns,
-            parent=context,
+            parent=above,
             has_ended=step.end_ns is not None,
             span_id=None if again is None else again.span.get_span_context().span_id,
         )
