@@ -938,6 +938,42 @@ def test_the_same_objects_are_counted_by_what_they_say_now() -> None:
     assert counter.counts(history[1:]) == expected()[1:]
 
 
+def set_first_call(**changed: Any) -> Callable[[AIMessage], None]:
+    return lambda message: message.tool_calls[0].update(changed)  # type: ignore[typeddict-item]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        set_first_call(name="look_up_in_the_long_list_of_all_teas"),
+        set_first_call(args={"item": 1}),
+        set_first_call(args={"item": True}),
+        set_first_call(args={"item": ["several", "kinds", "of", "tea"]}),
+        lambda message: message.tool_calls[0]["args"].update({"another": "argument"}),
+        lambda message: message.tool_calls.append(tool_call(name="and_another", args={}, id="more")),
+        lambda message: message.tool_calls.clear(),
+        lambda message: message.additional_kwargs.update({"function_call": {"name": "old", "arguments": "{}"}}),
+        lambda message: message.invalid_tool_calls.append(
+            invalid_tool_call(name="broken", args="{", id="x", error="no JSON")
+        ),
+    ],
+)
+@pytest.mark.parametrize("known", [{}, {"refusal": None}, {"function_call": {"name": "older", "arguments": "{}"}}])
+@pytest.mark.parametrize("first", ["tea", 1, True])
+def test_calls_that_are_changed_in_place_are_counted_as_they_are(
+    change: Callable[[AIMessage], None], known: dict[str, Any], first: Any
+) -> None:
+    counter, history = MessageCounter("gpt-4o"), long_history()
+    call = tool_call(name="look_up", args={"item": first}, id="call")
+    message = AIMessage("", tool_calls=[call], additional_kwargs={**known}, id="a")
+    history[1] = message
+    assert counter.counts(history) == counter.counts(history)
+    change(message)
+    assert counter.counts(history) == MessageCounter("gpt-4o").counts(history)
+    message.tool_calls.clear()
+    assert counter.counts(history) == MessageCounter("gpt-4o").counts(history)
+
+
 def test_blocks_that_are_changed_in_place_are_counted_as_they_are() -> None:
     counter, history = MessageCounter("gpt-4o"), long_history()
     block: dict[str, Any] = {"type": "text", "text": "Short"}

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from itertools import chain
 from operator import attrgetter, is_
 from typing import Any, Final, TypeAlias
 
@@ -40,11 +41,13 @@ _CALL_TYPES: Final = ("tool_use", "tool_call", "function_call", "tool_call_chunk
 _REMEMBERED: Final = 32_768
 _FIELDS: Final = attrgetter("__dict__")
 _CONTENT: Final = attrgetter("content")
+_CALLS: Final = attrgetter("tool_calls", "invalid_tool_calls", "additional_kwargs")
 _HELD: Final = 8
 _HELD_TOKENS: Final = 500_000
 _WORTH_IT: Final = 100
 _WITHOUT_CALLS: Final = frozenset((HumanMessage, SystemMessage, ToolMessage))
 _CLASSES: Final = _WITHOUT_CALLS | {AIMessage}
+_KINDS_OF_PLAIN: Final = frozenset((str, type(None)))
 
 
 class _Seen:
@@ -54,10 +57,11 @@ class _Seen:
         messages: The messages.
         counts: The tokens of each.
         changeable: The indexes of what may have changed while its content is the same object: blocks, calls of tools.
+            Those beyond what was held before are left out where their calls can be held, too.
         before: What was held of the same messages without the last ones.
     """
 
-    __slots__ = ("_contents", "_messages", "changeable", "counts")
+    __slots__ = ("_callers", "_calls", "_contents", "_messages", "changeable", "counts")
 
     def __init__(
         self,
@@ -70,14 +74,24 @@ class _Seen:
         self._messages = tuple(messages)
         self._contents: tuple[Any, ...] = (*known, *map(_CONTENT, messages[len(known) :]))
         self.counts = list(counts)
-        self.changeable = changeable
+        self.changeable: list[int] = []
+        self._callers: list[BaseMessage] = [] if before is None else [*before._callers]
+        self._calls: list[_Calls] = [] if before is None else [*before._calls]
+        for index in changeable:
+            calls = _plain_calls(messages[index]) if index >= len(known) else None
+            if calls is None:
+                self.changeable.append(index)
+            else:
+                self._callers.append(messages[index])
+                self._calls.append(calls)
 
     def begins(self, messages: Sequence[BaseMessage]) -> bool:
-        """Tell whether other messages begin with these, the objects and their contents being the same."""
+        """Tell whether other messages begin with these, the objects, their contents and calls being the same."""
         return (
             len(self._messages) <= len(messages)
             and all(map(is_, self._messages, messages))
             and all(map(is_, self._contents, map(_CONTENT, self._messages)))
+            and [*map(_CALLS, self._callers)] == self._calls
         )
 
 
@@ -320,6 +334,27 @@ def _keys_of(messages: Sequence[BaseMessage]) -> tuple[list[int], list[int]]:
             saying_more.append(len(keys))
         keys.append(hash((said["id"], said["type"], content, said["name"], more)))
     return keys, saying_more
+
+
+_Calls = tuple[list[Any], list[Any], dict[str, Any]]
+
+
+def _plain_calls(message: BaseMessage) -> _Calls | None:
+    """Return a copy of the calls of a message, to which they are equal as long as they count the same.
+
+    None where there can be none, or where more than texts are in them: 1, 1.0 and True are equal, and not in JSON.
+    """
+    if not isinstance(message, AIMessage) or not isinstance(message.content, str) or message.invalid_tool_calls:
+        return None
+    if not _KINDS_OF_PLAIN.issuperset(map(type, message.additional_kwargs.values())):
+        return None
+    calls: list[Any] = []
+    for call in message.tool_calls:
+        args = call["args"]
+        if type(args) is not dict or type(call["name"]) is not str or {*map(type, chain(args, args.values()))} - {str}:
+            return None
+        calls.append({**call, "args": {**args}})
+    return calls, [], {**message.additional_kwargs}
 
 
 def _print_of_calls(calls: Sequence[Mapping[str, Any]]) -> int:
