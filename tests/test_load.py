@@ -13,13 +13,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
-from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import START
 from opentelemetry import trace
 
+import turntrace
 from apps import App, Builder, FakeModel, asks, config_of
 from turntrace import SessionCallbackHandler, SessionTracker, current_turn, track_graph
 from turntrace import attributes as a
@@ -225,6 +228,42 @@ def test_memory_stays_flat_over_thousands_of_turns(kind: str, tmp_path: Path) ->
         assert alive() == objects, "turns that are over are kept"
         assert after - before < MOST_BLOCKS_A_TURN * MEASURED
         assert sum(session.total_turns for session in tracker.ledger.sessions(limit=10_000)) == WARM_UP + MEASURED
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+def calls_in_the_apps_thread(run: Callable[[], Any]) -> int:
+    """Return how many calls of functions turntrace's code makes in this thread while a function runs."""
+    folder, found = str(Path(turntrace.__file__).parent), 0
+
+    def count(frame: FrameType, event: str, _: Any) -> None:
+        nonlocal found
+        if event in ("call", "c_call"):
+            found += frame.f_code.co_filename.startswith(folder)
+
+    sys.setprofile(count)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+def test_a_turn_makes_the_app_do_as_much_at_turn_1000_as_at_turn_2(tmp_path: Path) -> None:
+    with SessionTracker(f"sqlite:///{tmp_path / 'ledger.db'}") as tracker:
+        builder: Any = track_graph(App(model=FakeModel()).tools())
+        graph = builder.compile(checkpointer=InMemorySaver()).with_config(callbacks=[SessionCallbackHandler(tracker)])
+
+        names = iter("abc")
+
+        def turn_after(number: int) -> int:
+            """Return the calls of the turn after so many, in a conversation that this process has not seen before."""
+            config = config_of(next(names))
+            said = [each for _ in range(number) for each in (HumanMessage("A question"), AIMessage("An answer"))]
+            graph.update_state(config, {"messages": said}, as_node=START)
+            return calls_in_the_apps_thread(lambda: graph.invoke(asks(), config))
+
+        turn_after(1)  # which imports and compiles
+        assert 100 < turn_after(999) <= turn_after(1) * 1.02
 
 
 # --- the whole of it, by hand -----------------------------------------------------------------------------------------
