@@ -1,9 +1,9 @@
 """What tracking costs a turn, at turns 1 to 1,000, next to others in the same run.
 
-Each round runs one turn with every variant, in an order that changes, on a conversation in which the turn before was
-run in this process too: with turntrace, where that is measured, since it remembers what it saw of a conversation; the
-others keep nothing from turn to turn. All send to a sink on loopback in a process of
-its own, by their own senders. Five figures a variant:
+Each round runs a turn of each number with every variant, in an order that changes, on a conversation in which the turn
+before was run in this process too: with turntrace, where that is measured, since it remembers what it saw of a
+conversation; the others keep nothing from turn to turn. All send to a sink on loopback in a process of its own, by
+their own senders. Five figures a variant:
 
 - caller CPU: what it adds to the CPU time of the app's threads until the run returns, against the bare graph in the
   same round;
@@ -20,7 +20,7 @@ The peers are there where they are installed (`make bench` does it, group `bench
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,22 +67,26 @@ class Rounds:
         self._saver = InMemorySaver()
         self._app = build_app(self._saver)
 
-    def measure(self, turn: int, rounds: int, together: int = 1) -> Costs:
-        """Run rounds of turns of this number, each on a conversation that has the turns before."""
-        costs = {variant.name: Cost() for variant in self._variants}
-        before = None if turn == 1 else list(history(turn - 2, self._system_words))  # and the last of them is run
+    def measure(self, turns: Sequence[int], rounds: int, together: int = 1) -> dict[int, Costs]:
+        """Run rounds of turns of these numbers, each on a conversation that has the turns before."""
+        costs = {turn: {variant.name: Cost() for variant in self._variants} for turn in turns}
         for round_ in range(-WARM_UP if together == 1 else -1, rounds):
-            with without_collection():
-                for variant in shuffled(self._variants, turn * 1_000_003 + round_):
-                    threads = [f"{turn}-{together}-{round_}-{each}" for each in range(together)]
-                    turns = [self._ready(variant, thread, before, turn + round_) for thread in threads]
-                    if variant.remembers:
-                        variant.drain()
-                        self._sink.counts(variant.at_sink)
-                    measure(variant, costs[variant.name], turns, self._sink, self._clock, keep=round_ >= 0)
-                    for thread in threads:
-                        self._saver.delete_thread(thread)
+            for turn in turns:
+                self._round(turn, round_, together, costs[turn])
         return costs
+
+    def _round(self, turn: int, round_: int, together: int, costs: Costs) -> None:
+        before = None if turn == 1 else list(history(turn - 2, self._system_words))  # and the last of them is run
+        with without_collection():
+            for variant in shuffled(self._variants, turn * 1_000_003 + round_):
+                threads = [f"{turn}-{together}-{round_}-{each}" for each in range(together)]
+                runs = [self._ready(variant, thread, before, turn + round_) for thread in threads]
+                if variant.remembers:
+                    variant.drain()
+                    self._sink.counts(variant.at_sink)
+                measure(variant, costs[variant.name], runs, self._sink, self._clock, keep=round_ >= 0)
+                for thread in threads:
+                    self._saver.delete_thread(thread)
 
     def _ready(self, variant: Variant, thread: str, before: list[Any] | None, number: int) -> Callable[[], Any]:
         """Return what runs a turn, on a conversation that is made now, up to the turn before."""
@@ -143,6 +147,11 @@ def show(report: Report, by_turn: dict[int, Costs], together: dict[int, Costs]) 
         report.target(what, of, at_most=MOST_OVER_ONE_SPAN, unit=" times")
     grown = ratio(by_turn[last][OURS].callbacks_ms, by_turn[first][OURS].callbacks_ms)
     report.results["growth"] = grown
+    for turn in sorted(by_turn)[1:-1]:
+        later = ratio(by_turn[last][OURS].callbacks_ms, by_turn[turn][OURS].callbacks_ms)
+        report.say(f"turntrace in callbacks, turn {last:,} to turn {turn}: {ranged(later)}.")
+    bare_span = ratio(by_turn[last][ONE_SPAN].callbacks_ms, by_turn[first][ONE_SPAN].callbacks_ms)
+    report.say(f"One bare OTel span a run in callbacks, turn {last:,} to turn {first}: {ranged(bare_span)}.")
     report.target(f"turntrace in callbacks, turn {last:,} to turn {first}", grown, at_most=MOST_GROWTH, unit=" times")
     ways = (("sent turn by turn", by_turn), (f"{TOGETHER} turns sent together", together))
     for turn, wanted in LEAST_BELOW_LANGFUSE.items():
@@ -165,9 +174,8 @@ def main() -> None:
     report = Report("Cost of tracking a turn", __doc__)
     with tempfile.TemporaryDirectory() as folder, Sink() as sink:
         rounds = Rounds(all_variants(sink, Path(folder), report), sink, options.system_words)
-        by_turn = {turn: rounds.measure(turn, options.rounds) for turn in options.turns}
-        few = max(3, options.rounds // 4)  # each is of ten turns
-        together = {turn: rounds.measure(turn, few, TOGETHER) for turn in options.together}
+        by_turn = rounds.measure(options.turns, options.rounds)
+        together = rounds.measure(options.together, max(3, options.rounds // 4), TOGETHER)  # each is of ten turns
     show(report, by_turn, together)
     report.write(options.json)
 
