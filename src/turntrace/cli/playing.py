@@ -2,7 +2,11 @@
 
 import shlex
 import shutil
+import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -117,10 +121,30 @@ def replay(
                 on_line=progress.line_done,
                 on_problem=progress.problem,
             )
-            totals = playing.run(read_lines(sources))
+            with _ctrl_c(playing.interrupt):
+                totals = playing.run(read_lines(sources))
         replay_totals(stdout(), totals, ledger_url=player.tracker.ledger.url)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; the same command goes on from here") from None
     finally:
         player.close()
     return NOT_WELL if totals.malformed else OK
+
+
+@contextmanager
+def _ctrl_c(interrupt: Callable[[], None]) -> Iterator[None]:
+    """Have the first Ctrl-C in a block call a function, and the second do what it always does: raise where it comes."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def first(*_: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        interrupt()
+
+    signal.signal(signal.SIGINT, first)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,6 +1,5 @@
 """Plays recorded conversations as sessions: each once, and from where an earlier replay was stopped."""
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -77,11 +76,11 @@ class Player:
         self.tracker = SessionTracker(ledger, ids=_next_id, **settings)
         self._context_limit = context_limit
         self._contexts: dict[str, ContextTracker] = {}
-        self._stopping = threading.Event()
+        self._stopping = False  # no Event: its lock is not to be waited for in a handler of a signal
 
     def stop(self) -> None:
-        """Have every conversation stop at the end of its turn; from any thread."""
-        self._stopping.set()
+        """Have every conversation stop at the end of its turn; from any thread, and from a handler of a signal."""
+        self._stopping = True
 
     def close(self) -> None:
         """Write down what has ended and close the ledger."""
@@ -162,12 +161,12 @@ class Player:
 
     def _ahead(self, transcript: Transcript, plan: _Plan) -> Iterator[tuple[str, Exchange]]:
         for turn_id, exchange in zip(plan.turn_ids[plan.done :], transcript.exchanges[plan.done :], strict=True):
-            if self._stopping.is_set():
+            if self._stopping:
                 return
             yield turn_id, exchange
 
     def _ended(self, conversation: Conversation, transcript: Transcript, plan: _Plan) -> Outcome:
-        if self._stopping.is_set():
+        if self._stopping:
             return "stopped"  # perhaps after its last turn: then only the end is left for the next replay
         conversation.session.end(transcript.end_reason)
         return "continued" if plan.done else "played"

@@ -93,6 +93,8 @@ class Replay:
         self._on_problem = on_problem
         self._playing: dict[Future[Outcome], tuple[Line, Transcript]] = {}
         self._counted = _Counted()
+        self._is_reading = False
+        self._is_interrupted = False
         self.totals = Totals()
 
     def run(self, lines: Iterable[Line]) -> Totals:
@@ -102,11 +104,12 @@ class Replay:
 
         Raises:
             LedgerError: If the ledger cannot be read or written.
+            KeyboardInterrupt: If it was interrupted.
         """
         starting = _in_tasks(self._player) if self._is_async else _in_threads(self._player, self._concurrency)
         with starting as start:
             try:
-                for line in lines:
+                for line in self._read(lines):
                     if line.transcript is None:
                         self._failed(line, line.problem or "it cannot be read")
                         continue
@@ -118,6 +121,34 @@ class Replay:
                 wait(self._playing)
                 raise
         return self.totals
+
+    def interrupt(self) -> None:
+        """Have `run` stop between two turns, and raise a `KeyboardInterrupt` then; from a handler of Ctrl-C.
+
+        Python's own handler raises it wherever the main thread is. In the midst of waiting for what is played that
+        leaves locks held, or comes out as another error. Only reading may last, so there it is raised at once.
+        """
+        self._is_interrupted = True
+        self._player.stop()
+        if self._is_reading:
+            raise KeyboardInterrupt
+
+    def _stop_if_interrupted(self) -> None:
+        if self._is_interrupted:
+            raise KeyboardInterrupt
+
+    def _read(self, lines: Iterable[Line]) -> Iterator[Line]:
+        reading = iter(lines)
+        while True:
+            self._is_reading = True
+            try:
+                self._stop_if_interrupted()
+                line = next(reading, None)
+            finally:
+                self._is_reading = False
+            if line is None:
+                return
+            yield line
 
     def _make_room_for(self, transcript: Transcript) -> None:
         """Wait until fewer are played than may be, and none of them is the same conversation."""
@@ -131,6 +162,7 @@ class Replay:
     def _reap(self, until: Callable[[], bool]) -> None:
         while not until():
             done, _ = wait(self._playing, return_when=FIRST_COMPLETED)
+            self._stop_if_interrupted()
             for future in done:
                 self._done(future, *self._playing.pop(future))
 
