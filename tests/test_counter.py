@@ -1088,7 +1088,7 @@ def test_no_two_blocks_are_taken_for_one_another(block: dict[str, Any]) -> None:
 
 
 def test_what_is_remembered_is_bounded() -> None:
-    """The newest 32,768 messages at least, and 65,536 at most."""
+    """The newest 21,000 messages at least, and 42,000 at most."""
     asked: list[int] = []
 
     def one(messages: Sequence[BaseMessage]) -> int:
@@ -1098,14 +1098,14 @@ def test_what_is_remembered_is_bounded() -> None:
     counter = MessageCounter("gpt-4o", one)
     for start in range(0, 210_000, 10_000):
         counter.counts([HumanMessage(str(number)) for number in range(start, start + 10_000)])
-        assert counter.remembered <= 65_536
+        assert counter.remembered <= 42_000
     assert len(asked) == 210_000
-    assert 32_768 < counter.remembered <= 65_536
-    counter.counts([HumanMessage(str(number)) for number in range(210_000 - 32_768, 210_000)])
+    assert 21_000 < counter.remembered <= 42_000
+    counter.counts([HumanMessage(str(number)) for number in range(210_000 - 21_000, 210_000)])
     assert len(asked) == 210_000
     counter.counts([HumanMessage(str(number)) for number in range(100)])
     assert len(asked) == 210_100
-    assert counter.remembered <= 65_536
+    assert counter.remembered <= 42_000
 
 
 def test_threads_that_count_the_same_history_agree() -> None:
