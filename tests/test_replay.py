@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,11 +20,13 @@ from types import FrameType
 from typing import Any
 
 import pytest
+import typer
 from opentelemetry.sdk.trace import TracerProvider
 
 from conftest import AIRLINE
 from turntrace import attributes as a
 from turntrace import boundary
+from turntrace.cli.running import INTERRUPTED, OK, command
 from turntrace.context import encoding
 from turntrace.demo.player import Player
 from turntrace.demo.recorded import stage_for
@@ -411,15 +414,13 @@ BADLY_TIMED = """
 import signal, sys
 from turntrace.cli.main import main
 
-left = 3  # of the first two of some, threads are started
+def is_waiting(frame):
+    return frame is not None and (frame.f_code.co_qualname == "Replay._reap" or is_waiting(frame.f_back))
 
 def at_the_end(frame, event, _):
-    global left
-    if event == "return":
-        left -= 1
-        if left == 0:
-            sys.settrace(None)
-            signal.raise_signal(signal.SIGINT)
+    if event == "return" and is_waiting(frame):
+        sys.settrace(None)
+        signal.raise_signal(signal.SIGINT)
     return at_the_end
 
 sys.settrace(lambda frame, *_: at_the_end if frame.f_code.co_qualname == PLACE else None)
@@ -441,6 +442,30 @@ def test_ctrl_c_may_come_in_the_midst_of_waiting(place: str, options: tuple[str,
             process.kill()
     assert (process.returncode, out, err) == (130, "", STOPPED)
     assert rows(path, "SELECT count(*) FROM turntrace_open_turns") == [(0,)]
+
+
+def test_ctrl_c_that_comes_out_as_another_error_is_said_to_be_one() -> None:
+    """So it does where Python's own waiting is interrupted before it waits."""
+
+    def before_it_waits(frame: FrameType, event: str, _: object) -> Any:
+        if frame.f_code.co_name == "_release_save" and event == "return":
+            sys.settrace(tracing)
+            raise KeyboardInterrupt
+        return before_it_waits
+
+    @command
+    def waits() -> int:
+        sys.settrace(before_it_waits)
+        threading.Event().wait(5)
+        return OK
+
+    tracing = sys.gettrace()
+    try:
+        with pytest.raises(typer.Exit) as done:
+            waits()
+    finally:
+        sys.settrace(tracing)
+    assert done.value.exit_code == INTERRUPTED
 
 
 @pytest.mark.parametrize("at", [0, 2, 5])

@@ -103,6 +103,9 @@ def _run(function: Callable[..., int], arguments: dict[str, Any]) -> int:
         where = "" if error.filename is None else f"{error.filename}: "
         render.error(f"{where}{error.strerror or error}. Check the place, its rights and the room there.")
     except Exception as error:
+        if _came_of_ctrl_c(error):
+            render.error("stopped")
+            return INTERRUPTED
         if os.environ.get(TRACEBACK):
             raise
         render.error(
@@ -110,6 +113,11 @@ def _run(function: Callable[..., int], arguments: dict[str, Any]) -> int:
             f"{TRACEBACK}=1 in the environment shows."
         )
     return CANNOT
+
+
+def _came_of_ctrl_c(error: BaseException | None) -> bool:
+    """Tell whether an error was raised on the way out of Ctrl-C, as by Python's own waiting, whose locks it leaves."""
+    return isinstance(error, KeyboardInterrupt) or (error is not None and _came_of_ctrl_c(error.__context__))
 
 
 def _leave_the_pipe() -> None:
