@@ -429,7 +429,6 @@ main()
 """
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="a code object tells no qualified name")
 @pytest.mark.parametrize("place", ["Condition._release_save", "_AcquireFutures.__enter__"])
 @pytest.mark.parametrize("options", [("-n", "2"), ("--async", "-n", "2")], ids=["sync", "async"])
 def test_ctrl_c_may_come_in_the_midst_of_waiting(place: str, options: tuple[str, ...], tmp_path: Path) -> None:
