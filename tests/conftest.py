@@ -15,7 +15,7 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from turntrace import boundary
-from turntrace.export import client
+from turntrace.export.later import OwnProvider
 from turntrace.testing import Capture, Clock, Ids
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, and so the processes that they start.
@@ -139,7 +139,9 @@ def _what_langfuses_client_sets_for_the_process_is_taken_back() -> Iterator[None
     """Take back what a client with keys set: a provider, through which later tests would send, and handlers of logs."""
     handlers = list(logging.getLogger().handlers)
     yield
-    if trace._TRACER_PROVIDER is not None and trace._TRACER_PROVIDER not in client._own_providers:
+    provider = trace._TRACER_PROVIDER
+    has_keys = isinstance(provider, OwnProvider) and (provider.has_client or provider.client_to_come is not None)
+    if provider is not None and (has_keys or not isinstance(provider, OwnProvider)):
         trace._TRACER_PROVIDER = None
         trace._TRACER_PROVIDER_SET_ONCE._done = False
     for handler in logging.getLogger().handlers[:]:

@@ -15,7 +15,7 @@ from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
 if hasattr(os, "fork"):
-    CONTEXT.set_forkserver_preload(["turntrace", "turntrace.testing", "langfuse"])
+    CONTEXT.set_forkserver_preload(["turntrace", "turntrace.testing"])
 
 PATIENCE_S = 60
 OURS = ("LANGFUSE_", "TURNTRACE_", "OTEL_")

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import IntEnum
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,31 @@ def test_a_number_of_an_enum_is_written_as_the_sdk_writes_it() -> None:
     assert b"code" in to_otlp([ours])
     [span] = decoded_spans(to_otlp([ours]))
     assert span.attributes == {"code": 200}
+
+
+@pytest.mark.parametrize("others", [{}, {"bytes": b"\xff", "mapping": {"a": 1}}], ids=["as ours", "of other kinds"])
+def test_what_stands_around_spans_is_written_as_the_sdk_writes_it(others: dict[str, Any]) -> None:
+    class Code(IntEnum):
+        OK = 200
+
+    held: dict[str, Any] = {
+        "code": Code.OK,
+        "text": "shop ☂",
+        "whole": -3,
+        "part": 0.5,
+        "yes": True,
+        "no": False,
+        "many": ("a", "b"),
+        "none": (),
+    }
+    resource = Resource({**held, "long": "x" * 5_000}, "https://example.com/schema")
+    object.__setattr__(resource, "_attributes", {**resource.attributes, **others})  # newer SDKs let them in
+    context = trace.SpanContext(1, 2, is_remote=False)
+    ours = WrittenSpan(Around.of(resource), "same", context, None, {}, 1, lambda _: None)
+    ours.end(2)
+    scope = InstrumentationScope("turntrace")
+    sdks = ReadableSpan("same", context, None, resource, instrumentation_scope=scope, start_time=1, end_time=2)
+    assert from_otlp(to_otlp([ours])) == from_otlp(to_otlp([sdks]))
 
 
 def test_spans_of_both_kinds_go_together() -> None:

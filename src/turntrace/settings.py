@@ -85,12 +85,16 @@ class LangfuseSettings(BaseSettings):
     tracing_enabled: bool = True
     sample_rate: float = Field(default=1.0, ge=0.0, le=1.0)
     timeout: float = Field(default=5.0, gt=0, le=MAX_TIMEOUT_S, allow_inf_nan=False)
+    flush_at: int | None = Field(default=None, gt=0)
+    flush_interval: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     otel_traces_export_path: str = "api/public/otel/v1/traces"
 
     allowed: ClassVar[Mapping[str, str]] = {
         "tracing_enabled": "are true and false: LANGFUSE_TRACING_ENABLED=true",
         "sample_rate": "is a number from 0 to 1: LANGFUSE_SAMPLE_RATE=0.5",
         "timeout": "is a number of seconds above 0: LANGFUSE_TIMEOUT=5",
+        "flush_at": "is a whole number of spans above 0: LANGFUSE_FLUSH_AT=512",
+        "flush_interval": "is a number of seconds above 0: LANGFUSE_FLUSH_INTERVAL=5",
     }
 
     @field_validator("tracing_enabled", mode="before")

@@ -7,8 +7,8 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import SpanLimits, TracerProvider
 from opentelemetry.sdk.trace.sampling import DEFAULT_ON
 
-from turntrace.attributes import LANGFUSE_IS_APP_ROOT, AttributeValue
-from turntrace.export.processor import TurnSpanProcessor
+from turntrace.attributes import AttributeValue
+from turntrace.export.processor import TurnSpanProcessor, is_langfuses, listening_to
 from turntrace.export.written import Around, WrittenSpan
 
 _SAMPLED: Final = trace.TraceFlags(trace.TraceFlags.SAMPLED)
@@ -34,7 +34,7 @@ class Alone:
         self._with_langfuses = with_langfuses
         self._around = Around.of(provider.resource)
         self._most_attributes = _most_attributes(provider)
-        self._found: tuple[Any, bool, bool] = (None, False, False)
+        self._found: tuple[tuple[Any, ...] | None, bool] = (None, False)
 
     def span(
         self,
@@ -72,23 +72,19 @@ class Alone:
         if not self._writes(attributes):
             return None
         context = trace.SpanContext(*ids, is_remote=False, trace_flags=_SAMPLED)
-        marked = {**attributes, LANGFUSE_IS_APP_ROOT: True} if self._who_listens()[2] else attributes
-        return WrittenSpan(self._around, name, context, None, marked, start_ns, self._processor.capture)
+        return WrittenSpan(self._around, name, context, None, attributes, start_ns, self._processor.capture)
 
     def _writes(self, attributes: Mapping[str, AttributeValue]) -> bool:
-        return len(attributes) < self._most_attributes and self._who_listens()[1]
+        return len(attributes) < self._most_attributes and self._is_alone()
 
-    def _who_listens(self) -> tuple[Any, bool, bool]:
-        """Return the processors, whether we are alone, and whether Langfuse's client listens too."""
-        listening = getattr(getattr(self._provider, "_active_span_processor", None), "_span_processors", None)
-        found = self._found
-        if listening is not found[0]:  # a tuple that is made anew when one is added
-            others = [each for each in listening or (None,) if not isinstance(each, TurnSpanProcessor)]
-            is_langfuses = len(others) == 1 and type(others[0]).__module__.startswith("langfuse.")
-            is_langfuses = is_langfuses and self._with_langfuses
-            is_alone = isinstance(listening, tuple) and (not others or is_langfuses)
-            found = self._found = (listening, is_alone, is_langfuses)  # at once, for threads side by side
-        return found
+    def _is_alone(self) -> bool:
+        listening, is_alone = self._found
+        now = listening_to(self._provider)
+        if now is None or now is not listening:
+            others = [each for each in now or (None,) if not isinstance(each, TurnSpanProcessor)]
+            is_alone = not others or (self._with_langfuses and len(others) == 1 and is_langfuses(others[0]))
+            self._found = (now, is_alone)  # at once, for threads side by side
+        return is_alone
 
 
 def _most_attributes(provider: TracerProvider) -> int:

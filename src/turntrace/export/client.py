@@ -1,35 +1,35 @@
 """Where spans go: to Langfuse through its client, to a provider of the app's, or into the outbox."""
 
 import logging
+import math
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 from opentelemetry import trace
 from opentelemetry.context import Context
-from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Tracer as SdkTracer
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.id_generator import IdGenerator, RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import Decision, TraceIdRatioBased
 
-from turntrace.attributes import SCOPE_NAME, AttributeValue
+from turntrace.attributes import LANGFUSE_IS_APP_ROOT, SCOPE_NAME, AttributeValue
 from turntrace.boundary import caught
 from turntrace.current import Scope
 from turntrace.errors import ConfigurationError
 from turntrace.export.alone import Alone
 from turntrace.export.encode import EndedSpan
 from turntrace.export.exporter import OutboxExporter, what_to_queue
+from turntrace.export.later import ClientToCome, OwnProvider, is_needed_at_once
 from turntrace.export.processor import SERVING, TurnSpanProcessor, processor_of
 from turntrace.export.server import LangfuseServer
 from turntrace.settings import LangfuseSettings, read_langfuse_settings
 
 logger = logging.getLogger("turntrace")
 
-_own_providers: "weakref.WeakSet[TracerProvider]" = weakref.WeakSet()
 _said: set[str] = set()
 _lock = threading.Lock()
 _EMPTY = Context()
@@ -162,6 +162,8 @@ class SpanTarget:
                 trace.
             has_ended: Whether what it stands for has ended.
         """
+        if self.exporter is not None and below is None:  # as Langfuse's client does it, which may be still to come
+            attributes = {**attributes, LANGFUSE_IS_APP_ROOT: True}
         is_top = below is None and linked is None
         if has_ended and is_top and self._alone is not None:
             written = self._alone.root(name, attributes, start_ns, ids)
@@ -191,7 +193,7 @@ class SpanTarget:
         a turn would stand below nothing.
         """
         context = span.get_span_context()
-        if not context.is_valid or self.provider in _own_providers:
+        if not context.is_valid or _sends_ours_only(self.provider):
             return False
         serving: int | None = context.span_id if getattr(span, "kind", None) in SERVING else None
         if serving is None and self.processor is not None and not isinstance(span, Scope):
@@ -250,9 +252,9 @@ def open_target(provider: trace.TracerProvider | None = None, *, outbox: bool | 
     """Find out where spans go.
 
     With ``LANGFUSE_PUBLIC_KEY`` and ``LANGFUSE_SECRET_KEY`` a client of Langfuse's listens to the provider that the
-    app gives, to the one that is set for the process, or to a new one, and what it would send goes through the
-    outbox. A client that the app had made before sends by itself. Without keys, spans go to a provider of the app's,
-    and where there is none they wait in the outbox.
+    app gives, to the one that is set for the process, or to a new one (there as soon as other code needs it, see
+    `turntrace.export.later`), and what it would send goes through the outbox. A client that the app had made before
+    sends by itself. Without keys, spans go to a provider of the app's, and where there is none they wait in the outbox.
 
     Args:
         provider: The app's own provider.
@@ -268,65 +270,112 @@ def open_target(provider: trace.TracerProvider | None = None, *, outbox: bool | 
         known |= {"exporter": exporter, "server": LangfuseServer(settings)}
         return SpanTarget(used, to_outbox=to_outbox, takes_scores=True, **known)
     found = provider or _global_provider(settings)
-    is_own = isinstance(found, TracerProvider) and found in _own_providers
-    target = SpanTarget(found, to_outbox=is_own if outbox is None else outbox, **known)
+    to_outbox = _sends_ours_only(found) if outbox is None else outbox
+    target = SpanTarget(found, to_outbox=to_outbox, **known)
     if not target.to_outbox and provider is None:
         _say_once("the tracer provider of this process is the app's own", found)
     return target
 
 
-def _global_provider(settings: LangfuseSettings) -> trace.TracerProvider:
+def _sends_ours_only(provider: trace.TracerProvider) -> bool:
+    return isinstance(provider, OwnProvider) and not provider.has_client
+
+
+def _global_provider(settings: LangfuseSettings, *, with_client: bool = False) -> trace.TracerProvider:
+    """Return the provider of the process; where there is none, one of ours, with Langfuse's client to come or without.
+
+    As Langfuse's client does: what the app starts on the global provider is to fall into the turn too.
+    """
     with _lock:
         found = trace.get_tracer_provider()
         if not isinstance(found, trace.ProxyTracerProvider):
             return found
-        words = {"langfuse.environment": settings.tracing_environment, "langfuse.release": settings.known_release}
-        own = TracerProvider(
-            resource=Resource.create({name: value for name, value in words.items() if value is not None}),
-            sampler=TraceIdRatioBased(settings.sample_rate) if settings.sample_rate < 1 else None,
-        )
-        # As Langfuse's client does: what the app starts on the global provider is to fall into the turn too.
+        own = OwnProvider(settings)
+        if with_client:
+            exporter = OutboxExporter()
+            own.client_to_come = ClientToCome(exporter, settings, lambda sdk: _join(own, exporter, settings, sdk))
+            processor_of(own).expect_client()
         trace.set_tracer_provider(own)
-        _own_providers.add(own)
-        return own
+    if own.client_to_come is not None:
+        own.client_to_come.make_on_import()
+    return own
+
+
+def _join(own: OwnProvider, exporter: OutboxExporter, settings: LangfuseSettings, sdk: ModuleType) -> None:
+    """Have Langfuse's client listen to a provider of ours, on which spans of ours may run."""
+    _exporter_of(_client_of(sdk, settings, own, exporter), own)
+    processor_of(own).introduce()
 
 
 def _with_langfuse(
     settings: LangfuseSettings, provider: trace.TracerProvider | None
 ) -> tuple[trace.TracerProvider, OutboxExporter | None]:
     """Have Langfuse's client listen; return the provider, and the exporter where the client sends by ours."""
-    from langfuse import Langfuse  # half a second, which only those with keys are to wait for
-
     found = provider or trace.get_tracer_provider()
+    if not is_needed_at_once(found):
+        found = _global_provider(settings, with_client=True)
+    to_come = found.client_to_come if isinstance(found, OwnProvider) else None
+    if to_come is not None and not to_come.is_over:
+        if to_come.settings.public_key == settings.public_key:
+            return found, to_come.exporter
+        to_come.make()
+    import langfuse  # half a second, which only those with keys are to wait for
+
     is_new = isinstance(found, trace.ProxyTracerProvider)
     if not is_new and not isinstance(found, TracerProvider):
         _say_once("the tracer provider is not one of the OpenTelemetry SDK, so Langfuse's client cannot listen", found)
         return found, None
     # Without a provider the client makes one, with the environment, release and sample rate as it reads them.
     given = found if isinstance(found, TracerProvider) else None
+    client = _client_of(langfuse, settings, given, OutboxExporter())
+    # A client that the app had made before keeps its provider and exporter, and names them nowhere else.
+    used: trace.TracerProvider = provider or _listening(client) or trace.get_tracer_provider()
+    return used, _exporter_of(client, used)
+
+
+def _client_of(
+    sdk: ModuleType, settings: LangfuseSettings, provider: TracerProvider | None, exporter: OutboxExporter
+) -> Any:
+    """Make Langfuse's client of what was read from the environment when the tracker was made."""
+    secret = settings.secret_key
     try:
-        client = Langfuse(tracer_provider=given, span_exporter=OutboxExporter(), should_export_span=what_to_queue())
+        return sdk.Langfuse(
+            public_key=settings.public_key,
+            secret_key=None if secret is None else secret.get_secret_value(),
+            base_url=settings.server,
+            environment=settings.tracing_environment,
+            release=settings.release,
+            sample_rate=settings.sample_rate,
+            timeout=math.ceil(settings.timeout),  # it takes whole seconds
+            flush_at=settings.flush_at,
+            flush_interval=settings.flush_interval,
+            tracer_provider=provider,
+            span_exporter=exporter,
+            should_export_span=what_to_queue(),
+        )
     except (ValueError, TypeError) as error:  # without its text, which may hold a key
         raise ConfigurationError(
-            f"Langfuse's client cannot be made of the environment variables LANGFUSE_* ({type(error).__name__}). It "
-            "takes whole numbers of seconds as LANGFUSE_TIMEOUT=5, numbers above 0 as LANGFUSE_FLUSH_AT=512 and "
-            "LANGFUSE_FLUSH_INTERVAL=5: set or unset them."
+            f"Langfuse's client cannot be made of the environment variables LANGFUSE_* ({type(error).__name__}). "
+            "Compare them with the documentation of its SDK, and set or unset them."
         ) from None
-    # A client that the app had made before keeps its provider and exporter, and names them nowhere else.
-    resources = getattr(client, "_resources", None)
-    listening = getattr(resources, "tracer_provider", None)
-    exporter = getattr(resources, "span_exporter", None)
-    used: trace.TracerProvider = provider or listening or trace.get_tracer_provider()
-    if listening is not used:
+
+
+def _listening(client: Any) -> TracerProvider | None:
+    return getattr(getattr(client, "_resources", None), "tracer_provider", None)
+
+
+def _exporter_of(client: Any, used: trace.TracerProvider) -> OutboxExporter | None:
+    """Return the exporter of a client where it is ours; where it is not, say what that means."""
+    if _listening(client) is not used:
         _say_once("Langfuse's client was made before, and listens to another provider than the tracker's", used)
-        return used, None
+        return None
+    exporter = getattr(getattr(client, "_resources", None), "span_exporter", None)
     if not isinstance(exporter, OutboxExporter):
         _say_once("Langfuse's client was made before the tracker", used)
-        return used, None
-    if isinstance(used, TracerProvider):
-        with _lock:
-            _own_providers.discard(used)
-    return used, exporter
+        return None
+    if isinstance(used, OwnProvider):
+        used.has_client = True
+    return exporter
 
 
 def _say_once(why: str, provider: trace.TracerProvider) -> None:

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from google.protobuf.message import DecodeError
-
 from turntrace.content import to_json
 from turntrace.export.encode import halves
 from turntrace.export.scores import read_score
@@ -181,8 +179,8 @@ class _Delivery:
 def _halves(piece: OutboxItem, refused: list[Refusal]) -> Sequence[OutboxItem]:
     try:
         return [replace(piece, body=body, items=count) for body, count in halves(piece.body)]
-    except DecodeError as error:
-        refused.append(Refusal(piece, f"it is not OTLP: {error}"))
+    except ValueError as error:
+        refused.append(Refusal(piece, str(error)))
         return []
 
 

@@ -50,15 +50,30 @@ class TurnSpanProcessor(SpanProcessor):
         self._requests: dict[int, int] = {}
         self._captured = threading.local()
         self._flushers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._unknown: weakref.WeakValueDictionary[int, Span] | None = None
 
     def flush_with(self, writer: Any) -> None:
         """Let a flush of the provider flush this writer too (it is called by its method ``drain``)."""
         self._flushers.add(writer)
 
+    def expect_client(self) -> None:
+        """Remember the spans of ours that run, for Langfuse's client, which is to come."""
+        self._unknown = weakref.WeakValueDictionary()
+
+    def introduce(self) -> None:
+        """Tell Langfuse's client, which has come, of the spans of ours that run: what starts below them is no root."""
+        unknown, self._unknown = self._unknown, None
+        running = [] if unknown is None else [span for span in unknown.values() if span.is_recording()]
+        for client in filter(is_langfuses, listening_to(self._provider()) or ()):
+            for span in running:
+                client.on_start(span)
+
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
         """Stamp a span of others that starts inside a turn."""
         scope = span.instrumentation_scope
         if scope is not None and scope.name == SCOPE_NAME:
+            if self._unknown is not None and span.context is not None:
+                self._unknown[span.context.span_id] = span
             return
         try:
             if span.kind in SERVING and span.context is not None:
@@ -145,6 +160,17 @@ class TurnSpanProcessor(SpanProcessor):
             finally:
                 self._captured.flushing = False
         return all(written)
+
+
+def listening_to(provider: object) -> tuple[Any, ...] | None:
+    """Return the processors of a provider, a tuple that is made anew when one is added; None where it is not told."""
+    listening = getattr(getattr(provider, "_active_span_processor", None), "_span_processors", None)
+    return listening if isinstance(listening, tuple) else None
+
+
+def is_langfuses(processor: object) -> bool:
+    """Tell whether a processor is that of Langfuse's client."""
+    return type(processor).__module__.startswith("langfuse.")
 
 
 _processors: "weakref.WeakKeyDictionary[TracerProvider, TurnSpanProcessor]" = weakref.WeakKeyDictionary()

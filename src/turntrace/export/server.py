@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from opentelemetry import context
 
 from turntrace.errors import DeliveryError
+from turntrace.forking import importing
 from turntrace.settings import LangfuseSettings
 
 if TYPE_CHECKING:
@@ -115,11 +116,12 @@ class LangfuseServer:
             context.detach(token)
 
     def _open(self) -> "httpx.Client":
-        import httpx
-
         with self._lock:
             if self._client is None:
-                self._client = httpx.Client(headers=self._headers, timeout=self.timeout_s)
+                with importing():  # the client imports what it needs, too
+                    import httpx
+
+                    self._client = httpx.Client(headers=self._headers, timeout=self.timeout_s)
             return self._client
 
     def close(self) -> None:

@@ -14,13 +14,12 @@ from functools import lru_cache
 from typing import Any, Final
 
 from opentelemetry import trace
-from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Status, StatusCode
 
 from turntrace.attributes import SCOPE_NAME, AttributeValue
+from turntrace.forking import importing
 
 _INTERNAL: Final = b"\x30\x01"
 _HAS_IS_REMOTE, _IS_REMOTE = 0x100, 0x200
@@ -45,15 +44,26 @@ class Around:
     @classmethod
     def of(cls, resource: Resource) -> "Around":
         """Return what stands around the spans of a provider with a resource."""
-        context = trace.SpanContext(1, 1, is_remote=False)
-        scope = InstrumentationScope(SCOPE_NAME)
-        request = encode_spans([ReadableSpan("any", context=context, resource=resource, instrumentation_scope=scope)])
-        of_all = request.resource_spans[0]
+        held = [(key, _value(value)) for key, value in resource.attributes.items()]
+        if any(value is None for _, value in held):
+            written = _as_the_sdk_writes(resource)
+        else:
+            pairs = (_field(b"\x0a", _utf8(key)) + _field(b"\x12", value) for key, value in held if value is not None)
+            written = b"".join(_field(b"\x0a", pair) for pair in pairs)
         return cls(
-            resource=_field(b"\x0a", of_all.resource.SerializeToString()),
-            scope=_field(b"\x0a", of_all.scope_spans[0].scope.SerializeToString()),
-            schema=_field(b"\x1a", of_all.schema_url.encode()) if of_all.schema_url else b"",
+            resource=_field(b"\x0a", written),
+            scope=_field(b"\x0a", _field(b"\x0a", SCOPE_NAME.encode())),
+            schema=_field(b"\x1a", _utf8(resource.schema_url)) if resource.schema_url else b"",
         )
+
+
+def _as_the_sdk_writes(resource: Resource) -> bytes:
+    """Return a resource with values that spans of ours do not have, as bytes and mappings."""
+    with importing():  # megabytes, which few need
+        from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+    span = ReadableSpan("any", context=trace.SpanContext(1, 1, is_remote=False), resource=resource)
+    written: bytes = encode_spans([span]).resource_spans[0].resource.SerializeToString()
+    return written
 
 
 class WrittenSpan(trace.NonRecordingSpan):

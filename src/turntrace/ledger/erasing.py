@@ -2,13 +2,12 @@
 
 import json
 from collections.abc import Collection, Sequence
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from sqlalchemy import Connection, Table, delete, exists, func, literal, or_, select, tuple_, update
 
 from turntrace import attributes as a
+from turntrace.forking import importing
 from turntrace.ledger.tables import (
     conversations,
     decisions,
@@ -24,6 +23,9 @@ from turntrace.ledger.tables import (
     turns,
 )
 from turntrace.waiting import SCORE
+
+if TYPE_CHECKING:
+    from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 _BATCH: Final = 200
 _BY_SESSION: Final = (decisions, feedback, stages, turns, open_turns)
@@ -168,6 +170,8 @@ def _erase_from(connection: Connection, table: Table, user_id: str, erased: Eras
 
 
 def _take_spans(connection: Connection, table: Table, row: Any, user_id: str, session_ids: Collection[str]) -> int:
+    with importing():  # megabytes, which few need
+        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
     request = ExportTraceServiceRequest()
     request.ParseFromString(row.body)
     taken = kept = 0
@@ -187,6 +191,6 @@ def _take_spans(connection: Connection, table: Table, row: Any, user_id: str, se
     return taken
 
 
-def _is_of(span: Span, user_id: str, session_ids: Collection[str]) -> bool:
+def _is_of(span: "Span", user_id: str, session_ids: Collection[str]) -> bool:
     said = {each.key: each.value.string_value for each in span.attributes if each.key in (a.USER_ID, a.SESSION_ID)}
     return said.get(a.USER_ID) == user_id or said.get(a.SESSION_ID) in session_ids
