@@ -106,7 +106,8 @@ def one_span(sink: Sink) -> Variant:
     return Variant(ONE_SPAN, OneSpanARun(provider.get_tracer("benchmark")), provider.force_flush, "one-span")
 
 
-def turntrace(sink: Sink, folder: Path) -> Variant:
+def turntrace(sink: Sink, folder: Path, *, is_alone: bool = False) -> Variant:
+    """Return turntrace; without a provider of the app's, as in the README, where no other way is in the process."""
     from opentelemetry.sdk.trace import TracerProvider
 
     from turntrace import SessionCallbackHandler, SessionTracker
@@ -116,7 +117,8 @@ def turntrace(sink: Sink, folder: Path) -> Variant:
         "LANGFUSE_SECRET_KEY": SECRET,
         "LANGFUSE_BASE_URL": sink.url("turntrace"),
     }
-    tracker = SessionTracker(f"sqlite:///{folder / 'ledger.db'}", tracer_provider=TracerProvider())
+    provider = None if is_alone else TracerProvider()
+    tracker = SessionTracker(f"sqlite:///{folder / 'ledger.db'}", tracer_provider=provider)
     assert tracker.target.to_outbox
     return Variant(OURS, SessionCallbackHandler(tracker), tracker.flush, "turntrace", remembers=True)
 

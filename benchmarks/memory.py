@@ -2,7 +2,9 @@
 
 Each variant runs in a process of its own, which imports nothing of the others. 50 users come back again and again, with
 ten turns a conversation, which is then deleted from the checkpointer. Most memory is `VmHWM`, memory now `VmRSS` of
-Linux. All send to a sink on loopback. With a ContextTracker, the agent fits what it gives its model.
+Linux. All send to a sink on loopback. turntrace has its keys and no more, as in the README: Langfuse's client, which
+takes about 7 MB in an app that needs it, is not in its row. With a ContextTracker, the agent fits what it gives its
+model.
 
 - most: the peak after 500 turns, over the bare graph's; of three processes a variant, in turn;
 - growth: memory at each quarter of many turns, of one process a variant.
@@ -50,7 +52,7 @@ def tracking(variant: str, sink_url: str, folder: Path) -> tuple[Any, Callable[[
     import _variants
 
     at = AtSink(sink_url)
-    its = _variants.langfuse(at) if variant == LANGFUSE else _variants.turntrace(at, folder)
+    its = _variants.langfuse(at) if variant == LANGFUSE else _variants.turntrace(at, folder, is_alone=True)
     return its.handler, its.drain
 
 

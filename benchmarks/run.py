@@ -63,10 +63,10 @@ LIMITS = {
         "bare OTel span a run` grows as well."
     ),
     "most memory of turntrace": (
-        "SQLAlchemy takes about 13 MB of it, Langfuse's client with its exporter 8, the price list of genai-prices 5. "
-        "A ledger without SQLAlchemy would save the first, a client made when the app first uses it the second: "
-        "that was built, and taken back, since it lost spans while the client was made. In the environment of the "
-        "other tracers httpx also loads HTTP/2, which takes 1.4 MB and is not turntrace's."
+        "SQLAlchemy takes about 13 MB of it, the price list of genai-prices 5, the client for HTTP 4, of which HTTP/2 "
+        "is 1.4 and not turntrace's: httpx loads it in the environment of the other tracers. A ledger without "
+        "SQLAlchemy would save the first. An app that imports `langfuse`, or has a provider of its own, has Langfuse's "
+        "client beside it, which takes 7."
     ),
     "growth of turntrace": "Caches with a bound (sessions, ids and counts of messages) that are not full yet.",
     "fit, 3 new, faster than recount": (
