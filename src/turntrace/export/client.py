@@ -356,7 +356,8 @@ def _client_of(
     except (ValueError, TypeError) as error:  # without its text, which may hold a key
         raise ConfigurationError(
             f"Langfuse's client cannot be made of the environment variables LANGFUSE_* ({type(error).__name__}). "
-            "Compare them with the documentation of its SDK, and set or unset them."
+            "LANGFUSE_FLUSH_AT is at most the length of OpenTelemetry's queue (OTEL_BSP_MAX_QUEUE_SIZE, 2048), and "
+            "LANGFUSE_MEDIA_UPLOAD_THREAD_COUNT a whole number: set or unset them."
         ) from None
 
 
