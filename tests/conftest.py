@@ -140,8 +140,7 @@ def _what_langfuses_client_sets_for_the_process_is_taken_back() -> Iterator[None
     handlers = list(logging.getLogger().handlers)
     yield
     provider = trace._TRACER_PROVIDER
-    has_keys = isinstance(provider, OwnProvider) and (provider.has_client or provider.client_to_come is not None)
-    if provider is not None and (has_keys or not isinstance(provider, OwnProvider)):
+    if provider is not None and not (isinstance(provider, OwnProvider) and not provider.has_keys):
         trace._TRACER_PROVIDER = None
         trace._TRACER_PROVIDER_SET_ONCE._done = False
     for handler in logging.getLogger().handlers[:]:

@@ -1,5 +1,6 @@
 """Langfuse's client, made when other code first needs it: nothing that it would send is lost before."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,8 +11,8 @@ import pytest
 
 import fresh
 from loopback import LangfuseServer
+from turntrace import SessionTracker
 from turntrace.errors import ConfigurationError
-from turntrace.settings import read_langfuse_settings
 
 OURS = ["conversation.turn", "session.end", "session.start"]
 IS_ROOT = "langfuse.internal.is_app_root"
@@ -35,7 +36,14 @@ def run(script: str, url: str, server: LangfuseServer, **variables: str) -> list
 
 
 def names(server: LangfuseServer) -> list[str]:
-    return sorted(span.name for span in server.spans())
+    """Return the names of the spans that came, each of which came once."""
+    arrived = sorted(span.name for span in server.spans())
+    assert sum(request.spans for request in server.requests) == len(arrived)
+    return arrived
+
+
+def names_of_all(server: LangfuseServer) -> list[str]:
+    return [span.name for span in server.spans()]
 
 
 def roots(server: LangfuseServer) -> list[str]:
@@ -255,6 +263,221 @@ for tracker in trackers:
     assert names(server) == sorted(["conversation.turn", "session.start"] * 2 + ["other"])
 
 
+# --- in the midst of the app's import ---------------------------------------------------------------------------------
+BLOCKBUSTER = """
+import sys
+from types import ModuleType
+sys.modules["blockbuster"] = ModuleType("blockbuster")  # by which langgraph dev watches loops
+"""
+ASKS_WITHIN = """
+import asyncio, threading, time
+from opentelemetry import trace
+from wrapt import register_post_import_hook
+from turntrace import SessionTracker
+tracker = SessionTracker()
+within = threading.Event()
+
+def ask(_):  # as an instrumentation does that another import brings
+    within.set()
+    time.sleep(0.2)
+    trace.get_tracer("langsmith").start_span("within")
+
+register_post_import_hook(ask, "langfuse.media")
+
+def observes():
+    from langfuse import observe
+    observe(name="observed")(lambda: None)()
+
+async def node():
+    observes()
+
+def starts():
+    within.wait()
+    trace.get_tracer("openinference").start_span("beside").end()
+
+beside = threading.Thread(target=starts, daemon=True)
+beside.start()
+"""
+
+
+@pytest.mark.parametrize("before", ["", BLOCKBUSTER], ids=["", "in a loop that is watched"])
+def test_a_tracer_that_is_asked_for_within_the_import_is_given_and_nobody_waits_for_ever(
+    server: LangfuseServer, url: str, before: str
+) -> None:
+    script = """
+asyncio.run(node())
+beside.join(30)
+print("waiting:", beside.is_alive())
+tracker.flush()
+"""
+    assert run(before + ASKS_WITHIN + script + CLIENTS, url, server) == ["waiting: False", "clients: 1"]
+    assert names(server) == ["beside", "observed"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_process_that_is_forked_within_the_import_goes_on(server: LangfuseServer, url: str) -> None:
+    script = """
+import os
+importing = threading.Thread(target=observes)
+importing.start()
+within.wait()
+worker = os.fork()
+if not worker:
+    with tracker.session(session_id="the child's") as session:
+        with session.conversation("c1").turn("Hello"):
+            trace.get_tracer("openinference").start_span("in a turn").end()
+    tracker.flush()
+    os._exit(0)
+importing.join()
+beside.join()
+print("child:", os.waitpid(worker, 0)[1])
+tracker.flush()
+"""
+    assert run(ASKS_WITHIN + script + CLIENTS, url, server) == ["child: 0", "clients: 1"]
+    assert names(server) == sorted([*OURS, "in a turn", "beside", "observed"])
+
+
+def test_an_import_that_fails_once_is_made_up_for_by_the_next(server: LangfuseServer, url: str) -> None:
+    script = """
+import sys
+from opentelemetry import trace
+from turntrace import SessionTracker
+class Away:
+    def find_spec(self, name, path=None, target=None):
+        if name == "langfuse":
+            raise ImportError("it is being installed")
+tracker = SessionTracker()
+sys.meta_path.insert(0, Away())
+trace.get_tracer("openinference").start_span("lost").end()
+del sys.meta_path[0]
+from langfuse import get_client
+get_client()
+with tracker.session(session_id="mine") as session:
+    with session.conversation("c1").turn("Hello"):
+        trace.get_tracer("openinference").start_span("in a turn").end()
+trace.get_tracer("openinference").start_span("kept").end()
+tracker.flush()
+"""
+    out = run(script + CLIENTS, url, server)
+    assert [line for line in out if not line.startswith("turntrace:")] == ["clients: 1"]
+    assert names(server) == sorted([*OURS, "in a turn", "kept"])
+
+
+def test_where_the_apps_import_was_not_seen_the_client_that_it_makes_stays_the_only_one(
+    server: LangfuseServer, url: str
+) -> None:
+    script = """
+import sys
+from turntrace import SessionTracker
+import wrapt.importer
+finders = [finder for finder in sys.meta_path if isinstance(finder, wrapt.importer.ImportHookFinder)]
+tracker = SessionTracker()
+sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, wrapt.importer.ImportHookFinder)]
+from langfuse import get_client, observe
+observe(name="observed")(lambda: None)()
+with tracker.session(session_id="mine") as session:
+    with session.conversation("c1").turn("Hello"):
+        pass
+get_client().flush()
+tracker.flush()
+from opentelemetry import trace
+names = [type(each).__name__ for each in trace.get_tracer_provider()._active_span_processor._span_processors]
+print(sorted(names))
+"""
+    assert run(script, url, server) == ["['LangfuseSpanProcessor', 'TurnSpanProcessor']"]
+    assert {*names_of_all(server)} == {*OURS, "observed"}
+
+
+# --- beside other things of the app's ---------------------------------------------------------------------------------
+def test_a_turn_that_runs_when_it_comes_gets_nothing_of_another_request(server: LangfuseServer, url: str) -> None:
+    script = """
+import threading
+from opentelemetry import baggage, context, trace
+from turntrace import SessionTracker
+tracker = SessionTracker()
+
+def other():
+    context.attach(baggage.set_baggage("langfuse_user_id", "somebody else"))
+    trace.get_tracer("openinference").start_span("other").end()
+
+with tracker.session(session_id="mine") as session:
+    with session.conversation("c1").turn("Hello"):
+        trace.get_current_span().get_span_context()
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+tracker.flush()
+"""
+    assert run(script + CLIENTS, url, server) == ["clients: 1"]
+    assert names(server) == sorted([*OURS, "other"])
+    ours = [span for span in server.spans() if span.name != "other"]
+    assert not any("somebody else" in str(span.attributes) for span in ours)
+
+
+def test_a_turn_stands_below_a_request_of_another_provider_of_the_apps(server: LangfuseServer, url: str) -> None:
+    script = """
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from turntrace import SessionTracker
+tracker = SessionTracker()
+session = tracker.start_session(session_id="mine")
+with TracerProvider().get_tracer("server").start_as_current_span("GET /", kind=trace.SpanKind.SERVER) as request:
+    with session.conversation("c1").turn("Hello"):
+        pass
+print(f"{request.get_span_context().trace_id:032x}")
+tracker.flush()
+"""
+    [trace_id] = run(script, url, server)
+    [turn] = [span for span in server.spans() if span.name == "conversation.turn"]
+    assert turn.trace_id == trace_id
+    assert turn.attributes[IS_ROOT] is True
+
+
+def test_a_turn_below_a_request_is_a_root_where_it_goes_on_without_the_client(server: LangfuseServer, url: str) -> None:
+    begins = """
+import json, os
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+trace.set_tracer_provider(TracerProvider())
+from turntrace import SessionTracker
+tracker = SessionTracker()
+with trace.get_tracer("server").start_as_current_span("POST /", kind=trace.SpanKind.SERVER):
+    turn = tracker.start_session(session_id="mine").conversation("c1").start_turn("Hello")
+    print(json.dumps(turn.carrier()))
+tracker.flush()
+os._exit(0)
+"""
+    environment = fresh.environment(TURNTRACE_LEDGER_URL=url, **server.keys)
+    command = [sys.executable, "-c", begins]
+    out = subprocess.run(command, check=True, timeout=fresh.PATIENCE_S, env=environment, stdout=subprocess.PIPE).stdout
+    goes_on = f"""
+from turntrace import SessionTracker
+tracker = SessionTracker()
+with tracker.resume_turn({json.loads(out)!r}):
+    pass
+tracker.flush()
+"""
+    assert run(goes_on + CLIENTS, url, server) == ["clients: 0"]
+    [turn] = [span for span in server.spans() if span.name == "conversation.turn"]
+    assert turn.parent_id
+    assert turn.attributes[IS_ROOT] is True
+
+
+def test_a_second_tracker_without_keys_loses_nothing(server: LangfuseServer, url: str) -> None:
+    script = """
+import os
+from turntrace import SessionTracker
+first = SessionTracker()
+del os.environ["LANGFUSE_PUBLIC_KEY"]
+second = SessionTracker()
+second.start_session(session_id="second").conversation("c1").start_turn("Hello").end()
+second.flush()
+first.flush()
+"""
+    assert run(script + CLIENTS, url, server) == ["clients: 0"]
+    assert names(server) == ["conversation.turn", "session.start"]
+
+
 # --- what it is made of -----------------------------------------------------------------------------------------------
 def test_it_is_made_of_what_was_read_when_the_tracker_was_made(server: LangfuseServer, url: str) -> None:
     script = """
@@ -278,20 +501,29 @@ tracker.flush()
     assert names(server) == ["other"]
 
 
-@pytest.mark.parametrize("name", ["LANGFUSE_FLUSH_AT", "LANGFUSE_FLUSH_INTERVAL"])
-@pytest.mark.parametrize("text", ["many", "0"])
+WRONG = {
+    "LANGFUSE_FLUSH_AT": ("many", "0", "", "2049"),
+    "LANGFUSE_FLUSH_INTERVAL": ("often", "0", ""),
+    "LANGFUSE_MEDIA_UPLOAD_THREAD_COUNT": ("some",),
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in WRONG.items() for text in texts])
 def test_what_it_cannot_be_made_of_is_said_when_the_tracker_is_made(
-    name: str, text: str, monkeypatch: pytest.MonkeyPatch
+    server: LangfuseServer, name: str, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, text)
-    with pytest.raises(ConfigurationError, match=f"{name} is '{text}'. Allowed is .* above 0: {name}="):
-        read_langfuse_settings()
+    SessionTracker("sqlite://").shutdown()  # without keys there is no client
+    for key, value in server.keys.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ConfigurationError, match=f"{name} is '{text}'. Allowed is a .*number.*: {name}="):
+        SessionTracker("sqlite://")
 
 
 @pytest.mark.parametrize(
     ("variables", "says"),
     [
-        ({"LANGFUSE_FLUSH_AT": "1000000"}, "cannot be made of the environment variables LANGFUSE_* (ValueError)"),
+        ({"OTEL_BSP_SCHEDULE_DELAY": "-1"}, "variables LANGFUSE_* and OTEL_BSP_* (ValueError)"),
         ({"BROKEN": "yes"}, "the package langfuse cannot be imported (SyntaxError)"),
     ],
     ids=["it is refused", "its package is broken"],

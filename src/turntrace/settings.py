@@ -30,6 +30,9 @@ RELEASES: Final = (
 )
 """Where the release is read from when ``LANGFUSE_RELEASE`` is not set, in this order, as Langfuse's SDK does it."""
 
+_QUEUE_LENGTH: Final = 2048
+"""How many spans OpenTelemetry's queue holds where ``OTEL_BSP_MAX_QUEUE_SIZE`` does not say it."""
+
 LANGFUSE_CLOUD: Final = "https://cloud.langfuse.com"
 """The server where ``LANGFUSE_BASE_URL`` says none, as Langfuse's SDK has it."""
 
@@ -85,16 +88,12 @@ class LangfuseSettings(BaseSettings):
     tracing_enabled: bool = True
     sample_rate: float = Field(default=1.0, ge=0.0, le=1.0)
     timeout: float = Field(default=5.0, gt=0, le=MAX_TIMEOUT_S, allow_inf_nan=False)
-    flush_at: int | None = Field(default=None, gt=0)
-    flush_interval: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     otel_traces_export_path: str = "api/public/otel/v1/traces"
 
     allowed: ClassVar[Mapping[str, str]] = {
         "tracing_enabled": "are true and false: LANGFUSE_TRACING_ENABLED=true",
         "sample_rate": "is a number from 0 to 1: LANGFUSE_SAMPLE_RATE=0.5",
         "timeout": "is a number of seconds above 0: LANGFUSE_TIMEOUT=5",
-        "flush_at": "is a whole number of spans above 0: LANGFUSE_FLUSH_AT=512",
-        "flush_interval": "is a number of seconds above 0: LANGFUSE_FLUSH_INTERVAL=5",
     }
 
     @field_validator("tracing_enabled", mode="before")
@@ -118,6 +117,29 @@ class LangfuseSettings(BaseSettings):
         return (self.base_url or self.host or LANGFUSE_CLOUD).rstrip("/")
 
 
+class LangfuseClientSettings(LangfuseSettings):
+    """The same, with what only Langfuse's client reads, and cannot be made of when it is wrong."""
+
+    flush_at: int | None = Field(default=None, gt=0)
+    flush_interval: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    media_upload_thread_count: int | None = None
+
+    allowed: ClassVar[Mapping[str, str]] = {
+        **LangfuseSettings.allowed,
+        "flush_at": "is a whole number of spans above 0, at most OTEL_BSP_MAX_QUEUE_SIZE (2048): LANGFUSE_FLUSH_AT=512",
+        "flush_interval": "is a number of seconds above 0: LANGFUSE_FLUSH_INTERVAL=5",
+        "media_upload_thread_count": "is a whole number: LANGFUSE_MEDIA_UPLOAD_THREAD_COUNT=1",
+    }
+
+    @field_validator("flush_at")
+    @classmethod
+    def _fits_the_queue(cls, value: int | None) -> int | None:
+        length = os.environ.get("OTEL_BSP_MAX_QUEUE_SIZE", "")
+        if value is not None and value > (int(length) if length.isdecimal() else _QUEUE_LENGTH):
+            raise ValueError("it is more than fits into the queue")
+        return value
+
+
 def default_ledger_path() -> Path:
     """Return where the ledger is when nothing else is said."""
     return Path(platformdirs.user_data_dir("turntrace", appauthor=False)) / "ledger.db"
@@ -139,6 +161,15 @@ def read_langfuse_settings() -> LangfuseSettings:
         ConfigurationError: If a variable cannot be used.
     """
     return _read(LangfuseSettings)
+
+
+def read_client_settings() -> LangfuseClientSettings:
+    """Read ``LANGFUSE_*`` from the environment, for Langfuse's client.
+
+    Raises:
+        ConfigurationError: If a variable cannot be used.
+    """
+    return _read(LangfuseClientSettings)
 
 
 def unknown_variables() -> list[tuple[str, str | None]]:

@@ -26,7 +26,7 @@ from turntrace.export.exporter import OutboxExporter, what_to_queue
 from turntrace.export.later import ClientToCome, OwnProvider, is_needed_at_once
 from turntrace.export.processor import SERVING, TurnSpanProcessor, processor_of
 from turntrace.export.server import LangfuseServer
-from turntrace.settings import LangfuseSettings, read_langfuse_settings
+from turntrace.settings import LangfuseClientSettings, LangfuseSettings, read_client_settings, read_langfuse_settings
 
 logger = logging.getLogger("turntrace")
 
@@ -162,7 +162,8 @@ class SpanTarget:
                 trace.
             has_ended: Whether what it stands for has ended.
         """
-        if self.exporter is not None and below is None:  # as Langfuse's client does it, which may be still to come
+        if self.exporter is not None and (below is None or _waits_for_client(self.provider)):
+            # As Langfuse's client does it; a span of ours that is written down whole it does not hear of.
             attributes = {**attributes, LANGFUSE_IS_APP_ROOT: True}
         is_top = below is None and linked is None
         if has_ended and is_top and self._alone is not None:
@@ -193,7 +194,7 @@ class SpanTarget:
         a turn would stand below nothing.
         """
         context = span.get_span_context()
-        if not context.is_valid or _sends_ours_only(self.provider):
+        if not context.is_valid or (isinstance(self.provider, OwnProvider) and not self.provider.has_keys):
             return False
         serving: int | None = context.span_id if getattr(span, "kind", None) in SERVING else None
         if serving is None and self.processor is not None and not isinstance(span, Scope):
@@ -265,24 +266,24 @@ def open_target(provider: trace.TracerProvider | None = None, *, outbox: bool | 
         return SpanTarget(trace.NoOpTracerProvider(), to_outbox=False)
     known: dict[str, Any] = {"environment": settings.tracing_environment}
     if settings.has_keys:
-        used, exporter = _with_langfuse(settings, provider)
+        used, exporter = _with_langfuse(read_client_settings(), provider)
         to_outbox = exporter is not None if outbox is None else outbox
         known |= {"exporter": exporter, "server": LangfuseServer(settings)}
         return SpanTarget(used, to_outbox=to_outbox, takes_scores=True, **known)
     found = provider or _global_provider(settings)
-    to_outbox = _sends_ours_only(found) if outbox is None else outbox
+    to_outbox = isinstance(found, OwnProvider) if outbox is None else outbox
     target = SpanTarget(found, to_outbox=to_outbox, **known)
     if not target.to_outbox and provider is None:
         _say_once("the tracer provider of this process is the app's own", found)
     return target
 
 
-def _sends_ours_only(provider: trace.TracerProvider) -> bool:
-    return isinstance(provider, OwnProvider) and not provider.has_client
+def _waits_for_client(provider: trace.TracerProvider) -> bool:
+    return isinstance(provider, OwnProvider) and provider.waits_for_client
 
 
-def _global_provider(settings: LangfuseSettings, *, with_client: bool = False) -> trace.TracerProvider:
-    """Return the provider of the process; where there is none, one of ours, with Langfuse's client to come or without.
+def _global_provider(settings: LangfuseSettings) -> trace.TracerProvider:
+    """Return the provider of the process; where there is none, one of ours, with keys with Langfuse's client to come.
 
     As Langfuse's client does: what the app starts on the global provider is to fall into the turn too.
     """
@@ -291,8 +292,8 @@ def _global_provider(settings: LangfuseSettings, *, with_client: bool = False) -
         if not isinstance(found, trace.ProxyTracerProvider):
             return found
         own = OwnProvider(settings)
-        if with_client:
-            exporter = OutboxExporter()
+        if isinstance(settings, LangfuseClientSettings):
+            own.has_keys, exporter = True, OutboxExporter()
             own.client_to_come = ClientToCome(exporter, settings, lambda sdk: _join(own, exporter, settings, sdk))
             processor_of(own).expect_client()
         trace.set_tracer_provider(own)
@@ -301,21 +302,21 @@ def _global_provider(settings: LangfuseSettings, *, with_client: bool = False) -
     return own
 
 
-def _join(own: OwnProvider, exporter: OutboxExporter, settings: LangfuseSettings, sdk: ModuleType) -> None:
+def _join(own: OwnProvider, exporter: OutboxExporter, settings: LangfuseClientSettings, sdk: ModuleType) -> None:
     """Have Langfuse's client listen to a provider of ours, on which spans of ours may run."""
     _exporter_of(_client_of(sdk, settings, own, exporter), own)
     processor_of(own).introduce()
 
 
 def _with_langfuse(
-    settings: LangfuseSettings, provider: trace.TracerProvider | None
+    settings: LangfuseClientSettings, provider: trace.TracerProvider | None
 ) -> tuple[trace.TracerProvider, OutboxExporter | None]:
     """Have Langfuse's client listen; return the provider, and the exporter where the client sends by ours."""
     found = provider or trace.get_tracer_provider()
     if not is_needed_at_once(found):
-        found = _global_provider(settings, with_client=True)
-    to_come = found.client_to_come if isinstance(found, OwnProvider) else None
-    if to_come is not None and not to_come.is_over:
+        found = _global_provider(settings)
+    to_come = found.client_to_come if isinstance(found, OwnProvider) and found.waits_for_client else None
+    if to_come is not None:
         if to_come.settings.public_key == settings.public_key:
             return found, to_come.exporter
         to_come.make()
@@ -334,7 +335,7 @@ def _with_langfuse(
 
 
 def _client_of(
-    sdk: ModuleType, settings: LangfuseSettings, provider: TracerProvider | None, exporter: OutboxExporter
+    sdk: ModuleType, settings: LangfuseClientSettings, provider: TracerProvider | None, exporter: OutboxExporter
 ) -> Any:
     """Make Langfuse's client of what was read from the environment when the tracker was made."""
     secret = settings.secret_key
@@ -355,9 +356,8 @@ def _client_of(
         )
     except (ValueError, TypeError) as error:  # without its text, which may hold a key
         raise ConfigurationError(
-            f"Langfuse's client cannot be made of the environment variables LANGFUSE_* ({type(error).__name__}). "
-            "LANGFUSE_FLUSH_AT is at most the length of OpenTelemetry's queue (OTEL_BSP_MAX_QUEUE_SIZE, 2048), and "
-            "LANGFUSE_MEDIA_UPLOAD_THREAD_COUNT a whole number: set or unset them."
+            "Langfuse's client cannot be made of the environment variables LANGFUSE_* and OTEL_BSP_* "
+            f"({type(error).__name__}). Compare them with the documentation of its SDK, and set or unset them."
         ) from None
 
 
@@ -375,7 +375,7 @@ def _exporter_of(client: Any, used: trace.TracerProvider) -> OutboxExporter | No
         _say_once("Langfuse's client was made before the tracker", used)
         return None
     if isinstance(used, OwnProvider):
-        used.has_client = True
+        used.has_keys = True
     return exporter
 
 

@@ -6,6 +6,7 @@ client is made before either goes on, so it hears of each span from its start.
 """
 
 import logging
+import os
 import sys
 import threading
 import weakref
@@ -25,6 +26,7 @@ from turntrace.attributes import SCOPE_NAME
 from turntrace.boundary import caught, never_breaks, off_watched_loop
 from turntrace.errors import ConfigurationError
 from turntrace.export.exporter import OutboxExporter
+from turntrace.export.processor import LANGFUSE_SDK
 from turntrace.forking import importing, lock_of
 from turntrace.settings import LangfuseSettings
 
@@ -40,7 +42,8 @@ class ClientToCome:
     """Makes Langfuse's client, once.
 
     Two may ask at the same time: a thread that imports ``langfuse`` has that module's lock, and then waits for ours. So
-    whoever asks imports first, and takes ours after it.
+    whoever asks imports first, and takes ours after it; where that import is under way already, it is waited for
+    without holding anything of ours.
 
     Args:
         exporter: By which it will send.
@@ -57,10 +60,14 @@ class ClientToCome:
         self._lock = lock_of(self)
         self._here = threading.local()
         self._is_over = False
+        self._is_given_up = False
+        weak = weakref.ref(self)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=lambda: _after_fork(weak()))
 
     @property
     def is_over(self) -> bool:
-        """Whether it was made, or cannot be."""
+        """Whether it was made, or cannot be made of the settings."""
         return self._is_over
 
     def make_on_import(self) -> None:
@@ -81,16 +88,25 @@ class ClientToCome:
 
     @never_breaks(_MAKING)
     def make(self) -> None:
-        """Make it now, if that was not done before; return when it listens."""
-        if not (self._is_over or getattr(self._here, "is_busy", False)):
+        """Make it now, if that was not done before; return when it listens, or cannot."""
+        if self._is_over or self._is_given_up or getattr(self._here, "is_busy", False):
+            return
+        if not _is_being_imported():
             off_watched_loop(self._import_and_make)
+        elif not _is_being_imported(import_module(_SDK)):  # else it is this thread that imports it, and makes it then
+            off_watched_loop(lambda: self._make_of(sys.modules[_SDK]))
+
+    def give_up(self) -> None:
+        """Leave it to the app, which makes one itself."""
+        if not (self._is_over or getattr(self._here, "is_busy", False)):
+            self._is_over = True
 
     def _import_and_make(self) -> None:
         with self._busy(), importing():
             try:
                 sdk = import_module(_SDK)
             except Exception as error:  # a broken installation: the app, which does without it, goes on
-                self._is_over = True
+                self._is_given_up = True
                 logger.warning(
                     "turntrace: the package langfuse cannot be imported (%s): spans of other code outside of turns "
                     "are not sent. Install it anew: pip install --force-reinstall langfuse",
@@ -106,7 +122,7 @@ class ClientToCome:
             try:
                 self._make(sdk)
             except ConfigurationError as error:
-                logger.warning("turntrace: %s Until then spans of other code outside of turns are not sent.", error)
+                logger.warning("turntrace: %s Spans of other code outside of turns are not sent.", error)
             except Exception as error:
                 caught(_MAKING, error)
             self._is_over = True
@@ -121,6 +137,17 @@ class ClientToCome:
             self._here.is_busy = before
 
 
+def _is_being_imported(sdk: ModuleType | None = None) -> bool:
+    """Tell whether a thread is importing Langfuse's SDK; of the SDK that an import gave, whether that is this one."""
+    spec = getattr(sdk or sys.modules.get(_SDK), "__spec__", None)
+    return bool(getattr(spec, "_initializing", False))
+
+
+def _after_fork(to_come: ClientToCome | None) -> None:
+    if to_come is not None and _is_being_imported():  # by a thread that is not in this process: it never ends
+        to_come._is_given_up = True
+
+
 class OwnProvider(TracerProvider):
     """A provider of ours, for an app that has none.
 
@@ -129,7 +156,7 @@ class OwnProvider(TracerProvider):
 
     Attributes:
         client_to_come: Langfuse's client, where there were keys and nobody needed it yet.
-        has_client: Whether a client of Langfuse's listens. Without one only what is turntrace's is sent.
+        has_keys: Whether a client of Langfuse's listens or is to come. Else only what is turntrace's is sent.
     """
 
     def __init__(self, settings: LangfuseSettings) -> None:
@@ -139,7 +166,12 @@ class OwnProvider(TracerProvider):
             sampler=TraceIdRatioBased(settings.sample_rate) if settings.sample_rate < 1 else None,
         )
         self.client_to_come: ClientToCome | None = None
-        self.has_client = False
+        self.has_keys = False
+
+    @property
+    def waits_for_client(self) -> bool:
+        """Whether Langfuse's client is still to come."""
+        return self.client_to_come is not None and not self.client_to_come.is_over
 
     def get_tracer(
         self,
@@ -149,7 +181,9 @@ class OwnProvider(TracerProvider):
         attributes: Attributes = None,
     ) -> trace.Tracer:
         """Return a tracer; where it is another's than ours, Langfuse's client listens before."""
-        if self.client_to_come is not None and instrumenting_module_name != SCOPE_NAME:
+        if self.client_to_come is not None and instrumenting_module_name == LANGFUSE_SDK:
+            self.client_to_come.give_up()  # the app makes one, of an import that began before ours could be seen
+        elif self.client_to_come is not None and instrumenting_module_name != SCOPE_NAME:
             self.client_to_come.make()
         return super().get_tracer(instrumenting_module_name, instrumenting_library_version, schema_url, attributes)
 

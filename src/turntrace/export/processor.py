@@ -16,7 +16,8 @@ from turntrace.boundary import caught
 from turntrace.current import Scope, current_scope, turn_that_left
 from turntrace.export.encode import EndedSpan
 
-_LANGFUSE_SDK = "langfuse-sdk"
+LANGFUSE_SDK = "langfuse-sdk"
+"""The scope of the spans of Langfuse's own SDK."""
 
 SERVING = (trace.SpanKind.SERVER, trace.SpanKind.CONSUMER)
 """Kinds of spans that stand for a request or a job."""
@@ -50,30 +51,30 @@ class TurnSpanProcessor(SpanProcessor):
         self._requests: dict[int, int] = {}
         self._captured = threading.local()
         self._flushers: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._unknown: weakref.WeakValueDictionary[int, Span] | None = None
+        self._unknown: set[int] | None = None
 
     def flush_with(self, writer: Any) -> None:
         """Let a flush of the provider flush this writer too (it is called by its method ``drain``)."""
         self._flushers.add(writer)
 
     def expect_client(self) -> None:
-        """Remember the spans of ours that run, for Langfuse's client, which is to come."""
-        self._unknown = weakref.WeakValueDictionary()
+        """Remember which spans of ours run, for Langfuse's client, which is to come."""
+        self._unknown = set()
 
     def introduce(self) -> None:
-        """Tell Langfuse's client, which has come, of the spans of ours that run: what starts below them is no root."""
+        """Tell Langfuse's client, which has come, which spans of ours run: what starts below them is no root."""
         unknown, self._unknown = self._unknown, None
-        running = [] if unknown is None else [span for span in unknown.values() if span.is_recording()]
         for client in filter(is_langfuses, listening_to(self._provider()) or ()):
-            for span in running:
-                client.on_start(span)
+            expected = getattr(client, "_span_export_expectation_by_id", None)
+            if unknown and isinstance(expected, dict):
+                expected.update({trace.format_span_id(span_id): True for span_id in [*unknown]})
 
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
         """Stamp a span of others that starts inside a turn."""
         scope = span.instrumentation_scope
         if scope is not None and scope.name == SCOPE_NAME:
-            if self._unknown is not None and span.context is not None:
-                self._unknown[span.context.span_id] = span
+            if (unknown := self._unknown) is not None and span.context is not None:
+                unknown.add(span.context.span_id)
             return
         try:
             if span.kind in SERVING and span.context is not None:
@@ -82,7 +83,7 @@ class TurnSpanProcessor(SpanProcessor):
             if turn is None:
                 return
             span.set_attributes(turn.tags)
-            if scope is not None and scope.name == _LANGFUSE_SDK:
+            if scope is not None and scope.name == LANGFUSE_SDK:
                 span.set_attributes({LANGFUSE_METADATA_PREFIX + name: value for name, value in turn.tags.items()})
             context = span.get_span_context()
             if context is not None:
@@ -108,6 +109,8 @@ class TurnSpanProcessor(SpanProcessor):
         """Hand a span that has ended to its turn, or to the block that captures."""
         scope = span.instrumentation_scope
         if scope is not None and scope.name == SCOPE_NAME:
+            if (unknown := self._unknown) is not None and span.context is not None:
+                unknown.discard(span.context.span_id)
             self.capture(span)
             return
         if span.context is not None and self._requests.get(span.context.trace_id) == span.context.span_id:

@@ -44,12 +44,10 @@ class Around:
     @classmethod
     def of(cls, resource: Resource) -> "Around":
         """Return what stands around the spans of a provider with a resource."""
-        held = [(key, _value(value)) for key, value in resource.attributes.items()]
-        if any(value is None for _, value in held):
-            written = _as_the_sdk_writes(resource)
-        else:
-            pairs = (_field(b"\x0a", _utf8(key)) + _field(b"\x12", value) for key, value in held if value is not None)
-            written = b"".join(_field(b"\x0a", pair) for pair in pairs)
+        held = [(_text(key), _value(value)) for key, value in resource.attributes.items()]
+        pairs = [key + _field(b"\x12", value) for key, value in held if key is not None and value is not None]
+        is_plain = len(pairs) == len(held)
+        written = b"".join(_field(b"\x0a", pair) for pair in pairs) if is_plain else _as_the_sdk_writes(resource)
         return cls(
             resource=_field(b"\x0a", written),
             scope=_field(b"\x0a", _field(b"\x0a", SCOPE_NAME.encode())),
