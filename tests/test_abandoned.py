@@ -267,15 +267,17 @@ def test_a_task_cancelled_while_a_model_is_called(bench: Bench) -> None:
 
 
 def test_a_task_cancelled_while_a_model_streams(bench: Bench) -> None:
-    graph = bench.compile(App(is_async=True, model=FakeModel(says=lambda _: "word " * 500, delay=0.002)).child())
-    seen: list[Any] = []
-
-    async def read() -> None:
-        seen.extend([part async for part in graph.astream(asks(), config_of(user_id="ann"), stream_mode="messages")])
+    graph = bench.compile(App(is_async=True, model=FakeModel(says=lambda _: "word " * 500, delay=0.05)).child())
 
     async def main() -> None:
+        begun = asyncio.Event()
+
+        async def read() -> None:
+            async for _ in graph.astream(asks(), config_of(user_id="ann"), stream_mode="messages"):
+                begun.set()
+
         task = asyncio.create_task(read())
-        await asyncio.sleep(0.05)
+        await begun.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -289,16 +291,21 @@ def test_a_task_cancelled_while_a_model_streams(bench: Bench) -> None:
 
 
 def test_a_turn_that_takes_too_long(bench: Bench) -> None:
+    limits: list[asyncio.Timeout] = []
+
     async def work(state: State) -> None:
+        limits[0].reschedule(asyncio.get_running_loop().time() + 0.03)
         await asyncio.sleep(30)
 
     graph = bench.compile(single(work))
 
     async def main() -> None:
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(graph.ainvoke(asks(), config_of(user_id="ann")), 0.03)
+        async with asyncio.timeout(None) as limit:
+            limits.append(limit)
+            await graph.ainvoke(asks(), config_of(user_id="ann"))
 
-    asyncio.run(main())
+    with pytest.raises(TimeoutError):
+        asyncio.run(main())
     bench.ended_as("abandoned", "CancelledError")
 
 
