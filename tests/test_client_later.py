@@ -171,6 +171,30 @@ trace.get_tracer("opentelemetry.instrumentation.openai").start_span("last").end(
     assert names(server) == sorted(["session.start", "conversation.turn", "last"])
 
 
+@pytest.mark.parametrize("is_late", [False, True], ids=["at once", "later"])
+def test_a_flush_of_the_client_alone_sends_all_that_has_ended(server: LangfuseServer, url: str, is_late: bool) -> None:
+    script = """
+import os
+from langfuse import get_client, observe
+
+@observe()
+def request():
+    with session.conversation("c1").turn("Hello"):
+        pass
+
+request()
+get_client().flush()
+os._exit(0)  # as a function that is frozen
+"""
+    tracks = """
+from turntrace import SessionTracker
+tracker = SessionTracker()
+session = tracker.start_session(session_id="mine")
+"""
+    run(tracks + script if is_late else "import langfuse\n" + tracks + script, url, server)
+    assert names(server) == sorted(["session.start", "conversation.turn", "request"])
+
+
 # --- side by side -----------------------------------------------------------------------------------------------------
 def test_of_threads_that_need_it_at_once_none_waits_for_ever_and_no_span_is_lost(
     server: LangfuseServer, url: str

@@ -54,7 +54,7 @@ class TurnSpanProcessor(SpanProcessor):
         self._unknown: set[int] | None = None
 
     def flush_with(self, writer: Any) -> None:
-        """Let a flush of the provider flush this writer too (it is called by its method ``drain``)."""
+        """Let a flush of the provider flush this writer too (by its methods ``write_down`` and ``send``)."""
         self._flushers.add(writer)
 
     def expect_client(self) -> None:
@@ -148,13 +148,16 @@ class TurnSpanProcessor(SpanProcessor):
             self._captured.flusher = None
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
-        """Write down what has ended; then have the processors before this one flush the spans that ended by it."""
+        """Write down what has ended, have the other processors flush what ended by it, and send all of it.
+
+        Langfuse's client, which may come before this one or after it, puts what it flushes into the outbox.
+        """
         if getattr(self._captured, "flushing", False):
             return True
         until = time.monotonic() + timeout_millis / 1000
         flushing = getattr(self._captured, "flusher", None)
         writers = [writer for writer in self._flushers if writer is not flushing]
-        written = [writer.drain(max(0.0, until - time.monotonic())) for writer in writers]
+        written = [writer.write_down(max(0.0, until - time.monotonic())) for writer in writers]
         provider = self._provider()
         if provider is not None and any(written):
             self._captured.flushing = True
@@ -162,6 +165,8 @@ class TurnSpanProcessor(SpanProcessor):
                 provider.force_flush(max(0, int((until - time.monotonic()) * 1000)))
             finally:
                 self._captured.flushing = False
+        for writer in writers:
+            writer.send(max(0.0, until - time.monotonic()))
         return all(written)
 
 

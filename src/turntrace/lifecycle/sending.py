@@ -67,8 +67,8 @@ class Sending:
         else:
             self._written()
 
-    def drain(self, timeout: float | None) -> bool:
-        """Write down what has ended and send what waits, unless Langfuse takes nothing now.
+    def write_down(self, timeout: float | None) -> bool:
+        """Write down what has ended.
 
         Args:
             timeout: Seconds after which it is not waited for longer; None for as long as it takes.
@@ -76,12 +76,14 @@ class Sending:
         Returns:
             Whether all is written.
         """
-        left = time_left(timeout)
-        written = self.writer.drain(left())
-        self._send(left())
-        return written
+        return self.writer.drain(timeout)
 
-    def _send(self, timeout: float | None) -> None:
+    def send(self, timeout: float | None) -> None:
+        """Send what waits, unless Langfuse takes nothing now.
+
+        Args:
+            timeout: Seconds after which it is not waited for longer; None for as long as it takes.
+        """
         if self.sender is not None and not self._is_stopped:
             try:
                 self.sender.drain(timeout)
@@ -94,13 +96,13 @@ class Sending:
                 caught("sending what waits in the outbox", error)
 
     def flush(self, timeout: float | None) -> bool:
-        """Do what `drain` does, with what the provider holds back."""
+        """Write down what has ended and what the provider holds back, and send it; tell whether all is written."""
         left = time_left(timeout)
         written = self.writer.drain(left())
         with self._target.flushed_by(self):
             self._target.flush(left())
         written = self.writer.drain(left()) and written  # also what was submitted meanwhile
-        self._send(left())
+        self.send(left())
         return written
 
     def stop(self, timeout: float) -> None:
