@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -80,10 +81,14 @@ def test_it_is_not_made_where_nobody_needs_it(server: LangfuseServer, url: str) 
     [
         "import langfuse",
         "import sys, types; sys.modules['opentelemetry.instrumentation'] = types.ModuleType('instrumentation')",
+        pytest.param(
+            "import fastapi",
+            marks=pytest.mark.skipif(find_spec("fastapi.telemetry") is None, reason="this FastAPI makes no spans"),
+        ),
         "from opentelemetry import trace\nfrom opentelemetry.sdk.trace import TracerProvider\n"
         "trace.set_tracer_provider(TracerProvider())",
     ],
-    ids=["its SDK is imported", "the app instruments itself", "the app has a provider"],
+    ids=["its SDK is imported", "the app instruments itself", "FastAPI makes spans", "the app has a provider"],
 )
 def test_it_is_made_at_once_where_the_app_is_known_to_need_it(server: LangfuseServer, url: str, needs_it: str) -> None:
     after_the_tracker = TALKS.replace("SessionTracker()\n", "SessionTracker()\n" + CLIENTS)

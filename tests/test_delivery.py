@@ -146,6 +146,25 @@ def test_what_the_server_does_not_take_now_waits_until_it_does(
     assert sum("takes what is sent again" in line for line in caplog.messages) == 1
 
 
+def test_what_is_put_there_while_another_sends_is_sent_by_one_of_the_two(ledger: Ledger) -> None:
+    """As where processes end at the same time: who sees that another sends, and goes, relies on it."""
+    left: list[Sent] = []
+
+    class Meanwhile(LangfuseServer):
+        def next_failure(self, path: str) -> Failure | None:
+            if not left:
+                put(ledger, SCORE, score(1))
+                left.append(send(ledger, self))
+            return super().next_failure(path)
+
+    put(ledger, SPANS, spans_of(1))
+    with Meanwhile() as server:
+        assert send(ledger, server).is_all
+        assert [sent.busy_s > 0 for sent in left] == [True]
+        assert waits(ledger) == (0, 0)
+        assert set(server.scores()) == {"score-1"}
+
+
 def test_the_pauses_grow_up_to_a_bound_and_differ(server: LangfuseServer) -> None:
     pace, answer = Pace(first_s=1.0, most_s=8.0), Answer(Outcome.LATER)
     delays = [[pace.delay(failures, answer) for _ in range(200)] for failures in range(1, 8)]

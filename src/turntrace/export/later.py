@@ -6,7 +6,6 @@ client is made before either goes on, so it hears of each span from its start.
 """
 
 import logging
-import os
 import sys
 import threading
 import weakref
@@ -27,14 +26,14 @@ from turntrace.boundary import caught, never_breaks, off_watched_loop
 from turntrace.errors import ConfigurationError
 from turntrace.export.exporter import OutboxExporter
 from turntrace.export.processor import LANGFUSE_SDK
-from turntrace.forking import importing, lock_of
+from turntrace.forking import importing, in_child, lock_of
 from turntrace.settings import LangfuseSettings
 
 logger = logging.getLogger("turntrace")
 
 _SDK: Final = "langfuse"
 _MAKING: Final = "making Langfuse's client"
-_SIGNS: Final = (_SDK, "opentelemetry.instrumentation")
+_SIGNS: Final = (_SDK, "opentelemetry.instrumentation", "fastapi.telemetry")
 """Modules by which an app is known to need the client: it is not to be made in the midst of its first request."""
 
 
@@ -61,9 +60,7 @@ class ClientToCome:
         self._here = threading.local()
         self._is_over = False
         self._is_given_up = False
-        weak = weakref.ref(self)
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=lambda: _after_fork(weak()))
+        in_child(self._after_fork)
 
     @property
     def is_over(self) -> bool:
@@ -127,6 +124,10 @@ class ClientToCome:
                 caught(_MAKING, error)
             self._is_over = True
 
+    def _after_fork(self) -> None:
+        if _is_being_imported():  # by a thread that is not in this process: it never ends
+            self._is_given_up = True
+
     @contextmanager
     def _busy(self) -> Iterator[None]:
         """Do without the client in this thread, which is making it."""
@@ -141,11 +142,6 @@ def _is_being_imported(sdk: ModuleType | None = None) -> bool:
     """Tell whether a thread is importing Langfuse's SDK; of the SDK that an import gave, whether that is this one."""
     spec = getattr(sdk or sys.modules.get(_SDK), "__spec__", None)
     return bool(getattr(spec, "_initializing", False))
-
-
-def _after_fork(to_come: ClientToCome | None) -> None:
-    if to_come is not None and _is_being_imported():  # by a thread that is not in this process: it never ends
-        to_come._is_given_up = True
 
 
 class OwnProvider(TracerProvider):

@@ -1,12 +1,10 @@
 """The sender: takes what waits in the outbox to Langfuse, oldest first, for as long as it takes."""
 
 import logging
-import os
 import random
 import threading
 import time
 import uuid
-import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -17,6 +15,7 @@ from turntrace.boundary import caught
 from turntrace.errors import LedgerError
 from turntrace.export.delivery import MAX_REQUEST_BYTES, Delivered, deliver
 from turntrace.export.server import Answer, LangfuseServer, Outcome
+from turntrace.forking import in_child
 from turntrace.waiting import SPANS, Outbox
 
 logger = logging.getLogger("turntrace")
@@ -110,9 +109,7 @@ class Sender:
         self._failures = 0
         self._failing: Answer | None = None
         self._reset()
-        weak = weakref.ref(self)
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=lambda: _after_fork(weak()))
+        in_child(self._after_fork)
 
     def _reset(self) -> None:
         self._owner = uuid.uuid4().hex
@@ -122,6 +119,14 @@ class Sender:
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         self._leased_until = 0.0
+
+    def _after_fork(self) -> None:
+        # The thread, the locks and the connections are the parent's.
+        was_stopped = self._stopped.is_set()
+        self._reset()
+        if was_stopped:
+            self._stopped.set()
+        self.server.after_fork()
 
     @property
     def failing(self) -> Answer | None:
@@ -231,8 +236,9 @@ class Sender:
             self._note(done)
             if on_sent is not None:
                 on_sent(done)
-            if is_over:
+            if is_over and done.stopped_by is not None:
                 return Sent(items, refused, done.stopped_by)
+            # Else once more: who saw that this process sends, and left it what it had just put there, may be gone.
 
     def _is_still_ours(self) -> bool:
         """Go on holding the lease in a delivery of many requests; tell whether nobody else has it."""
@@ -322,15 +328,6 @@ class Sender:
             with suppress(LedgerError):
                 self._outbox.release(self._owner)
             self._stopped.wait(max(2 * _BUSY_S, seconds - held_s))
-
-
-def _after_fork(sender: Sender | None) -> None:
-    if sender is not None:  # the thread, the locks and the connections are the parent's
-        was_stopped = sender._stopped.is_set()
-        sender._reset()
-        if was_stopped:
-            sender._stopped.set()
-        sender.server.after_fork()
 
 
 def _caught(error: Exception) -> None:

@@ -15,6 +15,7 @@ from sqlalchemy.exc import TimeoutError as PoolIsUsedUp
 from sqlalchemy.sql import ClauseElement
 
 from turntrace.errors import LedgerError
+from turntrace.forking import in_child
 from turntrace.ledger.opening import (
     BUSY_TIMEOUT_MS,
     LedgerFile,
@@ -89,6 +90,7 @@ class Database:
         self._readers = 0
         self._forking = False
         _at_fork(self)
+        in_child(self._after_fork_in_child)
 
     @property
     def dialect(self) -> Dialect:
@@ -360,7 +362,6 @@ def _at_fork(database: Database) -> None:
         os.register_at_fork(
             before=call(Database._before_fork),
             after_in_parent=call(Database._after_fork_in_parent),
-            after_in_child=call(Database._after_fork_in_child),
         )
 
 

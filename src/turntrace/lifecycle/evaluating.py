@@ -4,17 +4,16 @@ import asyncio
 import inspect
 import logging
 import math
-import os
 import queue
 import threading
 import time
-import weakref
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from turntrace.boundary import caught
 from turntrace.errors import ConfigurationError
 from turntrace.export import session_score
+from turntrace.forking import in_child
 from turntrace.identity import check_text, safe_text
 from turntrace.lifecycle.session_jobs import put_scores
 from turntrace.summaries import SessionSummary
@@ -69,9 +68,7 @@ class Evaluators:
         self._evaluators = evaluators
         self._limit_s = limit_s
         self._begin_anew()
-        weak_self = weakref.ref(self)
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=lambda: _call(weak_self()))
+        in_child(self._begin_anew)
 
     def _begin_anew(self) -> None:
         """Begin without anything to do, as in a process that was forked: what waits there is the parent's."""
@@ -145,11 +142,6 @@ class Evaluators:
             return {}
         found: dict[str, Any] = answer
         return found
-
-
-def _call(evaluators: Evaluators | None) -> None:
-    if evaluators is not None:
-        evaluators._begin_anew()
 
 
 async def _awaited(found: Awaitable[Any], limit_s: float) -> Any:

@@ -1,9 +1,7 @@
 """The sweep: ends sessions that have been silent too long, and closes turns that nobody will end."""
 
 import logging
-import os
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -132,10 +130,16 @@ class Sweeper:
         return self._stopped.is_set()
 
     def start(self) -> None:
-        """Start the thread, as in a process that was forked, too."""
+        """Start the thread."""
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="turntrace-sweeper", daemon=True)
         self._thread.start()
+
+    def start_in_child(self) -> None:
+        """Start the thread in a process that was forked, where the parent's does not exist."""
+        if not self.is_stopped:
+            self._stopped.set()  # for one of before gevent's patches
+            self.start()
 
     def stop(self, timeout: float) -> None:
         """End the thread after the sweep that it is at."""
@@ -150,16 +154,3 @@ class Sweeper:
     @never_breaks("sweeping idle sessions")
     def _sweep(self) -> None:
         self._tracker.sweep()
-
-
-def restart_after_fork(sweeper: Sweeper) -> None:
-    """Start a sweeper again in a process that is forked, where its thread does not exist."""
-    weak = weakref.ref(sweeper)
-
-    def restart() -> None:
-        alive = weak()
-        if alive is not None and not alive.is_stopped:
-            alive.start()
-
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=restart)

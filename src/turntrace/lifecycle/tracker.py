@@ -14,7 +14,7 @@ from turntrace.boundary import never_breaks, off_watched_loop
 from turntrace.content import ContentLevel, ContentPolicy, classify_input
 from turntrace.errors import ConfigurationError
 from turntrace.export import Pace, SpanTarget, open_target
-from turntrace.forking import at_exit, lock_of
+from turntrace.forking import at_exit, in_child, lock_of
 from turntrace.identity import check_id, check_text, new_id
 from turntrace.lifecycle.asking import Afterwards
 from turntrace.lifecycle.checks import (
@@ -38,7 +38,7 @@ from turntrace.lifecycle.journey import checked_journeys, checked_stages
 from turntrace.lifecycle.sending import Sending
 from turntrace.lifecycle.session import Session, SessionBlock
 from turntrace.lifecycle.sittings import Sittings
-from turntrace.lifecycle.sweep import Sweeper, restart_after_fork
+from turntrace.lifecycle.sweep import Sweeper
 from turntrace.lifecycle.turns import Turns
 from turntrace.lifecycle.windows import Windows
 from turntrace.lifecycle.writer import Job, time_left
@@ -166,7 +166,7 @@ class SessionTracker(Turns, Afterwards):
         self._sweeper = None if sweep_every is None else Sweeper(self, sweep_every)
         if self._sweeper is not None:
             self._sweeper.start()
-            restart_after_fork(self._sweeper)
+            in_child(self._sweeper.start_in_child)
 
     def __repr__(self) -> str:
         return f"<SessionTracker on {self.ledger.url}>"

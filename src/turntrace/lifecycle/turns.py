@@ -1,12 +1,11 @@
 """The turns of a tracker: they begin, go on when they had waited, and are written down when they end."""
 
-import os
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from turntrace.errors import LedgerError, StateError
+from turntrace.forking import in_child
 from turntrace.lifecycle.beginning import begun_turn
 from turntrace.lifecycle.closing import FinishTurn, SettleTurn
 from turntrace.lifecycle.late import BeginTurnLate
@@ -44,9 +43,7 @@ class Turns:
         self._finishing: dict[str, Turn] = {}
         self._numbers: OrderedDict[str, int] = OrderedDict()
         self._late: dict[str, str] = {}
-        weak = weakref.ref(self)
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=lambda: None if (alive := weak()) is None else alive._leave_to_parent())
+        in_child(self._leave_to_parent)
 
     def _leave_to_parent(self) -> None:
         """Forget, in a process that was forked, what only the parent writes down."""

@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import os
 import queue
 import threading
 import time
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from turntrace.boundary import caught
 from turntrace.errors import LedgerError
-from turntrace.forking import at_exit
+from turntrace.forking import at_exit, in_child
 
 if TYPE_CHECKING:
     from turntrace.ledger import Ledger, LedgerWriter
@@ -32,7 +31,6 @@ waiting for it, so that little is lost with a process that is killed."""
 _RETRY_S: Final = (0.05, 0.2, 1.0, 5.0, 15.0)
 _ASKED_S: Final = 1.0
 _EXIT_S: Final = 10.0
-_STOP: Final = threading.Event()
 
 
 def time_left(timeout: float | None) -> Callable[[], float | None]:
@@ -51,6 +49,16 @@ class Job(Protocol):
 
     def write(self, ledger: "LedgerWriter") -> None:
         """Write, within a transaction; called again when that failed."""
+
+
+class _Mark:
+    """A place among the jobs, of a class that nobody patches."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+
+
+_STOP: Final = _Mark()
 
 
 class Writer:
@@ -77,7 +85,7 @@ class Writer:
         self._is_full = False
         self._ledger = ledger
         self._written = written
-        self._jobs: queue.SimpleQueue[Job | threading.Event] = queue.SimpleQueue()  # an event marks a place
+        self._jobs: queue.SimpleQueue[Job | _Mark] = queue.SimpleQueue()
         self._hurry = threading.Event()
         self._next_at = 0.0
         self._thread: threading.Thread | None = None
@@ -85,10 +93,9 @@ class Writer:
         self._here = threading.Lock()
         self.is_ledger_away = False
         self._exits_by: float | None = None
+        in_child(self._after_fork)
         weak_self = weakref.ref(self)
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=lambda: _call(weak_self(), Writer._after_fork))
-        at_exit(lambda: _call(weak_self(), Writer._at_exit))
+        at_exit(lambda: None if (alive := weak_self()) is None else alive._at_exit())
 
     def submit(self, job: Job) -> bool:
         """Have a job done soon; returns at once.
@@ -114,9 +121,9 @@ class Writer:
 
     def mark(self) -> threading.Event:
         """Return an event that is set when all that was submitted before is written."""
-        reached = threading.Event()
-        self._put(reached)
-        return reached
+        mark = _Mark()
+        self._put(mark)
+        return mark.reached
 
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until all that was submitted is written.
@@ -131,10 +138,8 @@ class Writer:
             return False  # a flush from within a job must not wait for itself
         if self._thread is None and self._jobs.empty():
             return True
-        reached = threading.Event()
         self._hurry.set()
-        self._put(reached)
-        return reached.wait(timeout)
+        return self.mark().wait(timeout)
 
     def settle(self, timeout: float) -> bool:
         """Do what `drain` does for who asks the ledger something; while that is away nobody waits for long."""
@@ -148,7 +153,7 @@ class Writer:
             self._jobs.put(_STOP)
             thread.join(timeout)
 
-    def _put(self, job: Job | threading.Event) -> None:
+    def _put(self, job: Job | _Mark) -> None:
         self._jobs.put(job)
         if self._thread is None:
             self._start()
@@ -173,8 +178,8 @@ class Writer:
         try:
             while not self._jobs.empty():
                 job = self._jobs.get()
-                if isinstance(job, threading.Event):
-                    job.set()
+                if isinstance(job, _Mark):
+                    job.reached.set()
                     continue
                 try:
                     job.prepare()
@@ -199,16 +204,16 @@ class Writer:
                 batch.append(self._jobs.get_nowait())
             except queue.Empty:
                 break
-        marks = [job for job in batch if isinstance(job, threading.Event)]
+        marks = [job for job in batch if isinstance(job, _Mark)]
         if marks:
             self._hurry.clear()
-        jobs = self._prepared([job for job in batch if not isinstance(job, threading.Event)])
+        jobs = self._prepared([job for job in batch if not isinstance(job, _Mark)])
         if jobs:
             self._write(jobs)
             self._next_at = time.monotonic() + _EVERY_S
         del batch, jobs
         for mark in marks:
-            mark.set()
+            mark.reached.set()
         return _STOP in marks
 
     def _stopped(self) -> None:
@@ -300,11 +305,6 @@ class Writer:
         self._thread = None
         self.is_ledger_away = self._is_full = False
         self._exits_by = None
-
-
-def _call(writer: Writer | None, method: Callable[[Writer], None]) -> None:
-    if writer is not None:
-        method(writer)
 
 
 def _caught(job: object, error: BaseException) -> None:
